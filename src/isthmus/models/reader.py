@@ -1,0 +1,192 @@
+"""Streams a Hugging Face checkpoint into the units' memory, without a second copy of the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from isthmus.models.checkpoint_keys import CheckpointKeys, Piece, persistent_buffers
+from isthmus.models.moe_model import MoeModel
+from isthmus.models.safetensors_file import SafetensorsReader
+from isthmus.spec.model import UnitKey
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_NUM_NAMED = 5
+
+Destination = Callable[[UnitKey], dict[str, torch.Tensor]]
+
+
+@dataclass
+class _Progress:
+    """What is read so far. ``filled_rows`` are ranges of rows by unit and tensor, ``unexpected`` checkpoint names."""
+
+    report: Callable[[float], None]
+    total_bytes: int
+    done_bytes: int = 0
+    filled_rows: dict[tuple[UnitKey | None, str], list[tuple[int, int]]] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+
+    def advance(self, num_bytes: int) -> None:
+        self.done_bytes += num_bytes
+        self.report(self.done_bytes / self.total_bytes)
+
+    def fill(self, piece: Piece) -> None:
+        rows = (piece.first_row, piece.first_row + piece.num_rows)
+        self.filled_rows.setdefault((piece.unit, piece.tensor), []).append(rows)
+
+    def is_filled(self, piece: Piece) -> bool:
+        """Whether a tensor that was read held all of these rows."""
+        last_row = piece.first_row + piece.num_rows
+        filled = self.filled_rows.get((piece.unit, piece.tensor), ())
+        return any(first <= piece.first_row and last_row <= last for first, last in filled)
+
+
+def resolve_checkpoint(model: str | Path) -> Path:
+    """The directory with the checkpoint: ``model`` itself, or where a Hugging Face id was downloaded to (blocks on
+    the network).
+
+    Raises ``FileNotFoundError`` if there is neither.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if isinstance(model, Path) or directory.exists() or model.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"model: {directory} is not a directory, wanted a checkpoint directory or a Hugging Face id"
+        )
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+                ignore_patterns=["*/*"],  # copies in other formats (gpt-oss: original/, metal/)
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"model: {model} is neither a directory here nor a Hugging Face id that can be downloaded ({reason})"
+        ) from error
+
+
+def read_checkpoint(
+    path: Path, model: MoeModel, destination: Destination, *, progress: Callable[[float], None] | None = None
+) -> None:
+    """Reads the checkpoint in directory ``path`` into what ``destination`` gives for each unit, and into ``model``'s
+    persistent buffers.
+
+    ``destination(key)`` returns the unit's tensors by name: contiguous CPU views with the layout's shapes, FP32 or
+    bf16, which are overwritten (values are cast). Tensors of layers beyond the model's are skipped. ``progress``
+    gets the share of bytes done, 0 to 1.
+
+    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a truncated or foreign one and for missing or
+    wrong-shaped tensors; warns of tensors that the model has no place for. Blocks.
+    """
+    keys = CheckpointKeys(model)
+    files = checkpoint_files(path)
+    state = _Progress(report=progress or (lambda share: None), total_bytes=sum(file.stat().st_size for file in files))
+    buffers = persistent_buffers(model)
+    for file in files:
+        with SafetensorsReader(file) as reader:
+            for key in sorted(reader.tensors, key=lambda key: reader.tensors[key].begin_byte):
+                _read_tensor(reader, key, keys, model, destination, buffers, state)
+    _require_all(path, keys, state)
+    if state.unexpected:
+        warnings.warn(
+            f"checkpoint: {path} has {len(state.unexpected)} tensors that {model.spec.architecture} has no place for, "
+            f"skipped: {_some(state.unexpected)}",
+            stacklevel=2,
+        )
+    state.report(1.0)
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, in order. Raises ``FileNotFoundError`` if one is missing."""
+    index = path / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"checkpoint: {index} is damaged ({error!r}), wanted JSON with a weight_map") from error
+        for name in names:
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"checkpoint: {path / name} is missing, {_INDEX} names it; download it again")
+        return [path / name for name in names]
+    if (path / _SINGLE).is_file():
+        return [path / _SINGLE]
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if pickles:
+        raise FileNotFoundError(
+            f"checkpoint: {path} has {_some(pickles)} but no {_SINGLE}; pickled weights can run code and are never "
+            "loaded: convert them with transformers (from_pretrained, then save_pretrained)"
+        )
+    raise FileNotFoundError(f"checkpoint: {path} has neither {_SINGLE} nor {_INDEX}")
+
+
+def _read_tensor(
+    reader: SafetensorsReader,
+    key: str,
+    keys: CheckpointKeys,
+    model: MoeModel,
+    destination: Destination,
+    buffers: dict[str, torch.Tensor],
+    state: _Progress,
+) -> None:
+    stored = reader.tensors[key]
+    tensor = keys.find(key)
+    if tensor is None:
+        if not _is_left_out(key, keys, model):
+            state.unexpected.append(key)
+    elif stored.shape != tensor.shape:
+        raise ValueError(
+            f"checkpoint: {key} in {reader.path} has shape {stored.shape}, wanted {tensor.shape} "
+            f"({model.spec.architecture} by its config.json)"
+        )
+    else:
+        first_element = 0
+        for piece in tensor.pieces:
+            owner = buffers if piece.unit is None else destination(piece.unit)
+            whole = owner[piece.tensor]
+            part = whole if whole.dim() == 0 else whole[piece.first_row : piece.first_row + piece.num_rows]
+            reader.read_into(key, part, first_element)
+            first_element += part.numel()
+            state.fill(piece)
+    state.advance(stored.num_bytes)
+
+
+def _is_left_out(key: str, keys: CheckpointKeys, model: MoeModel) -> bool:
+    """Whether a tensor has no place on purpose: transformers ignores it too, or its layer was not asked for."""
+    name = keys.module_name(key)
+    patterns = (
+        *(model.module._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    )
+    if any(re.search(pattern, name) for pattern in patterns):
+        return True
+    stacks = {layer.rpartition(".")[0] for layer in model.layer_names}
+    for stack in stacks:
+        beyond = re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
+        if beyond and f"{stack}.{beyond[1]}" not in model.layer_names:
+            return True
+    return False
+
+
+def _require_all(path: Path, keys: CheckpointKeys, state: _Progress) -> None:
+    # In the saved format tensors are smallest, so what is missing can be told whichever format was read.
+    missing = [tensor.key for tensor in keys.saved.values() if not all(map(state.is_filled, tensor.pieces))]
+    if missing:
+        raise ValueError(f"checkpoint: {path} lacks {len(missing)} of {len(keys.saved)} tensors: {_some(missing)}")
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")

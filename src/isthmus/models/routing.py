@@ -1,0 +1,78 @@
+"""Which rows go to which expert, and the way back: the bookkeeping between tokens and routed pairs.
+
+Legend: ``T`` tokens, ``k`` choices per token, ``H`` hidden size, ``E`` experts, ``S`` routed pairs (token, choice) that
+were not dropped, sorted by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """The routed pairs of some tokens, sorted by expert, pairs of one expert in the tokens' order. Index tensors are int64
+    and on the device of the router's choices."""
+
+    order_S: Tensor
+    """Position of each pair in the flattened (T, k) choices."""
+    token_S: Tensor
+    """The pair's token."""
+    row_S: Tensor
+    """The inverse: the sorted row of each pair that was not dropped, in the flattened choices' order."""
+    bag_T: Tensor
+    """Where each token's pairs begin in ``row_S``."""
+    counts_E: list[int]
+    """Pairs of each expert; they add up to S."""
+
+
+def sort_by_expert(top_k_index_Tk: Tensor, num_experts: int) -> Routing:
+    """Sorts the routed pairs by expert, stably. ``top_k_index_Tk``: integers 0 … ``num_experts``.
+
+    An index equal to ``num_experts`` means "no expert": the pair is dropped. Blocks until the indices are known on the
+    host. Raises ``ValueError`` for other indices.
+    """
+    num_tokens, top_k = top_k_index_Tk.shape
+    index = top_k_index_Tk.reshape(-1)
+    sorted_index, order = torch.sort(index, stable=True)
+    counts = torch.bincount(sorted_index, minlength=num_experts + 1).tolist()
+    if len(counts) > num_experts + 1:
+        raise ValueError(
+            f"top_k_index_Tk: got expert {len(counts) - 1}, wanted 0 to {num_experts - 1}, or {num_experts} for no expert"
+        )
+    num_rows = len(order) - counts[-1]
+    order_S = order[:num_rows]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    if num_rows == len(order):
+        row_S = inverse
+        bag_T = torch.arange(0, num_rows, top_k, device=order.device) if top_k else order.new_zeros(num_tokens)
+    else:
+        is_kept = index != num_experts
+        row_S = inverse[is_kept]
+        kept_T = is_kept.view(num_tokens, top_k).sum(dim=1)
+        bag_T = kept_T.cumsum(dim=0) - kept_T
+    token_S = order_S.div(top_k, rounding_mode="floor") if top_k else order_S
+    return Routing(order_S=order_S, token_S=token_S, row_S=row_S, bag_T=bag_T, counts_E=counts[:num_experts])
+
+
+def gather(rows_TH: Tensor, routing: Routing) -> Tensor:
+    """The row (S, H) of each pair's token: inputs of the experts, or gradients of their weighted outputs."""
+    return rows_TH.index_select(0, routing.token_S)
+
+
+def combine(rows_SH: Tensor, routing: Routing, num_tokens: int, top_k: int) -> Tensor:
+    """Sum (T, H) of each token's rows, zero for a token without any. The inverse of ``gather`` in the sense of gradients.
+
+    Deterministic: each sum runs over the token's choices in their order, in FP32 whatever the dtype, rounded once.
+    """
+    if routing.bag_T.shape[0] != num_tokens:
+        raise ValueError(f"num_tokens: got {num_tokens}, wanted {routing.bag_T.shape[0]}, as many as were routed")
+    if top_k == 1 and rows_SH.shape[0] == num_tokens:
+        return rows_SH.index_select(0, routing.row_S)
+    # Two to seven times as fast as index_add_ or gather, view and sum on CPUs: no (T, k, H) buffer, FP32 inside.
+    return F.embedding_bag(routing.row_S, rows_SH, routing.bag_T, mode="sum")

@@ -1,0 +1,28 @@
+"""The published split: Equation 1 of APTMoE (section 4.2), a greedy walk over popularity."""
+
+from __future__ import annotations
+
+from isthmus.planning.problem import LayerProblem
+
+
+def equation_one_experts(problem: LayerProblem) -> frozenset[int]:
+    """The experts that Equation 1 gives to the accelerator, among those with tokens.
+
+    From the least popular expert p up,
+
+        R(p) = Σ(low → p) CPU seconds ÷ (load MHA + load gate + Σ(high → p) load expert),
+
+    p among both sums: does computing everything up to p on the CPU take less than loading p and everything more
+    popular? Experts stay on the CPU while R < 1; the first with R ≥ 1 and all above it go to the accelerator. The
+    rule looks at popularity alone: whether weights are there already changes nothing, and neither do accelerator
+    seconds or tokens' travel.
+    """
+    walk = sorted(
+        (expert for expert, count in enumerate(problem.counts) if count), key=lambda e: (problem.counts[e], e)
+    )
+    cpu_s = 0.0
+    for position, expert in enumerate(walk):
+        cpu_s += problem.cpu_s[expert]
+        if cpu_s >= problem.dense_load_s + (len(walk) - position) * problem.load_s:
+            return frozenset(walk[position:])
+    return frozenset()

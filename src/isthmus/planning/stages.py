@@ -1,0 +1,68 @@
+"""The layer-to-stage mapping: contiguous, balanced, two stages on the device at a time (APTMoE, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from isthmus.errors import IsthmusError
+from isthmus.spec.model import ModelSpec
+from isthmus.spec.plan import Stage
+
+
+def map_stages(spec: ModelSpec, *, num_slots: int, num_stages: int | None = None) -> tuple[Stage, ...]:
+    """Cuts the layers into stages of as equal parameter numbers as can be, in execution order.
+
+    ``num_stages`` None: the fewest such that the experts of any two neighbouring stages fit ``num_slots`` slots
+    together (the running stage and the one being loaded), one layer per stage if even that is too much. Raises
+    ``IsthmusError`` for more stages than layers or fewer than one.
+    """
+    if num_stages is not None and not 1 <= num_stages <= spec.num_layers:
+        raise IsthmusError(
+            f"num_stages: got {num_stages}, wanted 1 to {spec.num_layers}, the number of layers: a layer is never cut. "
+            "Leave it out to have it chosen."
+        )
+    experts = [0 if layer is None else layer.num_experts for layer in spec.layers]
+    weights = [
+        dense + (0 if layer is None else layer.num_experts * layer.numel)
+        for dense, layer in zip(spec.dense_numel, spec.layers, strict=True)
+    ]
+    cuts = _BalancedCuts(weights)
+    for number in range(1, spec.num_layers + 1) if num_stages is None else (num_stages,):
+        bounds = cuts.bounds(number)
+        held = [sum(experts[first:last]) for first, last in bounds]
+        neighbours = [a + b for a, b in pairwise(held)] or held
+        if num_stages is not None or max(neighbours) <= num_slots or number == spec.num_layers:
+            return tuple(Stage(first_layer=first, last_layer=last - 1) for first, last in bounds)
+    raise AssertionError("a model has at least one layer")
+
+
+class _BalancedCuts:
+    """Contiguous parts with the least sum of squared weights, by dynamic programming, one more part at a time."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self._sums = np.concatenate([[0.0], np.cumsum(np.asarray(weights, dtype=np.float64))])
+        self._sums /= max(self._sums[-1], 1.0)
+        num = len(weights)
+        self._best = np.full(num + 1, np.inf)
+        self._best[0] = 0.0
+        self._cuts: list[list[int]] = []
+
+    def bounds(self, num_parts: int) -> list[tuple[int, int]]:
+        """(first, one past last) of every part, none empty. Ties go to larger parts at the front."""
+        num = len(self._sums) - 1
+        while len(self._cuts) < num_parts:
+            cost, cuts = np.full(num + 1, np.inf), [0] * (num + 1)
+            for last in range(len(self._cuts) + 1, num + 1):
+                total = self._best[:last] + (self._sums[last] - self._sums[:last]) ** 2
+                cuts[last] = int(np.flatnonzero(total <= total.min() * (1 + 1e-12))[-1])
+                cost[last] = total[cuts[last]]
+            self._best = cost
+            self._cuts.append(cuts)
+        bounds, last = [], num
+        for cuts in reversed(self._cuts[:num_parts]):
+            bounds.append((cuts[last], last))
+            last = cuts[last]
+        return bounds[::-1]

@@ -1,0 +1,33 @@
+"""Bytes that one micro-batch's dense part keeps from forward for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from isthmus.models.moe_model import MoeModel
+
+
+def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
+    """Runs the dense part forward once and counts what autograd saves, each storage once, parameters left out.
+
+    ``inputs``: a micro-batch with labels; dense units must be bound. Replaces the model's experts function. Blocks.
+    """
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.module.parameters() if not parameter.is_meta}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
+
+    model.set_experts_function(no_experts)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.module(**inputs, **model.forward_arguments()).loss
+    total = sum(saved.values())
+    del loss
+    return total

@@ -1,0 +1,41 @@
+"""Seconds of everything but the routed experts: the model's own code, run once forward and backward with the experts left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from isthmus.models.moe_model import MoeModel
+from isthmus.profiling.timing import median_s
+
+
+def measure_dense(
+    model: MoeModel, inputs: dict[str, Tensor], *, num_tokens: int, synchronize: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """(forward, backward) seconds per token and layer; embeddings, head and loss are spread over the layers.
+
+    ``inputs`` is a micro-batch with labels; the model's dense units must be bound. Blocks for about a second. Leaves
+    gradients in the parameters (zero them) and the model's experts function replaced (set it).
+    """
+
+    def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
+
+    model.set_experts_function(no_experts)
+    arguments = model.forward_arguments()
+
+    def forward() -> Tensor:
+        loss = model.module(**inputs, **arguments).loss
+        synchronize()
+        return loss
+
+    def both() -> None:
+        forward().backward()
+        synchronize()
+
+    forward_s = median_s(forward, repeats=3, budget_s=1.0)
+    both_s = median_s(both, repeats=3, budget_s=2.0)
+    per = num_tokens * model.spec.num_layers
+    return forward_s / per, max(both_s - forward_s, forward_s) / per

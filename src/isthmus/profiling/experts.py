@@ -1,0 +1,69 @@
+"""Seconds of one expert by token count, forward and backward, with weights as cold as they are in a training step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from isthmus.models.expert_math import ExpertMath
+from isthmus.profiling.timing import measure_curve, token_grid
+from isthmus.spec.model import ExpertSpec
+from isthmus.spec.profile import Curve
+
+COLD_BYTES = 96 << 20
+"""Weights rotate through at least this much memory, more than the caches of the CPUs we meet."""
+
+
+def measure_expert(
+    spec: ExpertSpec,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    max_tokens: int,
+    synchronize: Callable[[], None] = lambda: None,
+    activation_module: torch.nn.Module | None = None,
+) -> tuple[Curve, Curve]:
+    """(forward, backward) curves of one expert, 1 to ``max_tokens`` tokens, on ``device`` from the calling thread. Blocks for seconds.
+
+    Backward includes the recomputation of the pre-activations. ``synchronize`` waits for an asynchronous device.
+    """
+    math = ExpertMath(spec, activation_module)
+    num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
+    flats = [torch.empty(spec.numel, dtype=dtype, device=device).normal_(std=0.02) for _ in range(num_copies)]
+    gradients = [torch.empty_like(flat) for flat in flats]
+    weights = [math.views(flat) for flat in flats]
+    gradient_views = [math.views(flat) for flat in gradients]
+    turn = itertools.cycle(range(num_copies))
+
+    def inputs(count: int) -> tuple[Tensor, Tensor]:
+        x_NH = torch.randn(count, spec.hidden_size, device=device).to(dtype)
+        return x_NH, torch.rand(count, device=device).to(dtype)
+
+    def forward(count: int) -> Callable[[], object]:
+        x_NH, scale_N = inputs(count)
+
+        def run() -> None:
+            math.forward_many([weights[next(turn)]], [count], x_NH, scale_N, save=False)
+            synchronize()
+
+        return run
+
+    def backward(count: int) -> Callable[[], object]:
+        x_NH, scale_N = inputs(count)
+        g_NH, _ = inputs(count)
+
+        def run() -> None:
+            at = next(turn)
+            math.backward_many(
+                [weights[at]], [count], x_NH, scale_N, g_NH, [None], [gradient_views[at]], accumulate=[False]
+            )
+            synchronize()
+
+        return run
+
+    with torch.no_grad():
+        grid = token_grid(max_tokens)
+        return measure_curve(forward, grid), measure_curve(backward, grid)

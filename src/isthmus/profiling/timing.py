@@ -1,0 +1,71 @@
+"""How seconds are measured: repeated, the median taken, warmed up first, within a time budget."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+
+from isthmus.spec.profile import Curve
+
+Result = TypeVar("Result")
+
+
+def median_s(task: Callable[[], object], *, repeats: int = 5, budget_s: float = 0.25) -> float:
+    """Median seconds of ``task()``: one warm-up, then up to ``repeats`` runs (at least one) within about ``budget_s``. Blocks."""
+    task()
+    seconds: list[float] = []
+    end_s = time.perf_counter() + budget_s
+    while len(seconds) < repeats and (not seconds or time.perf_counter() < end_s):
+        start_s = time.perf_counter()
+        task()
+        seconds.append(time.perf_counter() - start_s)
+    return statistics.median(seconds)
+
+
+def token_grid(largest: int) -> list[int]:
+    """1, 2, 4, … up to and including ``largest``."""
+    grid = [1]
+    while grid[-1] * 2 < largest:
+        grid.append(grid[-1] * 2)
+    return grid if largest == 1 else [*grid, largest]
+
+
+def measure_curve(task: Callable[[int], Callable[[], object]], grid: Iterable[int], *, longest_s: float = 1.0) -> Curve:
+    """Seconds of ``task(num_tokens)()`` over the grid. Stops after the first point above ``longest_s``: beyond, a curve is a line.
+
+    Noise may make a measured curve fall; more tokens never take less, so each point is at least the one before it.
+    """
+    num_tokens: list[int] = []
+    seconds: list[float] = []
+    for count in grid:
+        measured = median_s(task(count))
+        num_tokens.append(count)
+        seconds.append(max(measured, seconds[-1] if seconds else 0.0))
+        if measured > longest_s:
+            break
+    return Curve(num_tokens=tuple(num_tokens), seconds=tuple(seconds))
+
+
+def in_thread(task: Callable[[], Result], *, num_threads: int) -> Result:
+    """Runs ``task`` in a fresh thread whose PyTorch operators use ``num_threads`` cores; returns its result or raises its error."""
+    outcome: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        torch.set_num_threads(num_threads)
+        try:
+            outcome.append(task())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="isthmus-profile")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return outcome[0]

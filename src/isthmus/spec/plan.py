@@ -1,0 +1,43 @@
+"""Decisions: where experts are computed, what is loaded in which order, how layers form stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSplit:
+    """Where the experts of one layer run, for one pass over some tokens. Together the two tuples name each expert that
+    has tokens exactly once; ``load_order`` is the part of ``on_accelerator`` that is not resident yet, most urgent first."""
+
+    on_accelerator: tuple[int, ...]
+    on_cpu: tuple[int, ...]
+    load_order: tuple[int, ...] = ()
+    predicted_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Consecutive layers ``first_layer`` … ``last_layer`` (inclusive) that a device holds together."""
+
+    first_layer: int
+    last_layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is fixed before the first step."""
+
+    schema_version: int = 1
+    policy: str
+    stages: tuple[Stage, ...]
+    num_slots: int
+    """Slots of one expert each (weights or gradients) in accelerator memory."""
+    slot_bytes: int
+    dense_bytes: int
+    """Accelerator bytes of what stays resident: dense weights and their gradients."""
+    activation_bytes: int
+    copy_window: int
+    num_waves: int
+    """Micro-batches that reach a layer's experts together form a wave; the next wave's dense part runs meanwhile."""
+    is_dense_resident: bool = True

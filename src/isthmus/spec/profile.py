@@ -1,0 +1,54 @@
+"""What this hardware needs for each block of this model: the measured ground of every plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from isthmus.spec.hardware import Hardware
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Seconds by token count on a geometric grid. ``num_tokens`` strictly rises, ``seconds`` never falls."""
+
+    num_tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTimes:
+    """Seconds of ONE expert by its token count."""
+
+    cpu_forward: Curve
+    cpu_backward: Curve
+    accelerator_forward: Curve
+    accelerator_backward: Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Measured seconds. ``experts`` is keyed by ``Profile.expert_key``, since layers of one model may differ in shape."""
+
+    schema_version: int = 1
+    hardware: Hardware
+    dtype: str
+    """``fp32`` or ``bf16``."""
+    experts: dict[str, ExpertTimes]
+    h2d_s_per_byte: float
+    d2h_s_per_byte: float
+    h2d_duplex_s_per_byte: float
+    """As above, while the other direction is busy too."""
+    d2h_duplex_s_per_byte: float
+    copy_latency_s: float
+    copy_window: int
+    """Copies in flight per direction from which on the copy engine no longer idles (measured)."""
+    optimizer_s_per_parameter: float
+    dense_forward_s_per_token: float
+    """One layer's dense part (attention, norms, router, shared experts) on the accelerator."""
+    dense_backward_s_per_token: float
+    measured_at: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def expert_key(hidden_size: int, intermediate_size: int, has_gate: bool) -> str:
+        return f"h{hidden_size}-i{intermediate_size}-{'glu' if has_gate else 'mlp'}"

@@ -1,0 +1,97 @@
+"""What a run leaves behind: ``report.json`` of ``isthmus tune`` and of ``isthmus bench tune``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step of a tune run."""
+
+    step: int
+    loss: float
+    """Mean over the step's target tokens, the router's auxiliary loss not included."""
+    num_tokens: int
+    duration_s: float
+    bound_s: float
+    """The least seconds that this hardware could need for the step (paper: the bound per step)."""
+    h2d_bytes: int
+    d2h_bytes: int
+    num_experts_on_cpu: int
+    """(layer, expert, wave) triples that had tokens and were computed on the CPU."""
+    num_experts_on_accelerator: int
+    optimizer_s: float
+    learning_rate: float
+    gradient_norm: float | None = None
+    """Global norm before clipping. None: the run does not clip, so nobody computed it."""
+    evaluation_loss: float | None = None
+    """None: no evaluation after this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSummary:
+    """A tune run as a whole. Accuracies are None for policies that predict nothing."""
+
+    tokens_per_s: float
+    bound_share: float
+    """Sum of ``bound_s`` over sum of ``duration_s``."""
+    peak_accelerator_bytes: int
+    accelerator_budget_bytes: int
+    peak_host_bytes: int
+    needed_host_bytes: int | None = None
+    """What the method itself needs: weights, master weights, moments, gradients."""
+    predictor_token_accuracy: float | None = None
+    """Share of (token, expert) choices that were predicted."""
+    predictor_least_popular_quarter_accuracy: float | None = None
+    """Share of the experts called least popular (lowest quarter) that were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneReport:
+    """``report.json`` of a tune run. ``config`` and ``environment`` hold plain JSON values (lists, not tuples)."""
+
+    schema_version: int = 1
+    kind: Literal["tune"] = "tune"
+    config: dict[str, object]
+    environment: dict[str, object]
+    steps: tuple[StepRecord, ...]
+    summary: TuneSummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Median, 10th and 90th percentile of paired runs."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTuneRow:
+    """One policy under one skew at one CPU speed."""
+
+    policy: str
+    skew: str | float
+    """``uniform``, or the wanted G = mean over layers of Σ_e p_e², p_e the share of tokens of expert e."""
+    measured_skew: float
+    """G as the router really routed."""
+    cpu_speed: float
+    """Fraction of this host's speed at which CPU experts ran."""
+    tokens_per_s: Spread
+    bound_share: float
+    h2d_bytes_per_step: float
+    share_of_tokens_on_cpu: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTuneReport:
+    """``report.json`` of a bench run. ``config`` and ``environment`` hold plain JSON values (lists, not tuples)."""
+
+    schema_version: int = 1
+    kind: Literal["bench-tune"] = "bench-tune"
+    config: dict[str, object]
+    environment: dict[str, object]
+    rows: tuple[BenchTuneRow, ...]

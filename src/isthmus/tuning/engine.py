@@ -1,0 +1,268 @@
+"""Runs one training step of all micro-batches: forward and backward, breadth-first over layers.
+
+Each micro-batch runs the model's own forward code in a greenlet that stops at every layer's experts. The engine resumes
+them group by group (a group is the micro-batches whose experts run together, a wave): while one group's experts are
+computed on the CPU, another group's dense part runs on the accelerator. This is the looped breadth-first order of APTMoE
+(section 4), one layer at a time, so that each expert is needed once per pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import greenlet
+import torch
+from torch import Tensor
+
+from isthmus.models.moe_model import MoeModel
+from isthmus.spec.model import OUTER_LAYER, UnitKey
+from isthmus.tuning.data.batches import MicroBatch
+from isthmus.tuning.dense import DenseUnits
+from isthmus.tuning.protocols import Policy
+from isthmus.tuning.step_optimizer import StepOptimizer, backward_priority, forward_priority
+from isthmus.tuning.tape import ExpertsCall, Tape
+from isthmus.tuning.wave import BackwardPass, ForwardPass, Resources, Wave
+
+
+@dataclass(slots=True)
+class Run:
+    """One micro-batch on its way through the model."""
+
+    batch: MicroBatch
+    weight: float
+    """Its share of the step's loss."""
+    tape: Tape
+    seed: int
+    greenlet: greenlet.greenlet | None = None
+    random_state: Tensor | None = None
+    layer: int = OUTER_LAYER
+
+
+@dataclass(slots=True)
+class Group:
+    """Micro-batches whose experts run together."""
+
+    runs: list[Run]
+    waiting: ForwardPass | None = None
+    waves: dict[int, Wave] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What happened to the experts in one step."""
+
+    counts_LE: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens per expert of each MoE layer."""
+    num_on_cpu: int = 0
+    num_on_accelerator: int = 0
+    """Experts with tokens, summed over layers and passes."""
+    cpu_tokens: int = 0
+    tokens: int = 0
+    """Routed pairs, summed over layers and passes."""
+
+
+class Engine:
+    """Owns the model's hooks and the order of a step. Not thread-safe: one thread computes."""
+
+    def __init__(
+        self,
+        model: MoeModel,
+        resources: Resources,
+        dense: DenseUnits,
+        policy: Policy,
+        optimizer: StepOptimizer,
+        *,
+        num_waves: int,
+    ) -> None:
+        self.model = model
+        self.resources = resources
+        self.dense = dense
+        self.policy = policy
+        self.optimizer = optimizer
+        self.num_waves = num_waves
+        self.counts = StepCounts()
+        self._run: Run | None = None
+        self._hub: greenlet.greenlet | None = None
+        self._entered: set[int] = set()
+        self._arguments = model.forward_arguments()
+        model.set_experts_function(self._experts)
+        model.wrap_routers(lambda layer, logits: self._run.tape.cut_router_logits(logits) if self._run else logits)
+        for number, layer in enumerate(model.layers):
+            layer.forward = self._hooked(number, layer.forward)
+
+    # --- hooks inside the model's forward code -------------------------------------------------------------------
+
+    def _hooked(self, layer: int, forward: Callable[..., object]) -> Callable[..., object]:
+        def run_layer(*args: object, **kwargs: object) -> object:
+            run = self._run
+            assert run is not None, "the model runs only inside the engine"
+            run.layer = layer
+            if layer not in self._entered:
+                self._entered.add(layer)
+                self._make_ready(layer)
+                self.policy.enter_forward(layer)
+            return run.tape.run_layer(layer, forward, args, kwargs)
+
+        return run_layer
+
+    def _make_ready(self, layer: int) -> None:
+        self.optimizer.wait_layer(layer)
+        self.dense.wait(layer)
+
+    def _experts(self, layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        run, hub = self._run, self._hub
+        assert run is not None and hub is not None
+        call = ExpertsCall(layer, module, hidden, index, weights)
+        run.tape.open_experts(call)
+        output = hub.switch(call)
+        return run.tape.close_experts(call, output)
+
+    # --- forward ---------------------------------------------------------------------------------------------------
+
+    def _start(self, run: Run) -> None:
+        outputs = self.model.module(**run.batch.inputs, **self._arguments)
+        run.tape.loss = outputs.loss
+
+    def _resume(self, run: Run, output: Tensor | None) -> ExpertsCall | None:
+        """Runs a micro-batch up to its next experts (returned) or to its end (None)."""
+        self._run = run
+        if run.greenlet is None:
+            run.greenlet = greenlet.greenlet(self._start)
+            torch.manual_seed(run.seed)
+            argument: object = run
+        else:
+            assert run.random_state is not None
+            torch.set_rng_state(run.random_state)
+            argument = output
+        with self.resources.accelerator.compute(f"dense L{run.layer + 1}", kind="dense", num_tokens=run.batch.num_tokens):
+            call = run.greenlet.switch(argument)
+        run.random_state = torch.get_rng_state()
+        self._run = None
+        return call
+
+    def _forward(self, groups: list[Group]) -> None:
+        self._hub = greenlet.getcurrent()
+        self._entered = set()
+        self.policy.begin_forward()
+        self._make_ready(OUTER_LAYER)
+        active = list(groups)
+        while active:
+            for group in list(active):
+                outputs: list[Tensor | None] = [None] * len(group.runs)
+                if group.waiting is not None:
+                    outputs = list(group.waiting.finish())
+                    group.waiting = None
+                calls = [self._resume(run, output) for run, output in zip(group.runs, outputs, strict=True)]
+                if calls[0] is None:
+                    active.remove(group)
+                else:
+                    self._start_wave(group, [call for call in calls if call is not None])
+
+    def _start_wave(self, group: Group, calls: list[ExpertsCall]) -> None:
+        layer = calls[0].layer
+        spec = self.model.spec.layers[layer]
+        assert spec is not None
+        wave = Wave.of(calls, spec.num_experts)
+        split = self.policy.split_forward(layer, wave.counts_E, wave.hidden_TH, wave.index_Tk)
+        group.waiting = ForwardPass(self.resources, wave, split, priority=forward_priority(layer), name=f"L{layer}")
+        self._count(group.waiting)
+        total = self.counts.counts_LE.setdefault(layer, [0] * spec.num_experts)
+        self.counts.counts_LE[layer] = [a + b for a, b in zip(total, wave.counts_E, strict=True)]
+        group.waiting.start()
+        if group.runs[0].tape.recording:
+            group.waves[layer] = wave
+
+    def _count(self, work: ForwardPass | BackwardPass) -> None:
+        self.counts.num_on_cpu += len(work.on_cpu)
+        self.counts.num_on_accelerator += len(work.on_accelerator)
+        self.counts.cpu_tokens += work.num_cpu_rows
+        self.counts.tokens += sum(work.wave.counts_E)
+
+    # --- backward --------------------------------------------------------------------------------------------------
+
+    def _backward_of(self, group: Group, left: dict[int, int]) -> Iterator[None]:
+        """Backward of one group, layer by layer; yields when a layer's experts have been queued."""
+        for run in group.runs:
+            with self.resources.accelerator.compute("head backward", kind="dense"):
+                run.tape.backward_loss(run.weight)
+        while group.runs[0].tape.segments:
+            segments = [run.tape.segments.pop() for run in group.runs]
+            layer = segments[0].layer
+            if layer not in self._entered:
+                self._entered.add(layer)
+                self.policy.enter_backward(layer)
+            wave = group.waves.pop(layer, None)
+            gradients: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(segments)
+            if wave is not None:
+                parts = [segment.gradient_of_experts_output() for segment in segments]
+                merged = torch.cat(
+                    [call.hidden.new_zeros(call.hidden.shape) if part is None else part for part, call in zip(parts, wave.calls, strict=True)]
+                )
+                priority = backward_priority(layer, self.model.spec.num_layers)
+                work = BackwardPass(self.resources, wave, self.policy.split_backward(layer), priority=priority, name=f"L{layer}")
+                self._count(work)
+                work.start(merged)
+                yield
+                gradients = list(work.finish())
+            with self.resources.accelerator.compute(f"dense backward L{layer}", kind="dense"):
+                for segment, (hidden_gradient, weights_gradient) in zip(segments, gradients, strict=True):
+                    segment.finish(hidden_gradient, weights_gradient)
+            left[layer] -= 1
+            if not left[layer]:
+                self._leave(layer)
+
+    def _leave(self, layer: int) -> None:
+        counts = self.counts.counts_LE.get(layer, [])
+        keys = [UnitKey(layer, expert) for expert, count in enumerate(counts) if count]
+        self.optimizer.expect(keys + self.dense.of_layer(layer))
+        self.resources.gradients.flush(layer)
+        self.dense.flush(layer)
+        self.policy.leave_backward(layer)
+
+    # --- whole passes ----------------------------------------------------------------------------------------------
+
+    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
+        total = sum(batch.num_label_tokens for batch in batches)
+        runs = [
+            Run(batch=batch, weight=batch.num_label_tokens / total, tape=Tape(recording=recording), seed=seed * len(batches) + i)
+            for i, batch in enumerate(batches)
+        ]
+        num_waves = min(self.num_waves, len(runs))
+        return [Group(runs=runs[i::num_waves]) for i in range(num_waves)]
+
+    def train_step(self, batches: list[MicroBatch], *, seed: int) -> float:
+        """Forward and backward of all micro-batches. Leaves gradients (complete or on their way) in the store.
+
+        Returns the step's loss: the mean over label tokens. ``self.counts`` tells what ran where.
+        """
+        self.counts = StepCounts()
+        groups = self._groups(batches, seed, recording=True)
+        self._forward(groups)
+        self.optimizer.wait()
+        self.dense.zero_gradients()
+        loss = sum(run.weight * float(run.tape.loss.detach()) for group in groups for run in group.runs)
+        if not torch.isfinite(torch.tensor(loss)):
+            return loss
+        self.policy.begin_backward(self.counts.counts_LE)
+        self._entered = set()
+        left = {layer: len(groups) for layer in range(self.model.spec.num_layers)}
+        active = [self._backward_of(group, left) for group in groups]
+        while active:
+            active = [backward for backward in active if next(backward, self) is not self]
+        self.optimizer.expect(self.dense.of_layer(OUTER_LAYER))
+        self.dense.flush(OUTER_LAYER)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> float:
+        """Mean loss over label tokens, without dropout, changing nothing."""
+        self.counts = StepCounts()
+        self.model.module.eval()
+        try:
+            groups = self._groups(batches, 0, recording=False)
+            self._forward(groups)
+            self.optimizer.wait()
+            return sum(run.weight * float(run.tape.loss) for group in groups for run in group.runs)
+        finally:
+            self.model.module.train()

@@ -1,0 +1,399 @@
+"""Brings experts' weights to the accelerator, the most urgent first (APTMoE, demand-priority scheduling).
+
+Three queues, one per loading phase. Copies cannot be interrupted, so only a bounded window of them is launched at a
+time; when all but the last have landed, the window is filled again from the most urgent queue that holds something. The
+copy engine therefore never idles, and an urgent expert never waits behind more than the window. Where everything is
+taken, the expert whose next use is furthest gives way (Belady), unless it is wanted sooner than what would replace it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from isthmus.spec.model import UnitKey
+from isthmus.tuning.accelerator.base import Accelerator, Event
+from isthmus.tuning.loading import HostLoader, LoaderStats, NoSlotError, NotLoadableError, Phase, Source
+from isthmus.tuning.slots import Slot, SlotTable
+
+__all__ = ["ExpertLoader", "HostLoader", "LoaderStats", "NoSlotError", "NotLoadableError", "Phase"]
+
+_FORGETTING = 0.9
+"""Weight of all earlier copies against the latest in the estimate of the link's rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    num_bytes: int
+    launched_s: float
+
+
+class ExpertLoader:
+    """Slots of accelerator memory, filled by phase and urgency.
+
+    Queues may be changed from any thread. ``acquire``, ``release``, ``take_slot`` and ``give_slot`` belong to the
+    computing thread: what it holds only it can give back, so it gets ``NoSlotError`` instead of waiting for itself.
+    ``next_use`` and ``source`` are called under the loader's lock, from any thread: they must be quick, and neither
+    call the loader nor take a lock under which it is called.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        num_slots: int,
+        slot_numel: int,
+        dtype: torch.dtype,
+        source: Source,
+        window: int,
+        next_use: Callable[[UnitKey], float],
+    ) -> None:
+        """Allocates (num_slots, slot_numel) on the accelerator (``AcceleratorMemoryError``).
+
+        ``source(key)``: the expert's flat host weights, (numel <= slot_numel,), or None if there are none to load at
+        present. ``window``: most copies in flight. ``next_use(key)``: when the expert is wanted next; later is larger,
+        ``inf`` is never.
+        """
+        for field, value in (("num_slots", num_slots), ("slot_numel", slot_numel), ("window", window)):
+            if value < 1:
+                raise ValueError(f"{field}: got {value}, wanted 1 or more.")
+        self.num_slots = num_slots
+        self.num_reserved = 0
+        """Slots that inter-stage loads leave free, for gradients; may be set at any time."""
+        self.window = window
+        self._accelerator = accelerator
+        self._source = source
+        self._next_use = next_use
+        self._buffer = accelerator.allocate((num_slots, slot_numel), dtype)
+        self._table = SlotTable(self._buffer, next_use)
+        self._changed = threading.Condition()
+        self._queues: dict[Phase, OrderedDict[UnitKey, None]] = {phase: OrderedDict() for phase in Phase}
+        self._flights: dict[Slot, _Flight] = {}
+        """In the order of their launch."""
+        self._demanded: UnitKey | None = None
+        """What the computing thread blocks on in ``acquire``."""
+        self._is_slot_awaited = False
+        self._is_closed = False
+        self._error: BaseException | None = None
+        self._stats = LoaderStats()
+        self._idle_since_s: float | None = None
+        self._last_landing_s = 0.0
+        self._seconds, self._bytes = 0.0, 0.0
+
+    # --- queues ----------------------------------------------------------------------------------------------------
+
+    def set_queue(self, phase: Phase, keys: Sequence[UnitKey]) -> None:
+        """Replaces what is still waiting in the phase's queue, most urgent first. Never blocks for a copy.
+
+        Keys that are resident or in flight when they come up are skipped.
+        """
+        with self._changed:
+            self._check_open()
+            kept = dict.fromkeys(keys)
+            self._count(num_dropped=sum(key not in kept for key in self._queues[phase]))
+            self._queues[phase] = OrderedDict(kept)
+            self._refill()
+
+    def clear(self, phase: Phase) -> None:
+        """Drops what is still waiting in the phase's queue."""
+        with self._changed:
+            if phase is Phase.EXPERT:
+                self._table.nothing_is_urgent()
+            self._count(num_dropped=len(self._queues[phase]))
+            self._queues[phase].clear()
+            self._refill()
+
+    def queued(self, phase: Phase) -> list[UnitKey]:
+        with self._changed:
+            return list(self._queues[phase])
+
+    # --- what is where ---------------------------------------------------------------------------------------------
+
+    def is_resident(self, key: UnitKey) -> bool:
+        """Whether the expert's current weights are on the accelerator, whole."""
+        with self._changed:
+            slot = self._table.of(key)
+            return slot is not None and slot.loading is None
+
+    def is_in_flight(self, key: UnitKey) -> bool:
+        with self._changed:
+            slot = self._table.of(key)
+            return slot is not None and slot.loading is not None
+
+    def resident_keys(self) -> list[UnitKey]:
+        with self._changed:
+            return [key for key in self._table.keys if self._slot(key).loading is None]
+
+    def in_flight_keys(self) -> list[UnitKey]:
+        with self._changed:
+            return [key for key in self._table.keys if self._slot(key).loading is not None]
+
+    def estimated_wait_s(self, key: UnitKey) -> float:
+        """Seconds until an expert in flight lands, at the rate of the latest loads; 0 if it is not in flight."""
+        with self._changed:
+            slot = self._table.of(key)
+            if slot is None or slot not in self._flights or not self._bytes:
+                return 0.0
+            ahead = 0
+            for other, flight in self._flights.items():
+                ahead += flight.num_bytes
+                if other is slot:
+                    break
+            return ahead * self._seconds / self._bytes
+
+    @property
+    def stats(self) -> LoaderStats:
+        with self._changed:
+            return self._stats
+
+    # --- the computing thread --------------------------------------------------------------------------------------
+
+    def acquire(self, key: UnitKey) -> Tensor:
+        """The expert's weights (numel,) on the accelerator, there until ``release``; compute waits for their copy.
+
+        What is not even in flight is loaded at once, ahead of everything queued, and may evict all that is not held.
+        Blocks the host until the copy is launched (where compute is synchronous: until it has ended). Raises
+        ``NotLoadableError`` if there are no weights, ``NoSlotError`` if the caller holds every slot itself.
+        """
+        with self._changed:
+            self._check_open()
+            self._demanded = key
+            try:
+                while (slot := self._table.of(key)) is None:
+                    self._demand(key)
+                    if (slot := self._table.of(key)) is not None:
+                        break
+                    self._check_slots(f"to load {key}")
+                    self._changed.wait()
+            finally:
+                self._demanded = None
+            slot.num_pins += 1
+            self._table.changed(slot)
+            loading = slot.loading
+        if loading is not None:
+            try:
+                self._accelerator.wait_for(loading)
+            except BaseException as error:
+                with self._changed:
+                    slot.num_pins -= 1
+                    self._fail(slot, error)
+                raise
+        return slot.memory[: slot.numel]
+
+    def release(self, key: UnitKey) -> None:
+        """Undoes one ``acquire``. The slot is not overwritten before the compute issued so far has ended."""
+        with self._changed:
+            slot = self._table.of(key)
+            if slot is None or not slot.num_pins:
+                raise ValueError(f"key: got {key}, which is not acquired; wanted one release per acquire.")
+            slot.num_pins -= 1
+            if not slot.num_pins:
+                slot.busy_until = self._accelerator.record()
+                self._table.used(slot)
+            self._refill()
+
+    def take_slot(self) -> Tensor:
+        """An uninitialised slot (slot_numel,) for the caller, who may compute on it at once; may evict an expert.
+
+        Blocks while every slot is held or being loaded into. Raises ``NoSlotError`` if the caller holds them all.
+        """
+        with self._changed:
+            self._check_open()
+            self._is_slot_awaited = True
+            try:
+                while (slot := self._find_slot(Phase.EXPERT, None)) is None:
+                    self._check_slots("for a gradient")
+                    self._changed.wait()
+                    self._check_open()
+            finally:
+                self._is_slot_awaited = False
+            self._table.lend(slot)
+            self._refill()
+        if slot.busy_until is not None:
+            self._accelerator.wait_for(slot.busy_until)
+        return slot.memory
+
+    def give_slot(self, slot: Tensor, after: Event | None) -> None:
+        """Gives back what ``take_slot`` lent, to be overwritten after ``after`` (None: the compute issued so far)."""
+        with self._changed:
+            lent = self._table.lent(slot)
+            if lent is None:
+                raise ValueError(f"slot: got a tensor of shape {tuple(slot.shape)}, wanted one from take_slot(), once.")
+            lent.busy_until = after or self._accelerator.record()
+            self._table.forget(lent)
+            self._refill()
+
+    def invalidate(self, keys: Sequence[UnitKey] | None = None) -> None:
+        """The host weights of ``keys`` (None: all) have changed: their copies are never used again.
+
+        Also right before they change, if they are queued and acquired again only afterwards. Copies in flight are stale
+        when they land. Raises ``ValueError``, changing nothing, if one of the keys is acquired.
+        """
+        with self._changed:
+            slots = [slot for key in (self._table.keys if keys is None else keys) if (slot := self._table.of(key))]
+            pinned = [slot.key for slot in slots if slot.num_pins]
+            if pinned:
+                raise ValueError(
+                    f"keys: got {pinned[0]}, which is acquired; wanted it released before its weights change."
+                )
+            for slot in slots:
+                self._table.forget(slot)
+            self._refill()
+
+    def close(self) -> None:
+        """Drops the queues, waits for what is in flight and gives the memory back. Idempotent."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            for queue in self._queues.values():
+                queue.clear()
+            while self._flights:
+                self._changed.wait()
+        self._accelerator.free(self._buffer)
+
+    # --- under the lock --------------------------------------------------------------------------------------------
+
+    def _slot(self, key: UnitKey) -> Slot:
+        slot = self._table.of(key)
+        assert slot is not None
+        return slot
+
+    def _count(self, **more: float) -> None:
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + value for name, value in more.items()})
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"loading experts failed: {self._error}") from self._error
+        if self._is_closed:
+            raise RuntimeError("the loader is closed")
+
+    def _check_slots(self, purpose: str) -> None:
+        if self._table.are_all_held:
+            raise NoSlotError(
+                f"num_slots: got {self.num_slots}, all of them acquired or taken by the caller, wanted one more "
+                f"{purpose}: release or give back some first, or raise --accelerator-memory."
+            )
+
+    def _demand(self, key: UnitKey) -> None:
+        """Puts ``key`` ahead of everything and launches what can be."""
+        self._check_open()
+        if self._source(key) is None:
+            raise NotLoadableError(f"key: {key} has no weights to load at present, wanted one that the source knows.")
+        phases = [phase for phase, queue in self._queues.items() if key in queue]
+        for phase in phases:
+            del self._queues[phase][key]
+        if not phases:
+            self._count(num_demand_loads=1)
+        self._queues[Phase.EXPERT][key] = None
+        self._queues[Phase.EXPERT].move_to_end(key, last=False)
+        self._refill()
+
+    def _refill(self) -> None:
+        """Launches copies if the window has run down to its last one, or if somebody blocks on one. Wakes who waits."""
+        if len(self._flights) <= 1 or self._demanded is not None:
+            while len(self._flights) < self.window and not self._is_closed and not self._is_slot_awaited:
+                if self._error is not None or not self._launch_next():
+                    break
+        now_s = time.perf_counter()
+        if self._flights or not any(self._queues.values()):
+            if self._idle_since_s is not None:
+                self._count(idle_s=now_s - self._idle_since_s)
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        self._changed.notify_all()
+
+    def _launch_next(self) -> bool:
+        """Launches the most urgent load for which a slot is to be had. Returns whether there was one."""
+        for phase, queue in self._queues.items():
+            while queue:
+                key = next(iter(queue))
+                if self._table.of(key) is not None:
+                    del queue[key]
+                    continue
+                weights = self._source(key)
+                if weights is None:
+                    del queue[key]
+                    self._count(num_dropped=1)
+                    continue
+                slot = self._find_slot(phase, key)
+                if slot is None:
+                    break
+                del queue[key]
+                self._launch(phase, key, slot, weights)
+                return True
+        return False
+
+    def _find_slot(self, phase: Phase, key: UnitKey | None) -> Slot | None:
+        """A slot for ``key`` (None: for the caller), made free if need be; None: all are held or wanted sooner."""
+        is_full = phase is Phase.STAGE and len(self._table.keys) + self.num_reserved >= self.num_slots
+        slot = None if is_full else self._table.free_slot(is_drained=True)
+        if slot is not None:
+            return slot
+        is_blocking = key is None or key == self._demanded
+        found = self._table.victim(may_be_urgent=False)
+        if found is None and is_blocking:
+            found = self._table.victim(may_be_urgent=True)
+        if found is not None:
+            slot, use = found
+            if key is None or phase is Phase.EXPERT or use > self._next_use(key):
+                self._table.forget(slot)
+                self._count(num_evictions=1)
+                return slot
+        return None if is_full else self._table.free_slot(is_drained=False)
+
+    def _launch(self, phase: Phase, key: UnitKey, slot: Slot, weights: Tensor) -> None:
+        numel = weights.numel()
+        if numel > slot.memory.numel():
+            raise ValueError(
+                f"source: got {numel} values for {key}, wanted at most slot_numel = {slot.memory.numel()}."
+            )
+        event = self._accelerator.copy(
+            slot.memory[:numel],
+            weights,
+            "h2d",
+            name=f"load L{key.layer} E{key.expert}",
+            kind="load_expert",
+            after=slot.busy_until,
+            on_done=lambda: self._landed(slot),
+        )
+        # on_done may be on its way already: it waits for the lock that we hold.
+        self._table.occupy(slot, key, numel, event, is_urgent=phase is Phase.EXPERT)
+        self._flights[slot] = _Flight(numel * weights.element_size(), time.perf_counter())
+
+    def _landed(self, slot: Slot) -> None:
+        """A copy has ended. Called from a copy engine's thread."""
+        with self._changed:
+            flight = self._flights.pop(slot)
+            loading, slot.loading = slot.loading, None
+            now_s = time.perf_counter()
+            elapsed_s = now_s - max(flight.launched_s, self._last_landing_s)
+            self._last_landing_s = now_s
+            self._seconds = _FORGETTING * self._seconds + elapsed_s
+            self._bytes = _FORGETTING * self._bytes + flight.num_bytes
+            try:
+                assert loading is not None
+                loading.wait()
+                is_stale = slot.key is None
+                self._count(loaded_bytes=flight.num_bytes, num_loads=1, num_stale_loads=is_stale)
+                if is_stale:
+                    self._table.forget(slot)
+                else:
+                    self._table.changed(slot)
+                self._refill()
+            except Exception as error:
+                self._fail(slot, error)
+
+    def _fail(self, slot: Slot, error: BaseException) -> None:
+        """From here on the computing thread gets ``error`` whenever it acquires or takes something."""
+        self._error = self._error or error
+        if slot.key is not None and slot.loading is None and not slot.num_pins:
+            self._table.forget(slot)
+        self._changed.notify_all()

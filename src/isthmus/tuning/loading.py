@@ -1,0 +1,99 @@
+"""What loaders have in common: phases, errors and statistics; and the loader for where nothing has to be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+from isthmus.spec.model import UnitKey
+from isthmus.tuning.accelerator.base import Event
+
+Source = Callable[[UnitKey], Tensor | None]
+"""The flat host weights of an expert, (numel,); None: there are none to load at present."""
+
+
+class Phase(IntEnum):
+    """Why an expert is queued; the lower, the more urgent."""
+
+    EXPERT = 0
+    """The present layer's router has chosen it."""
+    LAYER = 1
+    """The next layer's router is predicted to choose it."""
+    STAGE = 2
+    """The next stage has often chosen it."""
+
+
+class NotLoadableError(KeyError):
+    """An expert was to be acquired of which the source has no weights."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class NoSlotError(RuntimeError):
+    """Every slot is held by the computing thread itself, so that waiting for one would never end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderStats:
+    """What a loader has done so far."""
+
+    loaded_bytes: int = 0
+    num_loads: int = 0
+    num_demand_loads: int = 0
+    """Loads that nobody had queued when they were needed."""
+    num_stale_loads: int = 0
+    """Loads that landed after their expert had been invalidated."""
+    num_evictions: int = 0
+    num_dropped: int = 0
+    """Queue entries that were replaced or cleared before they came up."""
+    idle_s: float = 0.0
+    """Time in which nothing was in flight although a queue held something: no slot was to be had."""
+
+
+class HostLoader:
+    """Stands in for ``ExpertLoader`` where there is no separate memory: every expert is always where it is computed."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.stats = LoaderStats()
+
+    def set_queue(self, phase: Phase, keys: Sequence[UnitKey]) -> None:
+        """Nothing to load."""
+
+    def clear(self, phase: Phase) -> None:
+        """Nothing is queued."""
+
+    def is_resident(self, key: UnitKey) -> bool:
+        return True
+
+    def is_in_flight(self, key: UnitKey) -> bool:
+        return False
+
+    def estimated_wait_s(self, key: UnitKey) -> float:
+        return 0.0
+
+    def acquire(self, key: UnitKey) -> Tensor:
+        """The host weights themselves. Raises ``NotLoadableError`` if there are none."""
+        weights = self._source(key)
+        if weights is None:
+            raise NotLoadableError(f"key: {key} has no weights at present, wanted one that the source knows.")
+        return weights
+
+    def release(self, key: UnitKey) -> None:
+        """Nothing was pinned."""
+
+    def invalidate(self, keys: Sequence[UnitKey] | None = None) -> None:
+        """There are no copies that could be stale."""
+
+    def take_slot(self) -> Tensor:
+        raise RuntimeError("there are no slots without a separate memory: let the gradient accumulate in the store.")
+
+    def give_slot(self, slot: Tensor, after: Event | None) -> None:
+        raise RuntimeError("there are no slots without a separate memory: none can have been taken.")
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,166 @@
+"""Fits a model into an accelerator: what stays resident, how many slots are left for experts, which stages, which policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isthmus.errors import IsthmusError
+from isthmus.models.moe_model import MoeModel
+from isthmus.planning.problem import CostModel
+from isthmus.planning.stages import map_stages
+from isthmus.profiling.activations import measure_saved_bytes
+from isthmus.spec.model import UnitKey
+from isthmus.spec.plan import Plan, Stage
+from isthmus.spec.profile import Profile
+from isthmus.tuning.accelerator.base import Accelerator
+from isthmus.tuning.data.batches import MicroBatch
+from isthmus.tuning.loader import ExpertLoader, HostLoader
+from isthmus.tuning.measure import measure_profile
+from isthmus.tuning.parameter_store import ParameterStore
+from isthmus.tuning.policies import POLICIES, InPlace, PolicySetup
+from isthmus.tuning.predictor import PopularityPredictor
+from isthmus.tuning.protocols import Loader, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where everything is and will be."""
+
+    plan: Plan
+    profile: Profile
+    loader: Loader
+    policy: Policy
+    predictor: PopularityPredictor | None
+
+
+def place(
+    model: MoeModel,
+    store: ParameterStore,
+    accelerator: Accelerator,
+    example: list[MicroBatch],
+    *,
+    policy: str,
+    num_stages: int | None,
+    num_waves: int | None,
+    num_cpu_threads: int,
+    cpu_speed: float,
+    progress: Callable[[str, float], None],
+) -> Placement:
+    """Plans for steps like ``example``. The dense units must be bound. Blocks while measuring.
+
+    Raises ``IsthmusError`` for an unknown policy, too many stages, or a budget under the minimum (which it states).
+    """
+    if policy not in POLICIES:
+        raise IsthmusError(f"policy: got {policy!r}, wanted one of {', '.join(sorted(POLICIES))}.")
+    spec = model.spec
+    num_tokens = sum(batch.num_tokens for batch in example)
+    profile = measure_profile(
+        model,
+        accelerator,
+        example[0],
+        max_tokens=num_tokens,
+        num_cpu_threads=num_cpu_threads,
+        cpu_speed=cpu_speed,
+        progress=progress,
+    )
+    if not accelerator.is_separate:
+        whole = (Stage(first_layer=0, last_layer=spec.num_layers - 1),)
+        plan = Plan(
+            policy="in-place", stages=whole, num_slots=0, slot_bytes=0, dense_bytes=0, activation_bytes=0, copy_window=1, num_waves=1
+        )
+        return Placement(plan=plan, profile=profile, loader=HostLoader(store.weight), policy=InPlace(), predictor=None)
+    plan = fit(model, store, accelerator, example, profile, policy, num_stages, num_waves)
+    accelerator.reserve(plan.activation_bytes)
+    holder: list[Policy] = []
+    loader = ExpertLoader(
+        accelerator,
+        num_slots=plan.num_slots,
+        slot_numel=_slot_numel(model),
+        dtype=_dtype(model),
+        source=store.weight,
+        window=plan.copy_window,
+        next_use=lambda key: holder[0].next_use(key),
+    )
+    predictor = make_predictor(model, store, accelerator) if policy in ("affinity", "paper") else None
+    setup = PolicySetup(
+        spec=spec,
+        costs=CostModel(profile, spec),
+        plan=plan,
+        loader=loader,
+        num_tokens=num_tokens,
+        predictor=predictor,
+    )
+    holder.append(POLICIES[policy](setup))
+    return Placement(plan=plan, profile=profile, loader=loader, policy=holder[0], predictor=predictor)
+
+
+def fit(
+    model: MoeModel,
+    store: ParameterStore,
+    accelerator: Accelerator,
+    example: list[MicroBatch],
+    profile: Profile,
+    policy: str,
+    num_stages: int | None,
+    num_waves: int | None,
+) -> Plan:
+    """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one expert."""
+    spec = model.spec
+    slot_bytes = _slot_numel(model) * _dtype(model).itemsize
+    activation_bytes = activations(model, example)
+    free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
+    num_units = sum(key.is_expert for key in store.keys)
+    largest_layer = max(layer.num_experts for layer in spec.layers if layer is not None)
+    least = {"resident": num_units + largest_layer, "mobius": 2 * largest_layer, "gpipe-offload": 2 * largest_layer}.get(policy, 2)
+    num_slots = min(free_bytes // slot_bytes, num_units + largest_layer)
+    if num_slots < least:
+        minimum = accelerator.allocated_bytes + activation_bytes + least * slot_bytes
+        raise IsthmusError(
+            f"accelerator_memory: {accelerator.budget_bytes / 2**20:.0f} MiB is under the minimum of {minimum / 2**20:.0f} MiB for policy "
+            f"{policy}: dense weights and gradients {accelerator.allocated_bytes / 2**20:.0f} MiB, activations {activation_bytes / 2**20:.0f} MiB, "
+            f"{least} experts of {slot_bytes / 2**20:.1f} MiB. Raise --accelerator-memory to at least the minimum"
+            + (", or take another policy." if least > 2 else ", or lower --seq-len, --micro-batch-size or --micro-batches.")
+        )
+    stages = map_stages(spec, num_slots=num_slots - largest_layer, num_stages=num_stages)
+    return Plan(
+        policy=policy,
+        stages=stages,
+        num_slots=num_slots,
+        slot_bytes=slot_bytes,
+        dense_bytes=accelerator.allocated_bytes,
+        activation_bytes=activation_bytes,
+        copy_window=profile.copy_window,
+        num_waves=num_waves or min(2, len(example)),
+    )
+
+
+def activations(model: MoeModel, example: list[MicroBatch]) -> int:
+    """Accelerator bytes of one step's activations: what the dense part saves, and the experts' inputs and results."""
+    spec, item = model.spec, _dtype(model).itemsize
+    saved = max(measure_saved_bytes(model, batch.inputs) for batch in example) * len(example)
+    num_tokens = sum(batch.num_tokens for batch in example)
+    experts = [layer for layer in spec.layers if layer is not None]
+    kept = sum(num_tokens * layer.hidden_size * item for layer in experts)
+    widest = max(layer.top_k * (6 * layer.hidden_size + 4 * layer.intermediate_size) for layer in experts)
+    return saved + kept + num_tokens * widest * item
+
+
+def make_predictor(model: MoeModel, store: ParameterStore, accelerator: Accelerator) -> PopularityPredictor:
+    """Starts from the routers' own weights (APTMoE, section 4.2)."""
+    routers: dict[int, tuple[Tensor, int]] = {}
+    for layer in model.spec.moe_layers[1:]:
+        weights = [parameter for parameter in model.routers[layer].parameters() if parameter.dim() == 2]
+        routers[layer] = (weights[0], model.moe_parts[layer].spec.top_k)
+    return PopularityPredictor(routers, device=accelerator.device)
+
+
+def _dtype(model: MoeModel) -> torch.dtype:
+    return torch.bfloat16 if model.dtype == "bf16" else torch.float32
+
+
+def _slot_numel(model: MoeModel) -> int:
+    return max(model.layouts[UnitKey(layer, 0)].numel for layer in model.spec.moe_layers)

@@ -1,0 +1,64 @@
+"""Our policy: whole passes are planned against the three resources at once, and corrected layer by layer as counts arrive."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from isthmus.planning.horizon import PassPlan, plan_pass
+from isthmus.planning.split import split_rule
+from isthmus.spec.model import UnitKey
+from isthmus.spec.plan import LayerSplit
+from isthmus.tuning.loader import Phase
+from isthmus.tuning.policies.base import StagedPolicy
+
+
+class Affinity(StagedPolicy):
+    """Same three phases as the published system, another rule: minimise the makespan of CPU, link and accelerator.
+
+    Between stages, ``plan_pass`` decides for the pass as a whole (historical counts in forward, real ones in backward), in
+    order of need. Its price of a second on the link then guides the decisions inside a layer, so that loading one more
+    expert here is weighed against what the same transfer would save later.
+    """
+
+    name = "affinity"
+
+    def _plan(self, layers: list[int], counts: dict[int, list[int]], *, is_backward: bool) -> PassPlan:
+        problems = [self.problem(layer, counts[layer], is_backward=is_backward) for layer in layers]
+        plan = plan_pass(problems, num_slots=self.setup.plan.num_slots, num_waves=self.setup.plan.num_waves)
+        self._link_price = plan.link_price
+        self.want(UnitKey(layers[position], expert) for position, expert in plan.load_order)
+        return plan
+
+    def plan_forward(self) -> None:
+        layers = list(self.layers)
+        counts = {layer: self.expected_counts(layer) for layer in layers}
+        plan = self._plan(layers, counts, is_backward=False)
+        self._forward = {layer: frozenset(on) for layer, on in zip(layers, plan.on_accelerator, strict=True)}
+
+    def plan_backward(self) -> None:
+        layers = list(reversed(self.layers))
+        plan = self._plan(layers, self.counts, is_backward=True)
+        self._backward = {layer: frozenset(on) for layer, on in zip(layers, plan.on_accelerator, strict=True)}
+
+    def enter_stage(self, stage: int) -> None:
+        pass
+
+    def _decide(self, layer: int, counts_E: list[int], *, is_backward: bool) -> LayerSplit:
+        problem = self.problem(layer, counts_E, is_backward=is_backward)
+        split = split_rule("affinity")(problem, link_price=self._link_price)
+        self.loader.set_queue(Phase.EXPERT, [UnitKey(layer, expert) for expert in split.load_order])
+        return split
+
+    def split_forward(self, layer: int, counts_E: list[int], hidden_TH: Tensor, index_Tk: Tensor) -> LayerSplit:
+        split = self._decide(layer, counts_E, is_backward=False)
+        following = next((other for other in self.layers if other > layer), None)
+        predictor = self.setup.predictor
+        if following is not None and predictor is not None and following in self._ready:
+            predicted = predictor.predict(following, hidden_TH)
+            problem = self.problem(following, predicted, is_backward=False)
+            ahead = split_rule("affinity")(problem, link_price=self._link_price)
+            self.loader.set_queue(Phase.LAYER, [UnitKey(following, expert) for expert in ahead.load_order])
+        return split
+
+    def decide_backward(self, layer: int) -> LayerSplit:
+        return self._decide(layer, self.counts[layer], is_backward=True)

@@ -1,0 +1,86 @@
+"""Predicts which experts the tokens of a layer will choose, one MoE layer ahead (APTMoE, section 4.2, inter-layer phase).
+
+Legend: ``T`` tokens, ``H`` hidden size, ``E`` experts, ``k`` choices per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(slots=True)
+class PredictorQuality:
+    """Sums over everything predicted so far."""
+
+    right_choices: int = 0
+    choices: int = 0
+    right_quarter: int = 0
+    quarter: int = 0
+
+    @property
+    def token_accuracy(self) -> float | None:
+        """Share of the experts chosen by tokens that were predicted."""
+        return self.right_choices / self.choices if self.choices else None
+
+    @property
+    def least_popular_quarter_accuracy(self) -> float | None:
+        """Share of a layer's least popular quarter of experts that were predicted to be in it."""
+        return self.right_quarter / self.quarter if self.quarter else None
+
+
+class PopularityPredictor:
+    """One linear layer per MoE layer, of its router's shape, fed with what the router BEFORE it sees.
+
+    Starts from the target router's weights and learns online from the target's real choices (plain SGD on the
+    cross-entropy against the chosen experts). Reads the model, never changes it.
+    """
+
+    def __init__(self, routers: dict[int, tuple[Tensor, int]], *, learning_rate: float = 0.1, device: torch.device) -> None:
+        """``routers``: layer -> (router weight (E, H), k)."""
+        self._weights = {layer: weight.detach().to(device, torch.float32).clone() for layer, (weight, _) in routers.items()}
+        self._top_k = {layer: k for layer, (_, k) in routers.items()}
+        self._learning_rate = learning_rate
+        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.quality = PredictorQuality()
+
+    @torch.no_grad()
+    def predict(self, layer: int, previous_hidden_TH: Tensor) -> list[int]:
+        """Predicted tokens per expert of ``layer``, from the hidden states that the previous MoE layer's router saw."""
+        inputs_TH = functional.normalize(previous_hidden_TH.float(), dim=-1)
+        choice_Tk = (inputs_TH @ self._weights[layer].T).topk(self._top_k[layer], dim=-1).indices
+        self._seen.setdefault(layer, []).append((inputs_TH, choice_Tk))
+        return torch.bincount(choice_Tk.reshape(-1), minlength=self._weights[layer].shape[0]).tolist()
+
+    @torch.no_grad()
+    def learn(self, layer: int, index_Tk: Tensor) -> None:
+        """Scores the oldest open prediction of ``layer`` against the router's real choices (T, k), then learns from them."""
+        seen = self._seen.get(layer)
+        if not seen:
+            return
+        inputs_TH, choice_Tk = seen.pop(0)
+        weight_EH = self._weights[layer]
+        num_experts = weight_EH.shape[0]
+        real_TE = torch.zeros(len(inputs_TH), num_experts + 1, device=weight_EH.device)
+        real_TE = real_TE.scatter_(1, index_Tk, 1.0)[:, :num_experts]
+        quality = self.quality
+        quality.right_choices += int(real_TE.gather(1, choice_Tk).sum())
+        quality.choices += int(real_TE.sum())
+        quarter = max(1, num_experts // 4)
+        predicted_E = torch.bincount(choice_Tk.reshape(-1), minlength=num_experts)
+        least = set(real_TE.sum(0).argsort(stable=True)[:quarter].tolist())
+        quality.right_quarter += len(least & set(predicted_E.argsort(stable=True)[:quarter].tolist()))
+        quality.quarter += quarter
+        target_TE = real_TE / real_TE.sum(1, keepdim=True).clamp_min(1.0)
+        error_TE = torch.softmax(inputs_TH @ weight_EH.T, dim=-1) - target_TE
+        weight_EH -= self._learning_rate * (error_TE.T @ inputs_TH) * (num_experts / len(inputs_TH))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {str(layer): weight for layer, weight in self._weights.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for layer, weight in state.items():
+            self._weights[int(layer)].copy_(weight)

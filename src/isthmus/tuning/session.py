@@ -1,0 +1,241 @@
+"""Puts a model, its parameters, an accelerator and a policy together into something that can take training steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from isthmus.models.config import load_config
+from isthmus.models.expert_math import ExpertMath
+from isthmus.models.moe_model import MoeModel
+from isthmus.models.reader import read_checkpoint
+from isthmus.reporting.recorder import Recorder
+from isthmus.spec.model import OUTER_LAYER
+from isthmus.spec.plan import Plan
+from isthmus.spec.profile import Profile
+from isthmus.tuning.accelerator import create
+from isthmus.tuning.accelerator.base import Accelerator
+from isthmus.tuning.cpu_worker import CpuWorker
+from isthmus.tuning.data.batches import MicroBatch
+from isthmus.tuning.dense import DenseUnits
+from isthmus.tuning.engine import Engine, StepCounts
+from isthmus.tuning.gradients import GradientSink
+from isthmus.tuning.host_buffers import HostBuffers
+from isthmus.tuning.optimizer import StoreOptimizer
+from isthmus.tuning.parameter_store import ParameterStore
+from isthmus.tuning.placement import Placement, place
+from isthmus.tuning.step_optimizer import StepOptimizer
+from isthmus.tuning.wave import Resources
+from isthmus.units import Emulation
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How to train, apart from the data. Names and meanings are those of ``isthmus tune``."""
+
+    dtype: str = "fp32"
+    policy: str = "affinity"
+    accelerator: str = "auto"
+    accelerator_memory_bytes: int | None = None
+    emulation: Emulation | None = None
+    cpu_speed: float = 1.0
+    num_stages: int | None = None
+    num_layers: int | None = None
+    num_waves: int | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """One optimizer step. Bytes are what was copied since the step before; ``is_finite`` False: nothing was changed."""
+
+    loss: float
+    gradient_norm: float
+    num_tokens: int
+    h2d_bytes: int
+    d2h_bytes: int
+    counts: StepCounts
+    is_finite: bool = True
+
+
+class Session:
+    """A model in training. ``close`` ends its threads and gives memory back; use it as a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        options: SessionOptions,
+        example: list[MicroBatch],
+        recorder: Recorder,
+        progress: Callable[[str, float], None] = lambda text, fraction: None,
+    ) -> None:
+        """Reads the checkpoint at ``path`` and measures what the plan needs. ``example``: one step's micro-batches, for their sizes."""
+        self.options = options
+        self.recorder = recorder
+        self.path = path
+        self.model = MoeModel.build(load_config(path, num_layers=options.num_layers), options.dtype)
+        self.model.module.train()
+        emulation = options.emulation or {}
+        self.accelerator: Accelerator = create(
+            options.accelerator,
+            budget_bytes=options.accelerator_memory_bytes,
+            recorder=recorder,
+            **{name: value for name, value in emulation.items() if name != "num_threads"},
+        )
+        self._worker: CpuWorker | None = None
+        try:
+            self._build(example, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, example: list[MicroBatch], progress: Callable[[str, float], None]) -> None:
+        options, accelerator, model = self.options, self.accelerator, self.model
+        self.store = ParameterStore(model.layouts, accelerator.allocate_host)
+        read_checkpoint(
+            self.path, model, lambda key: self.store.named(key, "master"), progress=lambda done: progress("reading weights", done)
+        )
+        for key in self.store.keys:
+            self.store.publish(key)
+        self.optimizer = StoreOptimizer(
+            self.store,
+            learning_rate=0.0,
+            betas=options.betas,
+            eps=options.epsilon,
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm,
+        )
+        num_threads, num_cpu_threads = thread_split(accelerator, options.emulation)
+        torch.set_num_threads(num_threads)
+        if accelerator.is_separate:
+            self._worker = CpuWorker(self.recorder, num_threads=num_cpu_threads, speed=options.cpu_speed)
+        math = {
+            layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers
+        }
+        self.steps = StepOptimizer(
+            self.optimizer,
+            self.store.keys,
+            self._worker,
+            on_step=lambda: self.placement.policy.begin_step(),
+            on_layer_stepped=self._layer_stepped,
+        )
+        self.dense = DenseUnits(model, self.store, accelerator, self.optimizer, self.steps.complete)
+        for layer in range(OUTER_LAYER, model.spec.num_layers):
+            self.dense.upload(layer)
+            self.dense.wait(layer)
+        self.placement: Placement = place(
+            model,
+            self.store,
+            accelerator,
+            example,
+            policy=options.policy,
+            num_stages=options.num_stages,
+            num_waves=options.num_waves,
+            num_cpu_threads=num_cpu_threads,
+            cpu_speed=options.cpu_speed,
+            progress=progress,
+        )
+        resources = Resources(
+            accelerator=accelerator,
+            loader=self.placement.loader,
+            store=self.store,
+            gradients=GradientSink(accelerator, self.placement.loader, self.optimizer, self.steps.complete),
+            buffers=HostBuffers(accelerator.allocate_host),
+            worker=self._worker,
+            math=math,
+            keep_activations=not accelerator.is_separate,
+        )
+        self.engine = Engine(
+            model, resources, self.dense, self.placement.policy, self.steps, num_waves=self.placement.plan.num_waves
+        )
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """To be called after the masters in the store were written from outside (a checkpoint was loaded)."""
+        for key in self.store.keys:
+            self.store.publish(key)
+        self.placement.policy.begin_step()
+        for layer in range(OUTER_LAYER, self.model.spec.num_layers):
+            self._layer_stepped(layer)
+
+    def _layer_stepped(self, layer: int) -> None:
+        self.dense.upload(layer)
+        self.placement.policy.layer_ready(layer)
+
+    @property
+    def plan(self) -> Plan:
+        return self.placement.plan
+
+    @property
+    def profile(self) -> Profile:
+        return self.placement.profile
+
+    def train_step(self, batches: list[MicroBatch], *, step: int, learning_rate: float) -> StepOutcome:
+        """One optimizer step (numbered from 1). The update overlaps whatever comes next; ``finish`` waits for it.
+
+        A loss or gradient that is not finite changes no parameter; the outcome says so.
+        """
+        before = self.accelerator.copied_bytes()
+        start_s = self.recorder.now_s()
+        loss = self.engine.train_step(batches, seed=self.options.seed * 1_000_003 + step)
+        is_finite = loss == loss and abs(loss) != float("inf")
+        norm = self.steps.begin(step, learning_rate) if is_finite else float("nan")
+        self.recorder.step(step, start_s, self.recorder.now_s())
+        after = self.accelerator.copied_bytes()
+        return StepOutcome(
+            loss=loss,
+            gradient_norm=norm,
+            num_tokens=sum(batch.num_tokens for batch in batches),
+            h2d_bytes=after["h2d"] - before["h2d"],
+            d2h_bytes=after["d2h"] - before["d2h"],
+            counts=self.engine.counts,
+            is_finite=is_finite,
+        )
+
+    def evaluate(self, batches: list[MicroBatch], *, at_once: int = 4) -> float:
+        """Mean loss over the label tokens of all the given micro-batches, ``at_once`` of which run together."""
+        parts = [batches[start : start + at_once] for start in range(0, len(batches), at_once)]
+        losses = [(self.engine.evaluate(part), sum(batch.num_label_tokens for batch in part)) for part in parts]
+        return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+
+    def finish(self) -> None:
+        """Blocks until all weights on the host are those after the last step."""
+        self.steps.wait()
+        self.accelerator.synchronize()
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._worker is not None:
+            self._worker.close()
+        placement = getattr(self, "placement", None)
+        if placement is not None:
+            placement.loader.close()
+        self.accelerator.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def thread_split(accelerator: Accelerator, emulation: Mapping[str, object] | None) -> tuple[int, int]:
+    """(threads of the computing thread, threads of the CPU experts) on the cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
+    if not accelerator.is_separate:
+        return cores, cores
+    if accelerator.device.type == "cuda":
+        return 1, max(1, cores - 1)
+    own = int((emulation or {}).get("num_threads", max(1, cores // 2)))
+    return own, max(1, cores - own)
+
+

@@ -1,0 +1,127 @@
+"""When optimizer steps run: on the CPU, layer by layer in the order in which the next forward pass needs them.
+
+Clipping by the global norm needs every gradient first, so the step cannot start inside the backward pass. It overlaps the
+next forward pass instead: layer l's weights need only be new when layer l is loaded or computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+
+from isthmus.spec.model import OUTER_LAYER, UnitKey
+from isthmus.tuning.cpu_worker import CpuWorker
+from isthmus.tuning.optimizer import StoreOptimizer
+
+NORM_PRIORITY = 1e6
+"""Norms of gradients wait behind experts' backward, which the accelerator waits for."""
+
+
+class StepOptimizer:
+    """Runs ``StoreOptimizer`` on the CPU worker, or in place where there is none.
+
+    ``on_step()`` is called before the first weight changes, ``on_layer_stepped(layer)`` when all weights of a layer are new
+    (from the worker's thread, if there is one).
+    """
+
+    def __init__(
+        self,
+        optimizer: StoreOptimizer,
+        keys: Iterable[UnitKey],
+        worker: CpuWorker | None,
+        on_step: Callable[[], None],
+        on_layer_stepped: Callable[[int], None],
+    ) -> None:
+        self.optimizer = optimizer
+        self.worker = worker
+        self.on_step = on_step
+        self.on_layer_stepped = on_layer_stepped
+        self._layers: dict[int, list[UnitKey]] = {}
+        for key in sorted(keys):
+            self._layers.setdefault(key.layer, []).append(key)
+        self._condition = threading.Condition()
+        self._expected: set[UnitKey] = set()
+        self._norms: list[Future] = []
+        self._steps: dict[int, Future] = {}
+        self._is_stepping = False
+
+    def expect(self, keys: Iterable[UnitKey]) -> None:
+        """These units will get a gradient in this step; ``complete`` must be called for each."""
+        with self._condition:
+            self._expected.update(keys)
+
+    def complete(self, key: UnitKey) -> None:
+        """The unit's whole gradient lies in the store. From any thread."""
+        if self.worker is None:
+            self.optimizer.finish_gradient(key)
+        else:
+            norm = self.worker.submit(
+                lambda: self.optimizer.finish_gradient(key), priority=NORM_PRIORITY, lane="optimizer", name="norm", kind="norm"
+            )
+            self._norms.append(norm)
+        with self._condition:
+            self._expected.discard(key)
+            self._condition.notify_all()
+
+    def begin(self, step: int, learning_rate: float) -> float:
+        """Waits for all gradients, fixes the clip coefficient and starts the steps. Returns the global gradient norm.
+
+        Raises ``NonFiniteGradient`` before anything is changed.
+        """
+        with self._condition:
+            while self._expected:
+                if not self._condition.wait(timeout=300.0):
+                    raise RuntimeError(f"gradients of {sorted(self._expected)[:4]} … did not arrive within 300 s")
+        for norm in self._norms:
+            norm.result()
+        self._norms.clear()
+        norm = self.optimizer.begin_step(step, learning_rate)
+        self._is_stepping = True
+        self.on_step()
+        for layer in sorted(self._layers):
+            self._start(layer)
+        return norm
+
+    def _start(self, layer: int) -> None:
+        keys = self._layers[layer]
+        if self.worker is None:
+            self.optimizer.step_units(keys)
+            self.on_layer_stepped(layer)
+            return
+        for position in range(0, len(keys), 4):
+            part = keys[position : position + 4]
+            is_last = position + 4 >= len(keys)
+
+            def task(part: list[UnitKey] = part, is_last: bool = is_last) -> None:
+                self.optimizer.step_units(part)
+                if is_last:
+                    self.on_layer_stepped(layer)
+
+            self._steps[layer] = self.worker.submit(
+                task, priority=forward_priority(layer) - 0.5, lane="optimizer", name=f"AdamW L{layer}", kind="optimizer"
+            )
+
+    def wait_layer(self, layer: int) -> None:
+        """Blocks until the layer's weights are new. Raises what its step raised."""
+        future = self._steps.pop(layer, None)
+        if future is not None:
+            future.result()
+
+    def wait(self) -> None:
+        """Blocks until all weights are new, and closes the step, if one is under way."""
+        for layer in list(self._steps):
+            self.wait_layer(layer)
+        if self._is_stepping:
+            self.optimizer.end_step()
+            self._is_stepping = False
+
+
+def forward_priority(layer: int) -> float:
+    """Urgency of CPU work in the forward pass: earlier layers first. A layer's optimizer step comes just before its experts."""
+    return float(layer - OUTER_LAYER)
+
+
+def backward_priority(layer: int, num_layers: int) -> float:
+    """As ``forward_priority`` for the backward pass: later layers first, all of them after the forward pass."""
+    return float(2 * num_layers - layer + 1)

@@ -1,0 +1,315 @@
+"""The routed experts of one layer for one wave of micro-batches: some on the accelerator, the rest on the CPU, at once.
+
+Legend: ``T`` tokens of the wave, ``k`` choices per token, ``H`` hidden size, ``S`` routed pairs (token, expert), sorted so
+that the pairs of one expert lie together: first the CPU's experts, then the accelerator's.
+
+Tokens travel, weights of CPU experts do not: the CPU's rows of the hidden states go to the host, its results come back
+(APTMoE, section 4.1). Nothing but the hidden states, the routing and (optionally) the pre-activations is kept for
+backward; the rest is recomputed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from isthmus.models.expert_math import ExpertMath
+from isthmus.models.routing import Routing, combine, sort_by_expert
+from isthmus.spec.model import UnitKey
+from isthmus.spec.plan import LayerSplit
+from isthmus.tuning.accelerator.base import Accelerator, Event
+from isthmus.tuning.cpu_worker import CpuWorker
+from isthmus.tuning.gradients import GradientSink
+from isthmus.tuning.host_buffers import HostBuffers
+from isthmus.tuning.parameter_store import ParameterStore
+from isthmus.tuning.protocols import Loader
+from isthmus.tuning.tape import ExpertsCall
+
+
+@dataclass(slots=True)
+class Resources:
+    """What every wave works with. ``worker`` is None when there is no separate accelerator: all experts then run in place."""
+
+    accelerator: Accelerator
+    loader: Loader
+    store: ParameterStore
+    gradients: GradientSink
+    buffers: HostBuffers
+    worker: CpuWorker | None
+    math: dict[int, ExpertMath]
+    keep_activations: bool
+    """Whether pre-activations are kept from forward for backward (else recomputed)."""
+
+
+@dataclass(slots=True)
+class Wave:
+    """The calls of some micro-batches to one layer's experts, concatenated."""
+
+    layer: int
+    calls: list[ExpertsCall]
+    hidden_TH: Tensor
+    index_Tk: Tensor
+    weights_Tk: Tensor
+    counts_E: list[int]
+    saved: dict[tuple[int, bool], object] = field(default_factory=dict)
+    """(expert, on CPU) -> what forward kept for backward."""
+
+    @classmethod
+    def of(cls, calls: list[ExpertsCall], num_experts: int) -> Wave:
+        """Merges the calls. Blocks on a GPU until the routing is known on the host."""
+
+        def merge(parts: list[Tensor]) -> Tensor:
+            parts = [part.detach() for part in parts]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        index_Tk = merge([call.index for call in calls])
+        counts_E = torch.bincount(index_Tk.reshape(-1), minlength=num_experts + 1)[:num_experts].tolist()
+        return cls(
+            layer=calls[0].layer,
+            calls=calls,
+            hidden_TH=merge([call.hidden for call in calls]),
+            index_Tk=index_Tk,
+            weights_Tk=merge([call.weights for call in calls]),
+            counts_E=counts_E,
+        )
+
+    def part(self, rows_T: Tensor) -> list[Tensor]:
+        """Splits rows of the wave (T, …) back into one tensor per call."""
+        return list(rows_T.split([call.hidden.shape[0] for call in self.calls]))
+
+
+class WavePass:
+    """What forward and backward share: who computes which rows, and the way of the CPU's rows to the host and back."""
+
+    def __init__(self, resources: Resources, wave: Wave, split: LayerSplit, *, priority: float, name: str) -> None:
+        self.resources = resources
+        self.wave = wave
+        self.math = resources.math[wave.layer]
+        self.priority = priority
+        self.name = name
+        counts = wave.counts_E
+        self.on_cpu = [expert for expert in split.on_cpu if counts[expert]]
+        self.on_accelerator = [expert for expert in split.on_accelerator if counts[expert]]
+        order = self.on_cpu + self.on_accelerator
+        rank = torch.full((len(counts) + 1,), len(order), dtype=torch.int64)
+        rank[order] = torch.arange(len(order))
+        self.routing: Routing = sort_by_expert(rank.to(wave.index_Tk.device)[wave.index_Tk], len(order))
+        self.num_cpu_rows = sum(counts[expert] for expert in self.on_cpu)
+        bounds = [0]
+        for expert in order:
+            bounds.append(bounds[-1] + counts[expert])
+        self.rows = {expert: slice(bounds[i], bounds[i + 1]) for i, expert in enumerate(order)}
+        self.weights_S = wave.weights_Tk.reshape(-1)[self.routing.order_S]
+        self._cpu: Future | None = None
+        self._landed: Event | None = None
+        self._lent: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def key(self, expert: int) -> UnitKey:
+        return UnitKey(self.wave.layer, expert)
+
+    def to_host(self, rows_CH: Tensor) -> tuple[Tensor, Event]:
+        """Starts bringing rows to the host; the host tensor may be read once the event has happened."""
+        resources = self.resources
+        host = resources.buffers.take(tuple(rows_CH.shape), rows_CH.dtype)
+        self._lent.append(host)
+        self._kept.append(rows_CH)
+        event = resources.accelerator.copy(
+            host, rows_CH, "d2h", name=f"{self.name} tokens", kind="tokens", after=resources.accelerator.record()
+        )
+        return host, event
+
+    def start_cpu(self, task: Callable[[], list[tuple[Tensor, Tensor]]], *, kind: str) -> None:
+        """Queues the CPU's part. ``task`` returns (host result, its place on the accelerator) pairs, which then travel back."""
+        resources = self.resources
+        assert resources.worker is not None
+        free = resources.accelerator.record()
+
+        def run() -> None:
+            for host, place in task():
+                self._landed = resources.accelerator.copy(
+                    place, host, "h2d", name=f"{self.name} results", kind="tokens", after=free
+                )
+
+        self._cpu = resources.worker.submit(
+            run, priority=self.priority, name=self.name, kind=kind, num_tokens=self.num_cpu_rows
+        )
+
+    def join_cpu(self) -> None:
+        """Makes compute wait for the CPU's part. Blocks until the CPU has ended."""
+        if self._cpu is None:
+            return
+        resources = self.resources
+        recorder = resources.accelerator.recorder
+        start_s = recorder.now_s()
+        self._cpu.result()
+        if recorder.now_s() - start_s > 50e-6:
+            recorder.add("accelerator", f"{self.name}: CPU experts", start_s, recorder.now_s(), kind="wait")
+        assert self._landed is not None
+        resources.accelerator.wait_for(self._landed)
+        self._landed.wait()
+        for buffer in self._lent:
+            resources.buffers.give(buffer)
+        self._lent, self._kept, self._cpu = [], [], None
+
+
+class ForwardPass(WavePass):
+    """Forward of one wave. ``start`` queues and computes what can be; ``finish`` waits for the rest."""
+
+    def start(self) -> None:
+        wave, resources = self.wave, self.resources
+        self.inputs_SH = wave.hidden_TH[self.routing.token_S]
+        self.outputs_SH = torch.empty_like(self.inputs_SH)
+        if self.on_cpu:
+            rows = slice(0, self.num_cpu_rows)
+            inputs, arrived = self.to_host(self.inputs_SH[rows])
+            pair_weights = self.weights_S[rows].to("cpu")
+            result = resources.buffers.take(tuple(inputs.shape), inputs.dtype)
+            self._lent.append(result)
+            place = self.outputs_SH[rows]
+
+            def task() -> list[tuple[Tensor, Tensor]]:
+                arrived.wait()
+                self._compute(self.on_cpu, inputs, pair_weights, result, on_cpu=True)
+                return [(result, place)]
+
+            self.start_cpu(task, kind="expert_forward")
+        ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
+        self._on_accelerator(ready)
+        self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
+
+    def _on_accelerator(self, experts: list[int]) -> None:
+        if not experts:
+            return
+        start, stop = self.rows[experts[0]].start, self.rows[experts[-1]].stop
+        if stop - start == sum(self.wave.counts_E[expert] for expert in experts):
+            groups = [experts]
+        else:
+            groups = [[expert] for expert in experts]
+        for group in groups:
+            rows = slice(self.rows[group[0]].start, self.rows[group[-1]].stop)
+            self._compute(group, self.inputs_SH[rows], self.weights_S[rows], self.outputs_SH[rows], on_cpu=False)
+
+    def _compute(self, experts: list[int], inputs: Tensor, pair_weights: Tensor, result: Tensor, *, on_cpu: bool) -> None:
+        wave, resources = self.wave, self.resources
+        counts = [wave.counts_E[expert] for expert in experts]
+        keep = resources.keep_activations
+        keys = [self.key(expert) for expert in experts]
+        if on_cpu:
+            weights = [resources.store.named(key) for key in keys]
+            output, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep)
+        else:
+            flats = [resources.loader.acquire(key) for key in keys]
+            weights = [self.math.views(flat) for flat in flats]
+            if resources.accelerator.is_separate:
+                resources.accelerator.require_resident(*flats)
+            with resources.accelerator.compute(self.name, kind="expert_forward", num_tokens=sum(counts)):
+                output, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep)
+            for key in keys:
+                resources.loader.release(key)
+        result.copy_(output)
+        if keep and saved is not None:
+            for expert, kept in zip(experts, saved, strict=True):
+                wave.saved[expert, on_cpu] = kept
+
+    def finish(self) -> list[Tensor]:
+        """One output (T, H) per call. Blocks until the CPU's part and late loads are in."""
+        for expert in self._late:
+            self._on_accelerator([expert])
+        self.join_cpu()
+        wave = self.wave
+        output_TH = combine(self.outputs_SH, self.routing, *wave.weights_Tk.shape)
+        return wave.part(output_TH)
+
+
+class BackwardPass(WavePass):
+    """Backward of one wave, given d loss / d output."""
+
+    def start(self, gradient_TH: Tensor) -> None:
+        wave, resources = self.wave, self.resources
+        self.inputs_SH = wave.hidden_TH[self.routing.token_S]
+        self.gradients_SH = gradient_TH[self.routing.token_S]
+        self.input_gradients_SH = torch.empty_like(self.inputs_SH)
+        self.weight_gradients_S = torch.empty_like(self.weights_S)
+        if self.on_cpu:
+            rows = slice(0, self.num_cpu_rows)
+            inputs, arrived = self.to_host(self.inputs_SH[rows])
+            gradients, arrived_too = self.to_host(self.gradients_SH[rows])
+            pair_weights = self.weights_S[rows].to("cpu")
+            result = resources.buffers.take(tuple(inputs.shape), inputs.dtype)
+            result_weights = resources.buffers.take(tuple(pair_weights.shape), pair_weights.dtype)
+            self._lent += [result, result_weights]
+            places = self.input_gradients_SH[rows], self.weight_gradients_S[rows]
+
+            def task() -> list[tuple[Tensor, Tensor]]:
+                arrived.wait()
+                arrived_too.wait()
+                self._compute(self.on_cpu, inputs, gradients, pair_weights, result, result_weights, on_cpu=True)
+                return [(result, places[0]), (result_weights, places[1])]
+
+            self.start_cpu(task, kind="expert_backward")
+        ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
+        for expert in ready:
+            self._on_accelerator(expert)
+        self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
+
+    def _on_accelerator(self, expert: int) -> None:
+        rows = self.rows[expert]
+        self._compute(
+            [expert],
+            self.inputs_SH[rows],
+            self.gradients_SH[rows],
+            self.weights_S[rows],
+            self.input_gradients_SH[rows],
+            self.weight_gradients_S[rows],
+            on_cpu=False,
+        )
+
+    def _compute(
+        self,
+        experts: list[int],
+        inputs: Tensor,
+        gradients: Tensor,
+        pair_weights: Tensor,
+        result: Tensor,
+        result_weights: Tensor,
+        *,
+        on_cpu: bool,
+    ) -> None:
+        wave, resources, math = self.wave, self.resources, self.math
+        counts = [wave.counts_E[expert] for expert in experts]
+        keys = [self.key(expert) for expert in experts]
+        places = [resources.gradients.open(key, on_cpu=on_cpu) for key in keys]
+        saved = [wave.saved.pop((expert, on_cpu), None) for expert in experts]
+        arguments = (counts, inputs, pair_weights, gradients, saved, [math.views(flat) for flat, _ in places])
+        accumulate = [adds for _, adds in places]
+        if on_cpu:
+            weights = [resources.store.named(key) for key in keys]
+            dx, ds = math.backward_many(weights, *arguments, accumulate=accumulate)
+        else:
+            flats = [resources.loader.acquire(key) for key in keys]
+            if resources.accelerator.is_separate:
+                resources.accelerator.require_resident(*flats, *(flat for flat, _ in places))
+            with resources.accelerator.compute(self.name, kind="expert_backward", num_tokens=sum(counts)):
+                dx, ds = math.backward_many([math.views(flat) for flat in flats], *arguments, accumulate=accumulate)
+            for key in keys:
+                resources.loader.release(key)
+        result.copy_(dx)
+        result_weights.copy_(ds)
+
+    def finish(self) -> list[tuple[Tensor, Tensor]]:
+        """(d hidden (T, H), d weights (T, k)) per call. Blocks like ``ForwardPass.finish``."""
+        for expert in self._late:
+            self._on_accelerator(expert)
+        self.join_cpu()
+        wave = self.wave
+        hidden_gradient_TH = combine(self.input_gradients_SH, self.routing, *wave.weights_Tk.shape)
+        weights_gradient = torch.zeros_like(wave.weights_Tk).reshape(-1)
+        weights_gradient[self.routing.order_S] = self.weight_gradients_S
+        wave.saved.clear()
+        parts = wave.part(weights_gradient.reshape(wave.weights_Tk.shape))
+        return list(zip(wave.part(hidden_gradient_TH), parts, strict=True))

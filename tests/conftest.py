@@ -1,0 +1,23 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No test may depend on how fast the machine is.
+settings.register_profile("isthmus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("isthmus")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of shared data: ``ISTHMUS_SHARED``, or ``shared`` beside the repository. Skips without it."""
+    default = Path(__file__).parent.parent.parent / "shared"
+    folder = Path(os.environ.get("ISTHMUS_SHARED", default))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data: {folder} is no directory; set ISTHMUS_SHARED to the one that holds data/")
+    return folder
