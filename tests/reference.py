@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from isthmus.tuning.data import MicroBatch
+from isthmus.tuning.data import MicroBatch, keep_documents_apart
 
 
 @dataclass
@@ -29,6 +29,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
                 module.forward = _weighted_sum.__get__(module)
     else:
         model.set_experts_implementation("eager")
+    keep_documents_apart(model)
     return model.train()
 
 
@@ -53,7 +54,12 @@ def train(
     """Losses are means over label tokens, as a step over all micro-batches at once would give."""
     model = load(path, dtype)
     before = state(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    # As in our runs, low-precision weights are rounded from FP32 masters, which are what AdamW updates.
+    masters = {
+        parameter: parameter if parameter.dtype == torch.float32 else torch.nn.Parameter(parameter.detach().float())
+        for parameter in model.parameters()
+    }
+    optimizer = torch.optim.AdamW(masters.values(), lr=learning_rate, weight_decay=weight_decay)
     coefficients = (getattr(model.config, name, 0.0) or 0.0 for name in ("router_aux_loss_coef", "router_z_loss_coef"))
     arguments = {"use_cache": False}
     if any(value > 0 for value in coefficients):
@@ -72,7 +78,12 @@ def train(
             step_loss += float(loss.detach())
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        for parameter, master in masters.items():
+            master.grad = parameter.grad if master is parameter else parameter.grad.float()
         optimizer.step()
+        with torch.no_grad():
+            for parameter, master in masters.items():
+                parameter.copy_(master)
         losses.append(step_loss)
     return Reference(losses, before, state(model))
 

@@ -327,6 +327,27 @@ def test_emulated_link_time_is_latency_plus_bytes_over_rate_without_gaps() -> No
         assert spans[-1].end_s <= end_s, "an event may not happen before the link has delivered"
 
 
+def test_emulated_link_stays_busy_when_the_end_of_a_copy_queues_the_next() -> None:
+    recorder = Recorder()
+    with create(
+        "emulated", budget_bytes=BUDGET_BYTES, recorder=recorder, h2d_bytes_per_s=1e8, d2h_bytes_per_s=1e8
+    ) as accelerator:
+        there, host = accelerator.allocate((10_000,), torch.uint8), accelerator.allocate_host((10_000,), torch.uint8)
+        left = threading.Semaphore(9)
+        finished = threading.Event()
+
+        def again() -> None:
+            if left.acquire(blocking=False):
+                accelerator.copy(there, host, "h2d", on_done=again)
+            else:
+                finished.set()
+
+        again()
+        assert finished.wait(10)
+    spans = recorder.timeline().spans
+    assert len(spans) == 9 and all(later.start_s == earlier.end_s for earlier, later in pairwise(spans))
+
+
 # --- errors and the end -----------------------------------------------------------------------------------------------
 
 

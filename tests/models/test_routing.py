@@ -57,5 +57,5 @@ def test_an_index_beyond_no_expert_is_refused() -> None:
 
 def test_a_wrong_number_of_tokens_is_refused() -> None:
     routing = sort_by_expert(torch.tensor([[0], [1]]), 2)
-    with pytest.raises(ValueError, match="num_tokens: got 3, wanted 2"):
+    with pytest.raises(ValueError, match="num_tokens: got 3, wanted as many as were routed: 2"):
         combine(torch.ones(2, HIDDEN), routing, 3, 1)

@@ -92,7 +92,7 @@ def skewed_pass(seed: int, *, num_layers: int, num_experts: int, is_backward: bo
 
 
 def test_plans_of_tiny_passes_are_close_to_the_best_of_all_thresholds() -> None:
-    """Three layers of four experts, all 5³ choices. Measured over 300 such passes: mean 1.0003, worst 1.05."""
+    """Three layers of four experts, all 5³ choices. Measured over 300 such passes: mean 1.0002, worst 1.03."""
     gaps = []
     for seed in range(60):
         problems = skewed_pass(seed, num_layers=3, num_experts=4, is_backward=seed % 2 == 1)
@@ -100,8 +100,8 @@ def test_plans_of_tiny_passes_are_close_to_the_best_of_all_thresholds() -> None:
         limits = [range(sum(count > 0 for count in problem.counts) + 1) for problem in problems]
         best_s = min(end_s(problems, [(0, k) for k in ks], slots, waves) for ks in product(*limits))
         gaps.append(plan_pass(problems, num_slots=slots, num_waves=waves).predicted_s / best_s)
-    assert np.mean(gaps) < 1.003
-    assert max(gaps) < 1.06
+    assert np.mean(gaps) < 1.001
+    assert max(gaps) < 1.04
 
 
 @settings(max_examples=20)
@@ -109,7 +109,7 @@ def test_plans_of_tiny_passes_are_close_to_the_best_of_all_thresholds() -> None:
 def test_the_link_price_is_zero_only_if_the_link_is_no_bottleneck(seed: int) -> None:
     problems = skewed_pass(seed, num_layers=6, num_experts=8)
     fast = [dataclasses.replace(p, load_s=1e-7, token_h2d_s=0.0, token_d2h_s=0.0) for p in problems]
-    slow = [dataclasses.replace(p, load_s=p.load_s * 10) for p in problems]
+    slow = [dataclasses.replace(p, load_s=1.0) for p in problems]
     assert plan_pass(fast, num_slots=64).link_price == 0.0
     assert plan_pass(slow, num_slots=64).link_price > 0.0
 

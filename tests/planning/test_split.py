@@ -49,16 +49,15 @@ def test_affinity_is_optimal_for_eight_experts(problem: LayerProblem) -> None:
 
 
 def test_affinity_is_close_to_optimal_where_it_searches() -> None:
-    """All 2^12 subsets, through the formula that the simulation above confirms. Measured: mean 1.0003, worst 1.04."""
+    """All 2^12 subsets, by the formula that the simulation confirms. Measured: worst 1.001, thresholds alone 1.05."""
     ratios = []
     masks = np.arange(2**12)[:, None] >> np.arange(12)[None, :] & 1 == 1
     for seed in range(60):
         problem = realistic(seed, num_experts=12)
         best_s = float(makespans(columns(problem), masks).min())
         ratios.append(split_rule("affinity")(problem).predicted_s / best_s)
-    assert np.mean(ratios) < 1.005
-    assert max(ratios) < 1.07
-    assert np.quantile(ratios, 0.9) < 1.02
+    assert np.mean(ratios) < 1.0005
+    assert max(ratios) < 1.02
 
 
 def realistic(seed: int, *, num_experts: int) -> LayerProblem:

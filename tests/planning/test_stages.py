@@ -50,11 +50,11 @@ def test_a_heavy_layer_stands_alone(spec: ModelSpec) -> None:
     assert sizes(heavy, num_stages=2) == [1, 5]
 
 
-@pytest.mark.parametrize(("num_slots", "expected"), [(20, 1), (19, 3), (16, 3), (12, 5), (8, 6), (1, 6)])
+@pytest.mark.parametrize(("num_slots", "expected"), [(20, 1), (19, 3), (16, 3), (12, 4), (8, 5), (7, 6), (1, 6)])
 def test_by_default_two_neighbouring_stages_fit_the_slots_in_as_few_stages_as_can_be(
     spec: ModelSpec, num_slots: int, expected: int
 ) -> None:
-    """Five layers of four experts after a dense one of the same size: stages of two, say, hold 4, 8 and 8."""
+    """Five layers of four experts after a dense one of the same size: three stages hold 4, 8 and 8 experts."""
     assert len(map_stages(spec, num_slots=num_slots)) == expected
 
 

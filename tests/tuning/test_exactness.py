@@ -2,70 +2,162 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import reference
 import torch
+from transformers import AutoConfig
 
 from isthmus.models.tiny import FAMILIES, write_tiny_checkpoint
 from isthmus.reporting.recorder import Recorder
+from isthmus.tuning.data import MicroBatch
+from isthmus.tuning.placement import BudgetError
 from isthmus.tuning.run import write_final
 from isthmus.tuning.session import Session, SessionOptions
 from isthmus.units import parse_emulate
+from tests import reference
 
 LEARNING_RATE = 1e-3
+NUM_STEPS = 20
 POLICIES = ("affinity", "paper", "mobius", "gpipe-offload", "cpu-experts", "resident")
-EMULATED = {
-    "accelerator": "emulated",
-    "emulation": parse_emulate("h2d=200MB/s,d2h=200MB/s,threads=1"),
-    "accelerator_memory_bytes": 1_350_000,
-}
+EMULATED = SessionOptions(
+    accelerator="emulated",
+    emulation=parse_emulate("h2d=200MB/s,d2h=200MB/s,threads=1"),
+    accelerator_memory_bytes=1,
+    weight_decay=0.01,
+)
 
 
-def compare(
-    path: Path,
-    output: Path,
-    options: SessionOptions,
-    *,
-    num_steps: int = 20,
-    loss_tolerance: float = 1e-5,
-    update_tolerance: float | None = 1e-4,
-) -> None:
-    """Trains both ways on the same batches and compares losses and final weights."""
-    config = reference.AutoConfig.from_pretrained(path)
-    steps = reference.random_steps(
-        num_steps, 3, vocab_size=config.vocab_size, is_encoder_decoder=config.is_encoder_decoder
-    )
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    wanted = reference.train(
-        path, steps, learning_rate=LEARNING_RATE, clip_norm=options.clip_norm, weight_decay=options.weight_decay, dtype=dtype
-    )
+@dataclass(frozen=True)
+class Case:
+    path: Path
+    steps: list[list[MicroBatch]]
+    wanted: reference.Reference
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """A tiny checkpoint by family, with what plain training makes of it. Made once per family."""
+    known: dict[str, Case] = {}
+
+    def get(family: str) -> Case:
+        if family not in known:
+            path = tmp_path_factory.mktemp(family) / "model"
+            write_tiny_checkpoint(family, path, 0, "fp32")
+            config = AutoConfig.from_pretrained(path)
+            steps = reference.random_steps(
+                NUM_STEPS, 3, vocab_size=config.vocab_size, is_encoder_decoder=config.is_encoder_decoder
+            )
+            known[family] = Case(path, steps, reference.train(path, steps, learning_rate=LEARNING_RATE, weight_decay=0.01))
+        return known[family]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def with_budget(case: Case, options: SessionOptions, *, more_slots: int) -> SessionOptions:
+    """The least budget that the policy accepts, and room for some more experts."""
+    with pytest.raises(BudgetError, match="under the minimum") as error:
+        Session(case.path, options, case.steps[0], Recorder(enabled=False))
+    expert_bytes = 24 * 1024
+    return replace(options, accelerator_memory_bytes=error.value.minimum_bytes + more_slots * expert_bytes)
+
+
+def compare(case: Case, output: Path, options: SessionOptions) -> None:
+    """FP32: losses within 1e-5, final weights within 1e-4 of the size of the update."""
     losses = []
-    with Session(path, options, steps[0], Recorder(enabled=False)) as session:
-        for number, batches in enumerate(steps, start=1):
+    with Session(case.path, options, case.steps[0], Recorder(enabled=False)) as session:
+        for number, batches in enumerate(case.steps, start=1):
             losses.append(session.train_step(batches, step=number, learning_rate=LEARNING_RATE).loss)
-        write_final(session, output, path)
+        output.mkdir()
+        write_final(session, output, case.path)
         assert session.accelerator.peak_bytes <= session.accelerator.budget_bytes
-    for number, (got, want) in enumerate(zip(losses, wanted.losses, strict=True)):
-        assert got == pytest.approx(want, rel=loss_tolerance), f"loss of step {number + 1}"
-    if update_tolerance is None:
-        return
+    assert losses == pytest.approx(case.wanted.losses, rel=1e-5)
     after = reference.state(reference.load(output))
-    assert after.keys() == wanted.after.keys()
-    difference = sum(float((after[name] - tensor).square().sum()) for name, tensor in wanted.after.items())
-    update = sum(float((wanted.after[name] - tensor).square().sum()) for name, tensor in wanted.before.items())
-    assert difference**0.5 <= update_tolerance * update**0.5
+    assert after.keys() == case.wanted.after.keys()
+    # Softmax does not see a key's bias: its gradient is rounding alone, which Adam scales up to full steps.
+    names = [name for name in after if not name.endswith("k_proj.bias")]
+    difference = sum(float((after[name] - case.wanted.after[name]).square().sum()) for name in names)
+    update = sum(float((case.wanted.after[name] - case.wanted.before[name]).square().sum()) for name in names)
+    assert difference**0.5 <= 1e-4 * update**0.5
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path / "model"
-    write_tiny_checkpoint(getattr(request, "param", "mixtral"), path, 0, "fp32")
-    return path
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_as_plain_transformers_in_place(
+    family: str, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    compare(case(family), tmp_path / "out", SessionOptions(accelerator="host", weight_decay=0.01))
 
 
-@pytest.mark.parametrize("checkpoint", FAMILIES, indirect=True)
-def test_every_family_trains_as_plain_transformers_in_place(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    compare(checkpoint, tmp_path / "out", SessionOptions(accelerator="host", weight_decay=0.01))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_as_plain_transformers_with_experts_on_both_sides(
+    family: str, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    options = with_budget(case(family), EMULATED, more_slots=4)
+    compare(case(family), tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("more_slots", [0, 6])
+def test_no_policy_and_no_budget_changes_a_result(
+    policy: str, more_slots: int, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    options = with_budget(case("mixtral"), replace(EMULATED, policy=policy), more_slots=more_slots)
+    compare(case("mixtral"), tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("policy", ["affinity", "paper", "mobius"])
+def test_late_copies_change_no_result(policy: str, case: Callable[[str], Case], tmp_path: Path) -> None:
+    chance = random.Random(policy)
+    late = EMULATED.emulation | {"copy_delay": lambda: chance.random() * 3e-3}  # type: ignore[operator]
+    options = with_budget(case("qwen3_moe"), replace(EMULATED, policy=policy, emulation=late), more_slots=3)
+    compare(case("qwen3_moe"), tmp_path / "out", options)
+
+
+@pytest.mark.parametrize(("num_stages", "num_waves"), [(1, 1), (2, 3), (2, 2), (1, 3)])
+def test_no_number_of_stages_or_waves_changes_a_result(
+    num_stages: int, num_waves: int, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    staged = replace(EMULATED, policy="paper", num_stages=num_stages, num_waves=num_waves, cpu_speed=0.5)
+    compare(case("olmoe"), tmp_path / "out", with_budget(case("olmoe"), staged, more_slots=4))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("accelerator", ["host", "emulated"])
+def test_bf16_losses_stay_within_one_percent(
+    family: str, accelerator: str, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    plain = case(family)
+    wanted = reference.train(plain.path, plain.steps, learning_rate=LEARNING_RATE, dtype=torch.bfloat16)
+    options = replace(EMULATED, dtype="bf16", weight_decay=0.0)
+    if accelerator == "host":
+        options = SessionOptions(accelerator="host", dtype="bf16")
+    else:
+        options = with_budget(plain, options, more_slots=4)
+    with Session(plain.path, options, plain.steps[0], Recorder(enabled=False)) as session:
+        losses = [
+            session.train_step(batches, step=number, learning_rate=LEARNING_RATE).loss
+            for number, batches in enumerate(plain.steps, start=1)
+        ]
+    assert losses == pytest.approx(wanted.losses, rel=1e-2)
+
+
+def test_nothing_runs_on_after_a_session_is_closed(case: Callable[[str], Case]) -> None:
+    import threading
+
+    before = set(threading.enumerate())
+    options = with_budget(case("mixtral"), EMULATED, more_slots=4)
+    with Session(case("mixtral").path, options, case("mixtral").steps[0], Recorder(enabled=False)) as session:
+        session.train_step(case("mixtral").steps[0], step=1, learning_rate=LEARNING_RATE)
+    deadline_s = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not {thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("isthmus")}

@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -137,6 +138,25 @@ def bench(
             loader.close()
             assert accelerator.allocated_bytes == 0
     assert not [t.name for t in threading.enumerate() if t.name in ("isthmus-h2d", "isthmus-d2h")]
+
+
+@contextlib.contextmanager
+def land_once(b: Bench, is_waiting: Callable[[], bool]) -> Iterator[None]:
+    """Lets all copies end as soon as the body is seen to wait (``step_by_step`` only)."""
+    is_over = threading.Event()
+
+    def release() -> None:
+        while not is_waiting() and not is_over.is_set():
+            time.sleep(1e-4)
+        b.steps.release(100)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 # --- any program ------------------------------------------------------------------------------------------------------
@@ -282,12 +302,12 @@ def test_an_urgent_expert_waits_behind_at_most_a_window_of_copies(window: int) -
         assert b.accelerator.most_in_flight == window
 
 
-def test_the_window_is_refilled_when_its_last_copy_is_left() -> None:
+def test_the_window_is_kept_full_while_a_queue_holds_something() -> None:
     with bench(num_slots=9, window=3, step_by_step=True) as b:
         b.loader.set_queue(Phase.STAGE, KEYS)
-        for num_launched in (3, 5, 5, 7, 7, 9):
+        for num_launched in (3, 4, 5, 6, 7, 8, 9, 9, 9):
             assert len(b.accelerator.launched) == num_launched
-            b.land(2 if num_launched == 3 and b.num_stepped == 0 else 1)
+            b.land()
 
 
 def test_phases_come_in_the_order_of_their_urgency() -> None:
@@ -314,8 +334,8 @@ def test_what_is_acquired_overtakes_everything_queued() -> None:
     with bench(num_slots=9, window=2, step_by_step=True) as b:
         b.loader.set_queue(Phase.EXPERT, KEYS[:4])
         b.loader.set_queue(Phase.STAGE, KEYS[4:])
-        threading.Timer(0.01, b.steps.release, args=(9,)).start()
-        assert torch.equal(b.loader.acquire(KEYS[7]), b.current(KEYS[7]))
+        with land_once(b, lambda: b.loader._demanded is not None):
+            assert torch.equal(b.loader.acquire(KEYS[7]), b.current(KEYS[7]))
         assert b.accelerator.launched.index(name(KEYS[7])) == 2
         assert b.loader.stats.num_demand_loads == 0
         b.loader.release(KEYS[7])
@@ -388,6 +408,16 @@ def test_an_urgent_load_evicts_even_what_is_wanted_sooner_but_nothing_pinned() -
         assert b.loader.resident_keys() == [KEYS[0], KEYS[8]]
 
 
+def test_what_was_urgent_may_go_once_the_decision_is_withdrawn() -> None:
+    with bench(num_slots=1) as b:
+        b.loader.set_queue(Phase.EXPERT, [KEYS[0]])
+        b.settle()
+        b.loader.clear(Phase.EXPERT)
+        b.loader.set_queue(Phase.EXPERT, [KEYS[1]])
+        b.settle()
+        assert b.loader.resident_keys() == [KEYS[1]]
+
+
 def test_of_equals_the_one_already_used_goes_first() -> None:
     with bench(num_slots=3) as b:
         fill(b, KEYS[:3])
@@ -404,9 +434,8 @@ def test_with_many_slots_outdated_next_uses_are_noticed() -> None:
         b.uses.update({key: 1000.0 + key.expert for key in keys})
         fill(b, keys[:-1])
         b.uses.update({key: 5.0 for key in keys})
-        b.uses.update({keys[30]: 6.0, keys[-1]: 5.5})
-        for _ in range(3):
-            b.loader.set_queue(Phase.STAGE, [keys[-1]])
+        b.uses[keys[30]] = 6.0
+        b.loader.set_queue(Phase.EXPERT, [keys[-1]])
         b.settle()
         assert set(keys) - set(b.loader.resident_keys()) == {keys[30]}
 
@@ -452,14 +481,17 @@ def test_a_slot_that_has_drained_is_preferred_to_an_eviction_and_that_to_waiting
         assert b.loader.resident_keys() == [KEYS[0]]
         b.loader.take_slot()
         assert b.loader.resident_keys() == []
-        left.open()
+        threading.Timer(0.01, left.open).start()
         assert b.loader.take_slot().data_ptr() == slots[0].data_ptr()
+        assert left.is_done()
 
 
 def test_a_slot_is_taken_ahead_of_loads_that_are_still_queued() -> None:
-    with bench(num_slots=1, window=1, copy_delay=lambda: 1e-3) as b:
-        b.loader.set_queue(Phase.EXPERT, KEYS)
-        b.loader.take_slot()
+    with bench(num_slots=1, window=1, step_by_step=True) as b:
+        b.uses.update({key: -float(number) for number, key in enumerate(KEYS)})
+        b.loader.set_queue(Phase.STAGE, KEYS)
+        with land_once(b, lambda: b.loader._is_slot_awaited):
+            b.loader.take_slot()
         assert len(b.accelerator.launched) == 1
 
 
@@ -495,6 +527,7 @@ def test_what_changed_while_in_flight_is_stale_when_it_lands() -> None:
         b.land(2)
         assert b.loader.resident_keys() == [KEYS[1]]
         b.steps.release(1)
+        b.loader.acquire(KEYS[1])  # the stale one's slot must do for what comes next
         assert torch.equal(b.loader.acquire(KEYS[0]), b.current(KEYS[0]))
         assert b.loader.stats.num_stale_loads == 1
 

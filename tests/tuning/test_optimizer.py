@@ -89,9 +89,9 @@ def run_store(
     [
         ("fp32", None, 0.0, 0.0, 1 << 19),
         ("fp32", 1.0, 0.1, 0.3, 1 << 19),
-        ("fp32", 1.0, 0.0, 0.3, 256),
+        ("fp32", 1.0, 0.0, 0.3, 512),
         ("bf16", None, 0.1, 0.3, 1 << 19),
-        ("bf16", 1.0, 0.1, 0.3, 256),
+        ("bf16", 1.0, 0.1, 0.3, 512),
     ],
 )
 def test_twenty_steps_equal_torch_adamw(
@@ -103,6 +103,7 @@ def test_twenty_steps_equal_torch_adamw(
     chunk_numel: int,
 ) -> None:
     monkeypatch.setattr(optimizer_module, "CHUNK_NUMEL", chunk_numel)
+    monkeypatch.setattr(optimizer_module, "MIN_CHUNK_NUMEL", min(chunk_numel, optimizer_module.MIN_CHUNK_NUMEL))
     store = make_store(dtype)
     expected, expected_norms = run_reference(store, 20, clip_norm, weight_decay, missing)
     norms = run_store(store, 20, clip_norm, weight_decay, missing)
@@ -252,3 +253,18 @@ def test_wrong_setting_names_the_field(arguments: dict, message: str) -> None:
 def test_wrong_gradient_shape_names_the_unit() -> None:
     with pytest.raises(ValueError, match=r"flat: got shape \(3,\) for UnitKey\(layer=0, expert=0\), want \(4096,\)"):
         StoreOptimizer(make_store("fp32"), learning_rate=1.0).add_gradient(UnitKey(0, 0), torch.zeros(3))
+
+
+def test_torch_keeps_its_threads_elsewhere() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        optimizer = StoreOptimizer(make_store("fp32"), learning_rate=1.0, num_threads=3)
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+        found: list[int] = []
+        optimizer._spread(lambda _: found.append(torch.get_num_threads()), range(6))
+        assert found == [1] * 6
+    finally:
+        torch.set_num_threads(before)

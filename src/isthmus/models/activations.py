@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from isthmus.models.families import GPT_OSS_ALPHA, GPT_OSS_LIMIT
 
 Pullback = Callable[[Tensor, Tensor], Tensor]
-"""(d loss / d output, a spare buffer; both (N, I)) -> d loss / d pre-activations (N, P). May overwrite the pre-activations
-and both arguments; call it once."""
+"""(d loss / d output, a spare buffer; both (N, I)) -> d loss / d pre-activations (N, P). May overwrite both arguments
+and the pre-activations; call it once."""
 
 
 class Activation(ABC):

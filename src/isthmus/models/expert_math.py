@@ -1,17 +1,17 @@
-"""Forward and backward of routed experts without autograd: one chain of GEMMs per expert, the elementwise part in between.
+"""Forward and backward of routed experts without autograd: one chain of GEMMs for each expert, nothing copied between.
 
-Legend: ``S`` routed pairs sorted by expert, ``N`` rows of one expert or of a few neighbours, ``H`` hidden size, ``I``
-intermediate size, ``P`` width of the pre-activations (``2I`` for gated experts, else ``I``).
+Legend: ``S`` routed pairs sorted by expert, ``N`` rows of one expert, ``H`` hidden size, ``I`` intermediate size, ``P``
+width of the pre-activations (``2I`` for gated experts, else ``I``).
 
-With g = d loss / d (s * y) for y = act W_d^T, backward needs neither y nor anything else but the inputs:
-u = g W_d, d s = <act, u>, d act = s * u, d W_d = (s * g)^T act, d pre = act'(pre) d act, d W_u = d pre^T x, d x = d pre W_u.
+With g = d loss / d (s * y) for y = act W_down^T, backward needs neither y nor anything else but the inputs:
+u = g W_down, d s = <act, u>, d act = s * u, d W_down = (s * g)^T act, d pre = act'(pre) d act, d W_up = d pre^T x,
+d x = d pre W_up. Everything of one expert is done before the next begins, while its weights are in cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,24 @@ from torch import Tensor, nn
 from isthmus.models.activations import make_activation
 from isthmus.spec.model import ExpertSpec
 
-CHUNK_BYTES = 1 << 20
-"""Neighbouring experts share one elementwise pass while their pre-activations together stay below this: small experts
-save the overhead of an operator, and what one GEMM writes is still in cache when the next operator reads it."""
-
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Neighbouring experts ``experts`` (positions) and their rows."""
+class _Scratch:
+    """Buffers of one call, used for expert after expert: fresh memory costs page faults."""
 
-    experts: range
-    rows: slice
-    counts: list[int]
+    pre: Tensor
+    act: Tensor
+    inner: Tensor
+    u: Tensor
+    sg: Tensor
 
-    @property
-    def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
+    @classmethod
+    def of(cls, spec: ExpertSpec, pre_size: int, num_rows: int, like: Tensor) -> _Scratch:
+        widths = (pre_size, *[spec.intermediate_size] * 3, spec.hidden_size)
+        return cls(*(like.new_empty(num_rows, width) for width in widths))
+
+    def rows(self, num_rows: int) -> _Scratch:
+        return _Scratch(*(buffer[:num_rows] for buffer in (self.pre, self.act, self.inner, self.u, self.sg)))
 
 
 class ExpertMath:
@@ -53,9 +55,7 @@ class ExpertMath:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """One expert's tensors as views of its contiguous range ``flat``, shape (spec.numel,)."""
         pieces = flat.split([tensor.numel for tensor in self.spec.tensors])
-        return {
-            tensor.name: piece.view(tensor.shape) for tensor, piece in zip(self.spec.tensors, pieces, strict=True)
-        }
+        return {tensor.name: piece.view(tensor.shape) for tensor, piece in zip(self.spec.tensors, pieces, strict=True)}
 
     def forward(
         self, weights: dict[str, Tensor], x_NH: Tensor, s_N: Tensor, *, save: bool
@@ -91,27 +91,25 @@ class ExpertMath:
         save: bool,
         out_SH: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """(s * y (S, H), pre-activations (N, P) of each expert if ``save``). ``counts``: rows of each expert, zero allowed.
+        """(s * y (S, H), each expert's pre-activations (N, P) if ``save``). ``counts``: rows of each expert, or zero.
 
-        Writes into ``out_SH`` (contiguous rows) where given. Raises ``ValueError`` where the rows do not fit ``counts``.
+        Writes into ``out_SH`` (contiguous) where given. Raises ``ValueError`` where the rows do not fit ``counts``.
         """
         self._check(weights, counts, x_SH, s_S)
         out_SH = torch.empty_like(x_SH) if out_SH is None else out_SH
-        chunks = list(self._chunks(counts, x_SH.dtype))
-        longest = max((chunk.num_rows for chunk in chunks), default=0)
+        longest = max(counts, default=0)
         pre_rows = x_SH.new_empty(x_SH.shape[0] if save else longest, self.pre_size)
         act_rows = x_SH.new_empty(longest, self.spec.intermediate_size)
-        x_parts, out_parts = x_SH.split(list(counts)), out_SH.split(list(counts))
-        for chunk in chunks:
-            pre_NP = pre_rows[chunk.rows] if save else pre_rows[: chunk.num_rows]
-            act_NI = act_rows[: chunk.num_rows]
-            self._pre_activations(chunk, weights, x_parts, pre_NP)
+        sizes = list(counts)
+        pre_parts = pre_rows.split(sizes) if save else [pre_rows[:count] for count in counts]
+        rows = zip(weights, pre_parts, x_SH.split(sizes), s_S.split(sizes), out_SH.split(sizes), strict=True)
+        for weight, pre_NP, x_NH, s_N, out_NH in rows:
+            act_NI = act_rows[: len(x_NH)]
+            _linear(x_NH, self._up_HP(weight), weight.get(f"{self.up_name}_bias"), pre_NP)
             self.activation.forward(pre_NP, act_NI)
-            for expert, act in zip(chunk.experts, act_NI.split(chunk.counts), strict=True):
-                _linear(act, self._down_IH(weights[expert]), weights[expert].get("down_proj_bias"), out_parts[expert])
-            out_NH = out_SH[chunk.rows]
-            scale_rows(out_NH, s_S[chunk.rows], out_NH)
-        return out_SH, list(pre_rows.split(list(counts))) if save else None
+            _linear(act_NI, self._down_IH(weight), weight.get("down_proj_bias"), out_NH)
+            scale_rows(out_NH, s_N, out_NH)
+        return out_SH, list(pre_parts) if save else None
 
     @torch.no_grad()
     def backward_many(
@@ -129,60 +127,35 @@ class ExpertMath:
     ) -> tuple[Tensor, Tensor]:
         """(d x (S, H), d s (S,)) for ``g_SH`` = d loss / d (s * y), one row per pair.
 
-        Writes each expert's weight gradients into ``gradients``, or adds them where ``accumulate``. Overwrites ``saved``;
-        what is None there is recomputed. Writes into ``dx_SH`` where given. Raises ``ValueError`` like ``forward_many``.
+        Writes each expert's weight gradients into ``gradients``, or adds them where ``accumulate``. Overwrites what is
+        ``saved``, recomputes what is None there. Writes into ``dx_SH`` (contiguous) where given. Raises ``ValueError``
+        where the rows do not fit ``counts``.
         """
         self._check(weights, counts, x_SH, s_S)
         dx_SH = torch.empty_like(x_SH) if dx_SH is None else dx_SH
         ds_S = torch.empty_like(s_S)
-        chunks = list(self._chunks(counts, x_SH.dtype))
-        scratch = _Scratch.of(max((chunk.num_rows for chunk in chunks), default=0), self, x_SH)
-        x_parts, g_parts, dx_parts = (rows.split(list(counts)) for rows in (x_SH, g_SH, dx_SH))
-        for chunk in chunks:
-            pre_NP, act_NI, inner_NI, u_NI, sg_NH = scratch.rows(chunk.num_rows)
-            pre_NP = self._restore(chunk, weights, x_parts, saved, pre_NP)
-            pullback = self.activation.linearize(pre_NP, act_NI, inner_NI)
-            s_N = s_S[chunk.rows]
-            scale_rows(g_SH[chunk.rows], s_N, sg_NH)
-            parts = zip(chunk.experts, act_NI.split(chunk.counts), u_NI.split(chunk.counts), strict=True)
-            for (expert, act, u), sg in zip(parts, sg_NH.split(chunk.counts), strict=True):
-                self._weight_gradient("down_proj", act, sg, gradients[expert], accumulate[expert])
-                torch.mm(g_parts[expert], self._down_IH(weights[expert]).t(), out=u)
+        scratch = _Scratch.of(self.spec, self.pre_size, max(counts, default=0), x_SH)
+        parts = zip(*(rows.split(list(counts)) for rows in (x_SH, s_S, g_SH, dx_SH, ds_S)), strict=True)
+        pre_parts = [None] * len(counts) if saved is None else saved
+        each = zip(parts, weights, pre_parts, gradients, accumulate, strict=True)
+        for (x_NH, s_N, g_NH, dx_NH, ds_N), weight, pre_NP, gradient, adds in each:
+            rows = scratch.rows(len(x_NH))
+            if pre_NP is None:
+                pre_NP = rows.pre
+                _linear(x_NH, self._up_HP(weight), weight.get(f"{self.up_name}_bias"), pre_NP)
+            pullback = self.activation.linearize(pre_NP, rows.act, rows.inner)
+            scale_rows(g_NH, s_N, rows.sg)
+            self._weight_gradient("down_proj", rows.act, rows.sg, gradient, adds)
+            torch.mm(g_NH, self._down_IH(weight).t(), out=rows.u)
             # The activations are done with: their buffer takes the products, then serves as the pullback's spare one.
-            torch.mul(act_NI, u_NI, out=act_NI)
-            ds_S[chunk.rows] = act_NI.sum(dim=1)
-            u_NI.mul_(s_N.to(u_NI.dtype).unsqueeze(1))
-            dpre_NP = pullback(u_NI, act_NI)
-            for expert, dpre in zip(chunk.experts, dpre_NP.split(chunk.counts), strict=True):
-                self._weight_gradient(self.up_name, x_parts[expert], dpre, gradients[expert], accumulate[expert])
-                torch.mm(dpre, self._up_HP(weights[expert]).t(), out=dx_parts[expert])
-        if self.spec.has_bias:
-            for weight, ds, g in zip(weights, ds_S.split(list(counts)), g_parts, strict=True):
-                ds += torch.mv(g, weight["down_proj_bias"])
+            ds_N.copy_(torch.mul(rows.act, rows.u, out=rows.act).sum(dim=1))
+            if self.spec.has_bias:
+                ds_N.add_(torch.mv(g_NH, weight["down_proj_bias"]))
+            rows.u.mul_(s_N.to(rows.u.dtype).unsqueeze(1))
+            dpre_NP = pullback(rows.u, rows.act)
+            self._weight_gradient(self.up_name, x_NH, dpre_NP, gradient, adds)
+            torch.mm(dpre_NP, self._up_HP(weight).t(), out=dx_NH)
         return dx_SH, ds_S
-
-    def _restore(
-        self,
-        chunk: _Chunk,
-        weights: Sequence[dict[str, Tensor]],
-        x_parts: Sequence[Tensor],
-        saved: Sequence[Tensor | None] | None,
-        scratch_NP: Tensor,
-    ) -> Tensor:
-        """The chunk's pre-activations: those that forward saved, else computed again into ``scratch_NP``."""
-        pieces = [] if saved is None else [saved[expert] for expert in chunk.experts]
-        kept = [piece for piece in pieces if piece is not None]
-        if len(kept) < len(chunk.experts):
-            self._pre_activations(chunk, weights, x_parts, scratch_NP)
-            return scratch_NP
-        return kept[0] if len(kept) == 1 else torch.cat(kept, out=scratch_NP)
-
-    def _pre_activations(
-        self, chunk: _Chunk, weights: Sequence[dict[str, Tensor]], x_parts: Sequence[Tensor], pre_NP: Tensor
-    ) -> None:
-        for expert, pre in zip(chunk.experts, pre_NP.split(chunk.counts), strict=True):
-            weight = weights[expert]
-            _linear(x_parts[expert], self._up_HP(weight), weight.get(f"{self.up_name}_bias"), pre)
 
     def _up_HP(self, weights: dict[str, Tensor]) -> Tensor:
         weight = weights[self.up_name]
@@ -208,50 +181,12 @@ class ExpertMath:
             else:
                 torch.sum(gradient_NM, dim=0, out=bias_gradient)
 
-    def _chunks(self, counts: Sequence[int], dtype: torch.dtype) -> Iterator[_Chunk]:
-        """Cuts the experts into runs of neighbours, at least one expert each, at most ``CHUNK_BYTES`` unless it is one."""
-        most_rows = CHUNK_BYTES // (self.pre_size * dtype.itemsize)
-        cuts, num_rows = [0], 0
-        for expert, count in enumerate(counts):
-            if expert > cuts[-1] and num_rows + count > most_rows:
-                cuts.append(expert)
-                num_rows = 0
-            num_rows += count
-        start = 0
-        for first, last in pairwise([*cuts, len(counts)]):
-            chunk_counts = list(counts[first:last])
-            yield _Chunk(range(first, last), slice(start, start + sum(chunk_counts)), chunk_counts)
-            start += sum(chunk_counts)
-
-    def _check(
-        self, weights: Sequence[dict[str, Tensor]], counts: Sequence[int], x_SH: Tensor, s_S: Tensor
-    ) -> None:
+    def _check(self, weights: Sequence[dict[str, Tensor]], counts: Sequence[int], x_SH: Tensor, s_S: Tensor) -> None:
         if len(weights) != len(counts) or sum(counts) != x_SH.shape[0] or s_S.shape != x_SH.shape[:1]:
             raise ValueError(
                 f"counts: got {len(counts)} counts that add up to {sum(counts)}, wanted one for each of {len(weights)} "
                 f"experts, adding up to the rows of x_SH {tuple(x_SH.shape)} and of s_S {tuple(s_S.shape)}"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class _Scratch:
-    """Buffers of one call, used for chunk after chunk: fresh memory costs page faults."""
-
-    pre: Tensor
-    act: Tensor
-    inner: Tensor
-    u: Tensor
-    sg: Tensor
-
-    @classmethod
-    def of(cls, num_rows: int, math: ExpertMath, like: Tensor) -> _Scratch:
-        intermediate, hidden = math.spec.intermediate_size, math.spec.hidden_size
-        widths = (math.pre_size, intermediate, intermediate, intermediate, hidden)
-        return cls(*(like.new_empty(num_rows, width) for width in widths))
-
-    def rows(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        n = num_rows
-        return self.pre[:n], self.act[:n], self.inner[:n], self.u[:n], self.sg[:n]
 
 
 def scale_rows(rows_NH: Tensor, s_N: Tensor, out_NH: Tensor) -> None:

@@ -1,9 +1,10 @@
-"""Routed experts whose weights sit side by side in slots: each product of all of them is one grouped GEMM, no loop in Python.
+"""Routed experts whose weights sit side by side in slots: each product of all of them is one grouped GEMM.
 
 Legend: ``G`` slots, ``S`` routed pairs sorted by slot, ``H`` hidden size, ``I`` intermediate size, ``P`` width of the
 pre-activations (``2I`` for gated experts, else ``I``).
 
-The formulas are those of ``expert_math``. Nothing here waits for an accelerator: group boundaries stay on the device.
+The formulas are those of ``expert_math``. There is no loop over experts, and nothing waits for an accelerator: group
+boundaries stay on the device.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """The routed pairs of some tokens, sorted by expert, pairs of one expert in the tokens' order. Index tensors are int64
-    and on the device of the router's choices."""
+    """The routed pairs of some tokens, sorted by expert, pairs of one expert in the tokens' order. Index tensors are
+    int64, on the device of the router's choices."""
 
     order_S: Tensor
     """Position of each pair in the flattened (T, k) choices."""
@@ -42,7 +42,8 @@ def sort_by_expert(top_k_index_Tk: Tensor, num_experts: int) -> Routing:
     counts = torch.bincount(sorted_index, minlength=num_experts + 1).tolist()
     if len(counts) > num_experts + 1:
         raise ValueError(
-            f"top_k_index_Tk: got expert {len(counts) - 1}, wanted 0 to {num_experts - 1}, or {num_experts} for no expert"
+            f"top_k_index_Tk: got expert {len(counts) - 1}, wanted 0 to {num_experts - 1}, "
+            f"or {num_experts} for no expert"
         )
     num_rows = len(order) - counts[-1]
     order_S = order[:num_rows]
@@ -66,12 +67,12 @@ def gather(rows_TH: Tensor, routing: Routing) -> Tensor:
 
 
 def combine(rows_SH: Tensor, routing: Routing, num_tokens: int, top_k: int) -> Tensor:
-    """Sum (T, H) of each token's rows, zero for a token without any. The inverse of ``gather`` in the sense of gradients.
+    """Sum (T, H) of each token's rows, zero for a token without any: the transpose of ``gather``.
 
     Deterministic: each sum runs over the token's choices in their order, in FP32 whatever the dtype, rounded once.
     """
     if routing.bag_T.shape[0] != num_tokens:
-        raise ValueError(f"num_tokens: got {num_tokens}, wanted {routing.bag_T.shape[0]}, as many as were routed")
+        raise ValueError(f"num_tokens: got {num_tokens}, wanted as many as were routed: {routing.bag_T.shape[0]}")
     if top_k == 1 and rows_SH.shape[0] == num_tokens:
         return rows_SH.index_select(0, routing.row_S)
     # Two to seven times as fast as index_add_ or gather, view and sum on CPUs: no (T, k, H) buffer, FP32 inside.

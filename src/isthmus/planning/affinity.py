@@ -1,11 +1,13 @@
 """Our split rule: the subset of experts on the accelerator that makes the layer end first, given a price for link time.
 
-Guarantees. With up to ``EXACT_EXPERTS`` experts that have tokens, all subsets are compared: the split is optimal for
-the model of ``makespan.py``. With more, the best threshold sets (the i, j, k most popular of the resident, arriving
-and absent experts) are refined by flips of one or two experts. For a given number of each class, a threshold set
-gives the least CPU work there is; where the experts of a class take equally long on the accelerator it is therefore
-optimal, and elsewhere the local search repairs it (tests hold it within 1.02 of optimal). In every case the result is
-never worse than all experts on the CPU, all on the accelerator, or Equation 1, which are always among the candidates.
+Proven: with up to ``EXACT_EXPERTS`` experts that have tokens all subsets are compared, so the split is optimal for the
+model of ``makespan.py``; with more it is never worse than all experts on the CPU, all on the accelerator, or Equation
+1, which are always among the candidates (those that ``max_on_accelerator`` allows).
+
+Measured, with more: the best threshold sets (the i, j, k most popular of the resident, arriving and absent experts;
+for given numbers they leave the CPU the least work) are refined by flips of one or two experts. Over 300 problems with
+skewed counts that came within 1.001 of optimal. With random costs, the CPU anything from four times as fast as the
+accelerator to twenty times as slow, 1.5 % of 600 problems ended above 1.02 × optimal, the worst at 1.07.
 """
 
 from __future__ import annotations

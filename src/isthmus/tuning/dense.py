@@ -13,6 +13,11 @@ from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 
 
+def dense_bytes(store: ParameterStore) -> int:
+    """Bytes that ``DenseUnits`` asks of a separate accelerator: weights and gradients."""
+    return sum(2 * store.weight(key).nbytes for key in store.keys if not key.is_expert)
+
+
 class DenseUnits:
     """Binds the model's dense parameters to accelerator memory (or, without a separate one, to the store itself).
 
@@ -87,8 +92,3 @@ class DenseUnits:
                 after=self.accelerator.record(),
                 on_done=lambda key=key: self.on_complete(key),
             )
-
-    def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self._weights.values(), *self._gradients.values()))
-
-

@@ -1,9 +1,10 @@
 """Brings experts' weights to the accelerator, the most urgent first (APTMoE, demand-priority scheduling).
 
 Three queues, one per loading phase. Copies cannot be interrupted, so only a bounded window of them is launched at a
-time; when all but the last have landed, the window is filled again from the most urgent queue that holds something. The
-copy engine therefore never idles, and an urgent expert never waits behind more than the window. Where everything is
-taken, the expert whose next use is furthest gives way (Belady), unless it is wanted sooner than what would replace it.
+time; whenever one lands, the next comes from the most urgent queue that holds something. So the copy engine has work
+while the host is busy (the paper refills only before a window's last copy: the engine idles if the host is late by one
+copy), and an urgent expert never waits behind more than the window. Where everything is taken, the expert whose next
+use is furthest gives way (Belady), unless it is wanted sooner than what would replace it.
 """
 
 from __future__ import annotations
@@ -296,11 +297,10 @@ class ExpertLoader:
         self._refill()
 
     def _refill(self) -> None:
-        """Launches copies if the window has run down to its last one, or if somebody blocks on one. Wakes who waits."""
-        if len(self._flights) <= 1 or self._demanded is not None:
-            while len(self._flights) < self.window and not self._is_closed and not self._is_slot_awaited:
-                if self._error is not None or not self._launch_next():
-                    break
+        """Launches copies up to the window and wakes who waits."""
+        is_open = self._error is None and not self._is_closed and not self._is_slot_awaited
+        while is_open and len(self._flights) < self.window and self._launch_next():
+            pass
         now_s = time.perf_counter()
         if self._flights or not any(self._queues.values()):
             if self._idle_since_s is not None:

@@ -46,6 +46,7 @@ def optimizer_seconds_per_parameter(layout: UnitLayout) -> float:
         optimizer.step_units(keys)
         seconds.append(time.perf_counter() - start_s)
         optimizer.end_step()
+    optimizer.close()
     return min(seconds) / (layout.numel * num_units)
 
 

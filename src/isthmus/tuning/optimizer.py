@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +24,14 @@ from isthmus.spec.model import UnitKey
 from isthmus.tuning.parameter_store import ParameterStore
 
 CHUNK_NUMEL = 1 << 19
-"""Parameters converted at a time: 2 MiB of FP32 stay in cache between the conversion, AdamW and the cast back, and the
-calls' overhead (some 15 µs) stays below a tenth of the arithmetic."""
+"""Parameters a thread converts at a time: 2 MiB of FP32 stay in cache between the conversion, AdamW and the cast back,
+and the calls' overhead stays below a tenth of the arithmetic."""
+MIN_CHUNK_NUMEL = 1 << 15
+"""Ranges up to this are not worth a second thread."""
 NORM_ROW_NUMEL = 512
 """Squares summed in FP32 before FP64 takes over: one FP32 sum over 16 million is off by 1e-3, rows of 512 by 3e-8."""
+
+Work = TypeVar("Work")
 
 
 class NonFiniteGradient(IsthmusError):
@@ -44,7 +51,8 @@ class StoreOptimizer:
 
     ``weight_decay`` applies to every parameter. ``clip_norm`` None: no clipping, the norm is still computed. Every
     method may be called from any thread; only contributions to the SAME unit through ``gradient_destination`` must be
-    written one after the other by the callers.
+    written one after the other by the callers. Arithmetic runs on ``num_threads`` threads (default: as many as torch
+    uses here) of the optimizer's own, whoever calls.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class StoreOptimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
+        num_threads: int | None = None,
     ) -> None:
         if learning_rate < 0:
             raise ValueError(f"learning_rate: got {learning_rate}, want a number from 0 up")
@@ -71,6 +80,8 @@ class StoreOptimizer:
         self._eps = eps
         self._weight_decay = weight_decay
         self._clip_norm = clip_norm
+        self._num_threads = num_threads or torch.get_num_threads()
+        self._pool = _pool_of_single_threads(self._num_threads)
         self._scratch = threading.local()
         self._unit_locks = {key: threading.Lock() for key in store.keys}
         self._changed = threading.Condition()  # guards everything below
@@ -101,10 +112,10 @@ class StoreOptimizer:
 
     def add_gradient(self, key: UnitKey, flat: Tensor) -> None:
         """Copies or adds ``flat`` (numel,), a host tensor of the unit's dtype or FP32, into the unit's gradient."""
+        if flat.shape != (self.store.numel(key),):
+            raise ValueError(f"flat: got shape {tuple(flat.shape)} for {key}, want {(self.store.numel(key),)}")
         with self._unit_locks[key]:
             destination, accumulate = self.gradient_destination(key)
-            if flat.shape != destination.shape:
-                raise ValueError(f"flat: got shape {tuple(flat.shape)} for {key}, want {tuple(destination.shape)}")
             if accumulate:
                 destination.add_(flat)
             else:
@@ -115,9 +126,17 @@ class StoreOptimizer:
         with self._changed:
             if key not in self._present or key in self._squared_norms:
                 return
-        squared_norm = self._squared_norm(self.store.gradient(key))
+        gradient = self.store.gradient(key)
+        if gradient.numel() <= MIN_CHUNK_NUMEL:
+            squared_norms = [self._squared_norm(gradient)]
+        else:
+            squared_norms = []
+            self._spread(
+                lambda part: squared_norms.append(self._squared_norm(part)),
+                self._split(gradient, is_converted=gradient.dtype != torch.float32),
+            )
         with self._changed:
-            self._squared_norms[key] = squared_norm
+            self._squared_norms[key] = math.fsum(squared_norms)
 
     def discard_gradients(self) -> None:
         """Forgets every contribution made for the next step (a batch that is to be skipped or repeated)."""
@@ -130,19 +149,13 @@ class StoreOptimizer:
         with self._changed:
             return math.sqrt(math.fsum(self._squared_norms.values()))
 
-    def _squared_norm(self, gradient: Tensor) -> float:
-        total = 0.0
-        for part in gradient.split(max(1, gradient.numel()) if gradient.dtype == torch.float32 else CHUNK_NUMEL):
-            if part.dtype != torch.float32:
-                part = self._scratch_chunk()[: part.numel()].copy_(part)
-            num_rows = part.numel() // NORM_ROW_NUMEL
-            rows, rest = part.split([num_rows * NORM_ROW_NUMEL, part.numel() - num_rows * NORM_ROW_NUMEL])
-            if num_rows:
-                row_norms = torch.linalg.vector_norm(rows.view(num_rows, NORM_ROW_NUMEL), dim=1).double()
-                total += torch.dot(row_norms, row_norms).item()
-            if rest.numel():
-                total += torch.dot(rest, rest).item()
-        return total
+    def _squared_norm(self, part: Tensor) -> float:
+        if part.dtype != torch.float32:
+            part = self._scratch_chunk()[: part.numel()].copy_(part)
+        num_rows = part.numel() // NORM_ROW_NUMEL
+        rows, rest = part.split([num_rows * NORM_ROW_NUMEL, part.numel() - num_rows * NORM_ROW_NUMEL])
+        row_norms = torch.linalg.vector_norm(rows.view(num_rows, NORM_ROW_NUMEL), dim=1).double()
+        return torch.dot(row_norms, row_norms).item() + torch.dot(rest, rest).item()
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -193,8 +206,8 @@ class StoreOptimizer:
             for key in mine:
                 if key not in self._step_gradients:
                     self.store.gradient(key).zero_()
-            for run in self.store.runs(mine):
-                self._step_run(run)
+            chunks = [chunk for run in self.store.runs(mine) for chunk in self._chunks(run)]
+            self._spread(self._step_chunk, chunks)
         finally:
             with self._changed:
                 self._stepping.difference_update(mine)
@@ -222,6 +235,10 @@ class StoreOptimizer:
                 raise RuntimeError(f"step {self._step} cannot end: {num_left} units have not taken it; call step_units")
             self.num_steps = self._step
 
+    def close(self) -> None:
+        """Ends the worker threads. Idempotent; no step may follow."""
+        self._pool.shutdown()
+
     def state(self) -> dict[str, int]:
         """What a checkpoint needs beside the store's moments, as JSON. Raises RuntimeError in the middle of a step."""
         if self._step != self.num_steps:
@@ -233,28 +250,33 @@ class StoreOptimizer:
         self.discard_gradients()
         self.num_steps = self._step = state["num_steps"]
 
-    def _step_run(self, run: list[UnitKey]) -> None:
-        span = self.store.span
-        master, exp_avg, exp_avg_sq = span("master", run), span("exp_avg", run), span("exp_avg_sq", run)
-        weight, gradient = span("weight", run), span("gradient", run)
-        is_fp32 = gradient.dtype == torch.float32
-        if is_fp32 and self._step_scale == 1.0:
+    def _chunks(self, run: list[UnitKey]) -> list[tuple[Tensor, ...]]:
+        """A run's (master, gradient, exp_avg, exp_avg_sq, weight), cut into chunks."""
+        spans = [self.store.span(kind, run) for kind in ("master", "gradient", "exp_avg", "exp_avg_sq", "weight")]
+        is_converted = not self._is_direct(spans[1])
+        return list(zip(*(self._split(span, is_converted=is_converted) for span in spans), strict=True))
+
+    def _is_direct(self, gradient: Tensor) -> bool:
+        """Whether AdamW can read the gradient where it lies."""
+        return gradient.dtype == torch.float32 and self._step_scale == 1.0
+
+    def _step_chunk(self, chunk: tuple[Tensor, ...]) -> None:
+        master, gradient, exp_avg, exp_avg_sq, weight = chunk
+        if self._is_direct(gradient):
             self._adamw(master, gradient, exp_avg, exp_avg_sq)
             return
         # Scaling a copy in cache costs less than AdamW's own grad_scale, which writes the scaled gradient back to
         # memory, and rounds as clip_grad_norm_ does (a product, where grad_scale divides).
-        chunks = (tensor.split(CHUNK_NUMEL) for tensor in (master, gradient, exp_avg, exp_avg_sq, weight))
-        for master_part, gradient_part, exp_avg_part, exp_avg_sq_part, weight_part in zip(*chunks, strict=True):
-            scratch = self._scratch_chunk()[: master_part.numel()]
-            if is_fp32:
-                torch.mul(gradient_part, self._step_scale, out=scratch)
-            else:
-                scratch.copy_(gradient_part)
-                if self._step_scale != 1.0:
-                    scratch.mul_(self._step_scale)
-            self._adamw(master_part, scratch, exp_avg_part, exp_avg_sq_part)
-            if not is_fp32:
-                weight_part.copy_(master_part)
+        scratch = self._scratch_chunk()[: master.numel()]
+        if gradient.dtype == torch.float32:
+            torch.mul(gradient, self._step_scale, out=scratch)
+        else:
+            scratch.copy_(gradient)
+            if self._step_scale != 1.0:
+                scratch.mul_(self._step_scale)
+        self._adamw(master, scratch, exp_avg, exp_avg_sq)
+        if weight.dtype != torch.float32:
+            weight.copy_(master)
 
     def _adamw(self, parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
@@ -273,6 +295,30 @@ class StoreOptimizer:
             maximize=False,
         )
 
+    # --- threads -----------------------------------------------------------------------------------------------------
+
+    def _split(self, flat: Tensor, *, is_converted: bool) -> Sequence[Tensor]:
+        """Parts of whole cache lines, one or more for every thread; what is converted must fit the scratch."""
+        length = max(MIN_CHUNK_NUMEL, -(-flat.numel() // self._num_threads))
+        if is_converted:
+            length = min(length, CHUNK_NUMEL)
+        return flat.split(-(-length // NORM_ROW_NUMEL) * NORM_ROW_NUMEL)
+
+    def _spread(self, do: Callable[[Work], None], pieces: Sequence[Work]) -> None:
+        """Does each piece once, on whichever of the optimizer's threads is free. Blocks; raises the first error."""
+        remaining = deque(pieces)
+
+        def drain() -> None:
+            while True:
+                try:
+                    piece = remaining.popleft()
+                except IndexError:
+                    return
+                do(piece)
+
+        for future in [self._pool.submit(drain) for _ in range(min(self._num_threads, len(pieces)))]:
+            future.result()
+
     def _scratch_chunk(self) -> Tensor:
         """The calling thread's own FP32 scratch, (CHUNK_NUMEL,)."""
         if not hasattr(self._scratch, "chunk"):
@@ -283,3 +329,25 @@ class StoreOptimizer:
 def _clip_coefficient(norm: float, clip_norm: float) -> float:
     """In FP32, as ``torch.nn.utils.clip_grad_norm_`` computes it."""
     return (clip_norm / (torch.tensor(norm) + 1e-6)).clamp(max=1.0).item()
+
+
+def _pool_of_single_threads(num_threads: int) -> ThreadPoolExecutor:
+    """Threads whose torch operators do not spread over further threads.
+
+    Each works through chunks on its own, and they meet once per call. With torch's threads inside each operator there
+    would be four barriers per chunk, each of which may cost a time slice where cores are shared.
+    """
+    everywhere = torch.get_num_threads()
+    ready = threading.Barrier(num_threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # makes torch take over the number in this thread before it changes again
+        ready.wait()
+
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="isthmus-adamw", initializer=start)
+    for _ in range(num_threads):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(everywhere)  # new threads of others would inherit the 1
+    return pool

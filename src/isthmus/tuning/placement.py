@@ -26,6 +26,14 @@ from isthmus.tuning.predictor import PopularityPredictor
 from isthmus.tuning.protocols import Loader, Policy
 
 
+class BudgetError(IsthmusError):
+    """The accelerator's budget is under what the policy needs, ``minimum_bytes``."""
+
+    def __init__(self, message: str, minimum_bytes: int) -> None:
+        super().__init__(message)
+        self.minimum_bytes = minimum_bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Where everything is and will be."""
@@ -109,23 +117,14 @@ def fit(
     num_waves: int | None,
 ) -> Plan:
     """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one expert."""
-    spec = model.spec
     slot_bytes = _slot_numel(model) * _dtype(model).itemsize
     activation_bytes = activations(model, example)
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
-    num_units = sum(key.is_expert for key in store.keys)
-    largest_layer = max(layer.num_experts for layer in spec.layers if layer is not None)
-    least = {"resident": num_units + largest_layer, "mobius": 2 * largest_layer, "gpipe-offload": 2 * largest_layer}.get(policy, 2)
-    num_slots = min(free_bytes // slot_bytes, num_units + largest_layer)
-    if num_slots < least:
-        minimum = accelerator.allocated_bytes + activation_bytes + least * slot_bytes
-        raise IsthmusError(
-            f"accelerator_memory: {accelerator.budget_bytes / 2**20:.0f} MiB is under the minimum of {minimum / 2**20:.0f} MiB for policy "
-            f"{policy}: dense weights and gradients {accelerator.allocated_bytes / 2**20:.0f} MiB, activations {activation_bytes / 2**20:.0f} MiB, "
-            f"{least} experts of {slot_bytes / 2**20:.1f} MiB. Raise --accelerator-memory to at least the minimum"
-            + (", or take another policy." if least > 2 else ", or lower --seq-len, --micro-batch-size or --micro-batches.")
-        )
-    stages = map_stages(spec, num_slots=num_slots - largest_layer, num_stages=num_stages)
+    largest_layer = max(layer.num_experts for layer in model.spec.layers if layer is not None)
+    num_slots = min(free_bytes // slot_bytes, sum(key.is_expert for key in store.keys) + largest_layer)
+    if num_slots < least_slots(model, policy):
+        raise budget_error(model, example, policy, accelerator.budget_bytes, dense_bytes=accelerator.allocated_bytes)
+    stages = map_stages(model.spec, num_slots=num_slots - largest_layer, num_stages=num_stages)
     return Plan(
         policy=policy,
         stages=stages,
@@ -135,6 +134,28 @@ def fit(
         activation_bytes=activation_bytes,
         copy_window=profile.copy_window,
         num_waves=num_waves or min(2, len(example)),
+    )
+
+
+def least_slots(model: MoeModel, policy: str) -> int:
+    """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for their gradients."""
+    experts = [layer.num_experts for layer in model.spec.layers if layer is not None]
+    return {"resident": sum(experts) + max(experts), "mobius": 2 * max(experts) + 1, "gpipe-offload": 2 * max(experts) + 1}.get(policy, 2)
+
+
+def budget_error(
+    model: MoeModel, example: list[MicroBatch], policy: str, budget_bytes: int, *, dense_bytes: int
+) -> BudgetError:
+    """The error that says what the least budget is and what it is made of. The dense units must be bound (anywhere)."""
+    slot_bytes, num_slots = _slot_numel(model) * _dtype(model).itemsize, least_slots(model, policy)
+    activation_bytes = activations(model, example)
+    minimum = dense_bytes + activation_bytes + num_slots * slot_bytes
+    return BudgetError(
+        f"accelerator_memory: {budget_bytes} bytes are under the minimum of {minimum} ({minimum / 2**20:.1f} MiB) for policy "
+        f"{policy}: dense weights and gradients {dense_bytes / 2**20:.1f} MiB, activations {activation_bytes / 2**20:.1f} MiB, "
+        f"{num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise --accelerator-memory to at least the minimum, lower "
+        "--seq-len, --micro-batch-size or --micro-batches, or take a policy that loads less.",
+        minimum,
     )
 
 

@@ -92,7 +92,7 @@ def tune(
         evaluation = []
         if eval_data is not None:
             held_out = load_dataset(eval_data, tokenizer, **reading)
-            evaluation = list(BatchStream(held_out, **shape).evaluation_batches(eval_batches))
+            evaluation = [batch for step in BatchStream(held_out, **shape).evaluation_batches(eval_batches) for batch in step]
         options = SessionOptions(
             dtype=dtype,
             policy=policy,
@@ -106,10 +106,7 @@ def tune(
             clip_norm=clip_norm or None,
             seed=seed,
         )
-        start = stream.state_dict()
-        example = stream.next_step()
-        stream.load_state_dict(start)
-        with Session(path, options, example, recorder, progress.phase) as session:
+        with Session(path, options, stream.peek(), recorder, progress.phase) as session:
             trainer = Trainer(
                 session,
                 stream,

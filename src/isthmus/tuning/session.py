@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.reader import read_checkpoint
+from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import OUTER_LAYER
 from isthmus.spec.plan import Plan
@@ -21,14 +21,14 @@ from isthmus.spec.profile import Profile
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.cpu_worker import CpuWorker
-from isthmus.tuning.data.batches import MicroBatch
-from isthmus.tuning.dense import DenseUnits
+from isthmus.tuning.data import MicroBatch, keep_documents_apart
+from isthmus.tuning.dense import DenseUnits, dense_bytes
 from isthmus.tuning.engine import Engine, StepCounts
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.host_buffers import HostBuffers
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
-from isthmus.tuning.placement import Placement, place
+from isthmus.tuning.placement import Placement, budget_error, place
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.wave import Resources
 from isthmus.units import Emulation
@@ -84,6 +84,7 @@ class Session:
         self.path = path
         self.model = MoeModel.build(load_config(path, num_layers=options.num_layers), options.dtype)
         self.model.module.train()
+        keep_documents_apart(self.model.module)
         emulation = options.emulation or {}
         self.accelerator: Accelerator = create(
             options.accelerator,
@@ -106,6 +107,8 @@ class Session:
         )
         for key in self.store.keys:
             self.store.publish(key)
+        num_threads, num_cpu_threads = thread_split(accelerator, options.emulation)
+        torch.set_num_threads(num_threads)
         self.optimizer = StoreOptimizer(
             self.store,
             learning_rate=0.0,
@@ -113,9 +116,8 @@ class Session:
             eps=options.epsilon,
             weight_decay=options.weight_decay,
             clip_norm=options.clip_norm,
+            num_threads=num_cpu_threads,
         )
-        num_threads, num_cpu_threads = thread_split(accelerator, options.emulation)
-        torch.set_num_threads(num_threads)
         if accelerator.is_separate:
             self._worker = CpuWorker(self.recorder, num_threads=num_cpu_threads, speed=options.cpu_speed)
         math = {
@@ -128,6 +130,11 @@ class Session:
             on_step=lambda: self.placement.policy.begin_step(),
             on_layer_stepped=self._layer_stepped,
         )
+        needed_bytes = dense_bytes(self.store)
+        if accelerator.is_separate and needed_bytes > accelerator.budget_bytes:
+            for key in (key for key in self.store.keys if not key.is_expert):
+                model.bind(key, self.store.weight(key))
+            raise budget_error(model, example, options.policy, accelerator.budget_bytes, dense_bytes=needed_bytes)
         self.dense = DenseUnits(model, self.store, accelerator, self.optimizer, self.steps.complete)
         for layer in range(OUTER_LAYER, model.spec.num_layers):
             self.dense.upload(layer)
@@ -219,6 +226,8 @@ class Session:
         placement = getattr(self, "placement", None)
         if placement is not None:
             placement.loader.close()
+        if hasattr(self, "optimizer"):
+            self.optimizer.close()
         self.accelerator.close()
 
     def __enter__(self) -> Session:
@@ -229,8 +238,11 @@ class Session:
 
 
 def thread_split(accelerator: Accelerator, emulation: Mapping[str, object] | None) -> tuple[int, int]:
-    """(threads of the computing thread, threads of the CPU experts) on the cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
+    """(threads of the computing thread, threads of the CPU experts) on the cores this process may use.
+
+    ``OMP_NUM_THREADS``, where it is set, stands for the number of cores.
+    """
+    cores = int(os.environ.get("OMP_NUM_THREADS", num_cpus_usable()))
     if not accelerator.is_separate:
         return cores, cores
     if accelerator.device.type == "cuda":

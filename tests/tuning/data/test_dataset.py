@@ -98,6 +98,12 @@ def test_truncating_a_conversation_starts_in_a_prompt() -> None:
     assert fitter.num_tokens_needed(example) == 4
 
 
+def test_a_completion_that_does_not_fit_is_left_out_though_a_prompt_follows_it() -> None:
+    is_label = np.asarray([0, *[1] * 9, 0], bool)
+    fitter = Fitter(seq_len=8, is_encoder_decoder=False, source_frame=Frame((), ()), target_frame=Frame((), ()))
+    assert fitter.fit(Example(np.arange(11, dtype=np.int32), is_label, is_document=False)) == []
+
+
 def test_what_was_left_out_is_counted(tokenizer: PreTrainedTokenizerFast, write_lines: WriteLines) -> None:
     path = write_lines(
         {"text": "  "},

@@ -23,7 +23,8 @@ def framed_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = train_tokenizer(["What is the sum of two and two? The answer is four."], 300)
     backend = tokenizer.backend_tokenizer
     lead, end = str(tokenizer.pad_token), str(tokenizer.eos_token)
-    special = list(zip((lead, end), tokenizer.convert_tokens_to_ids([lead, end]), strict=True))
+    vocabulary = tokenizer.get_vocab()
+    special = [(token, vocabulary[token]) for token in (lead, end)]
     backend.post_processor = TemplateProcessing(single=[lead, "$A", end], special_tokens=special)
     return tokenizer
 

@@ -27,6 +27,11 @@ def test_no_two_groups_of_a_window_would_fit_into_one(lengths: list[int]) -> Non
     assert len(fills) < 2 or fills[0] + fills[1] > 32
 
 
+def test_long_examples_are_placed_before_the_short_ones_that_fill_up() -> None:
+    groups = pack(np.asarray([10, 22] * 6), 32, np.random.default_rng(0))
+    assert len(groups) == 6
+
+
 def test_the_same_seed_gives_the_same_groups_and_another_gives_others() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, 300)
     first, again, other = (pack(lengths, 128, np.random.default_rng(seed)) for seed in (1, 1, 2))

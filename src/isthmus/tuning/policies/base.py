@@ -68,7 +68,23 @@ class StagedPolicy(Policy):
         keys = [UnitKey(layer, expert) for expert in range(len(counts_E))]
         resident = frozenset(key.expert for key in keys if self.loader.is_resident(key))
         arriving = {key.expert: self.loader.estimated_wait_s(key) for key in keys if self.loader.is_in_flight(key)}
-        return self.setup.costs.problem(layer, counts_E, is_backward=is_backward, resident=resident, arriving_s=arriving)
+        return self.setup.costs.problem(
+            layer,
+            counts_E,
+            is_backward=is_backward,
+            resident=resident,
+            arriving_s=arriving,
+            max_on_accelerator=self.most_in_backward(layer) if is_backward else None,
+        )
+
+    def most_in_backward(self, layer: int) -> int:
+        """Experts of a layer that backward may put on the accelerator.
+
+        Each holds a slot for its gradient until the layer's last wave, while the first wave may be in the next layer
+        already; one more slot holds weights.
+        """
+        num_layers = 1 if self.setup.plan.num_waves == 1 else 2
+        return min(self.num_experts(layer), (self.setup.plan.num_slots - 1) // num_layers)
 
     def expected_counts(self, layer: int) -> list[int]:
         """Historical popularity scaled to a step's tokens; uniform before the first step."""

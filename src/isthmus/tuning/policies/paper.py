@@ -28,11 +28,14 @@ class Paper(StagedPolicy):
 
     def _equation_1(self, layer: int, counts_E: list[int], *, is_backward: bool) -> LayerSplit:
         split = split_rule("paper")(self.problem(layer, counts_E, is_backward=is_backward))
-        here = [expert for expert in split.on_cpu if self.loader.is_resident(UnitKey(layer, expert))]
+        here = {expert for expert in split.on_cpu if self.loader.is_resident(UnitKey(layer, expert))}
+        most = self.most_in_backward(layer) if is_backward else len(counts_E)
+        by_popularity = sorted((*split.on_accelerator, *here), key=lambda expert: (-counts_E[expert], expert))
+        taken = set(by_popularity[:most])
         return LayerSplit(
-            on_accelerator=tuple(sorted((*split.on_accelerator, *here))),
-            on_cpu=tuple(expert for expert in split.on_cpu if expert not in here),
-            load_order=split.load_order,
+            on_accelerator=tuple(sorted(taken)),
+            on_cpu=tuple(expert for expert in range(len(counts_E)) if expert not in taken),
+            load_order=tuple(expert for expert in split.load_order if expert in taken),
         )
 
     def plan_forward(self) -> None:
