@@ -135,8 +135,10 @@ def test_no_number_of_stages_or_waves_changes_a_result(
 def test_bf16_losses_stay_within_one_percent(
     family: str, accelerator: str, case: Callable[[str], Case], tmp_path: Path
 ) -> None:
+    # At 1e-3 a tiny router flips choices on rounding alone, and either side's loss then leaves FP32's by more than 1e-2.
+    rate = 0.3 * LEARNING_RATE
     plain = case(family)
-    wanted = reference.train(plain.path, plain.steps, learning_rate=LEARNING_RATE, dtype=torch.bfloat16)
+    wanted = reference.train(plain.path, plain.steps, learning_rate=rate, dtype=torch.bfloat16)
     options = replace(EMULATED, dtype="bf16", weight_decay=0.0)
     if accelerator == "host":
         options = SessionOptions(accelerator="host", dtype="bf16")
@@ -144,7 +146,7 @@ def test_bf16_losses_stay_within_one_percent(
         options = with_budget(plain, options, more_slots=4)
     with Session(plain.path, options, plain.steps[0], Recorder(enabled=False)) as session:
         losses = [
-            session.train_step(batches, step=number, learning_rate=LEARNING_RATE).loss
+            session.train_step(batches, step=number, learning_rate=rate).loss
             for number, batches in enumerate(plain.steps, start=1)
         ]
     assert losses == pytest.approx(wanted.losses, rel=1e-2)

@@ -33,6 +33,18 @@ class LinkTimes:
     latency_s: float
     window: int
 
+    @classmethod
+    def free(cls) -> LinkTimes:
+        """Where there is no link, nothing travels."""
+        return cls(
+            h2d_s_per_byte=0.0,
+            d2h_s_per_byte=0.0,
+            h2d_duplex_s_per_byte=0.0,
+            d2h_duplex_s_per_byte=0.0,
+            latency_s=0.0,
+            window=1,
+        )
+
 
 def measure_link(copier: Copier, num_bytes: int) -> LinkTimes:
     """Copies ``num_bytes`` (one expert) a few times each way. Blocks for well under a second on links above 1 GB/s."""

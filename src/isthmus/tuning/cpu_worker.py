@@ -1,7 +1,8 @@
 """The CPU as a resource of its own: one thread that computes experts and optimizer steps, most urgent first.
 
-PyTorch's operators spread over ``num_threads`` cores inside this thread. ``speed`` below 1 emulates fewer cores: after each
-task the thread idles until the task would have ended on the slower CPU.
+PyTorch's operators spread over ``num_threads`` cores inside this thread. ``speed`` below 1 emulates fewer cores for experts:
+after each of their tasks the thread idles until the task would have ended on the slower CPU. Optimizer steps, which memory
+bandwidth bounds and not cores, are left alone.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class CpuWorker:
             except BaseException as error:
                 future.set_exception(error)
             else:
-                if self.speed < 1.0:
+                if self.speed < 1.0 and lane == "cpu_experts":
                     time.sleep((self.recorder.now_s() - start_s) * (1.0 / self.speed - 1.0))
                 future.set_result(result)
             self.recorder.add(lane, name, start_s, self.recorder.now_s(), kind=kind, num_tokens=num_tokens)

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 
 import psutil
 import torch
 
 from isthmus.models.moe_model import MoeModel
+from isthmus.models.skeleton import torch_dtype
+from isthmus.planning.curves import scale
 from isthmus.profiling.cache import cached_profile
 from isthmus.profiling.dense import measure_dense
 from isthmus.profiling.experts import measure_expert
-from isthmus.profiling.links import measure_link
+from isthmus.profiling.links import LinkTimes, measure_link
 from isthmus.profiling.timing import in_thread
 from isthmus.reporting.environment import cpu_name
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.model import UnitKey, UnitLayout
-from isthmus.spec.profile import Curve, ExpertTimes, Profile
+from isthmus.spec.profile import ExpertTimes, Profile
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 
 
-def slower(curve: Curve, factor: float) -> Curve:
-    return Curve(num_tokens=curve.num_tokens, seconds=tuple(second * factor for second in curve.seconds))
+def at_cpu_speed(profile: Profile, speed: float) -> Profile:
+    """The profile of a machine whose CPU computes experts at ``speed`` times the measured rate."""
+    if speed == 1.0:
+        return profile
+    experts = {
+        key: replace(
+            times, cpu_forward=scale(times.cpu_forward, 1 / speed), cpu_backward=scale(times.cpu_backward, 1 / speed)
+        )
+        for key, times in profile.experts.items()
+    }
+    return replace(profile, hardware=replace(profile.hardware, cpu_speed=speed), experts=experts)
 
 
 def optimizer_seconds_per_parameter(layout: UnitLayout) -> float:
@@ -57,7 +70,6 @@ def measure_profile(
     *,
     max_tokens: int,
     num_cpu_threads: int,
-    cpu_speed: float,
     refresh: bool = False,
     progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Profile:
@@ -73,11 +85,10 @@ def measure_profile(
         accelerator=accelerator.name,
         accelerator_name=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.name,
         accelerator_memory_bytes=0,
-        cpu_speed=cpu_speed,
     )
     rates = [getattr(accelerator, name, 0.0) for name in ("h2d_bytes_per_s", "d2h_bytes_per_s", "latency_s")]
     identity = {
-        "hardware": [hardware.cpu_name, num_cpu_threads, hardware.accelerator, hardware.accelerator_name, cpu_speed, *rates],
+        "hardware": [hardware.cpu_name, num_cpu_threads, hardware.accelerator, hardware.accelerator_name, *rates],
         "threads": torch.get_num_threads(),
         "model": model.module.config.to_json_string(),
         "dtype": model.dtype,
@@ -86,7 +97,7 @@ def measure_profile(
     }
     return cached_profile(
         identity,
-        lambda: _measure(model, accelerator, example, max_tokens, num_cpu_threads, cpu_speed, hardware, progress),
+        lambda: _measure(model, accelerator, example, max_tokens, num_cpu_threads, hardware, progress),
         refresh=refresh,
     )
 
@@ -97,11 +108,52 @@ def _measure(
     example: MicroBatch,
     max_tokens: int,
     num_cpu_threads: int,
-    cpu_speed: float,
     hardware: Hardware,
     progress: Callable[[str, float], None],
 ) -> Profile:
-    dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+    item_bytes = 2 if model.dtype == "bf16" else 4
+    progress("measuring the link", 0.0)
+    first = model.moe_parts[model.spec.moe_layers[0]].spec
+    times = LinkTimes.free()
+    if accelerator.is_separate:
+        times = measure_link(accelerator, min(first.numel * item_bytes, 64 << 20))
+        rate = LinkRate(
+            h2d_bytes_per_s=1 / times.h2d_s_per_byte,
+            d2h_bytes_per_s=1 / times.d2h_s_per_byte,
+            latency_s=times.latency_s,
+        )
+        hardware = replace(hardware, link=rate)
+    progress("measuring the dense part", 0.1)
+    forward_s, backward_s = measure_dense(
+        model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
+    )
+    experts, optimizer_s = _measure_experts(model, accelerator, max_tokens, num_cpu_threads, progress)
+    return Profile(
+        hardware=hardware,
+        dtype=model.dtype,
+        experts=experts,
+        h2d_s_per_byte=times.h2d_s_per_byte,
+        d2h_s_per_byte=times.d2h_s_per_byte,
+        h2d_duplex_s_per_byte=times.h2d_duplex_s_per_byte,
+        d2h_duplex_s_per_byte=times.d2h_duplex_s_per_byte,
+        copy_latency_s=times.latency_s,
+        copy_window=times.window,
+        optimizer_s_per_parameter=optimizer_s,
+        dense_forward_s_per_token=forward_s,
+        dense_backward_s_per_token=backward_s,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _measure_experts(
+    model: MoeModel,
+    accelerator: Accelerator,
+    max_tokens: int,
+    num_cpu_threads: int,
+    progress: Callable[[str, float], None],
+) -> tuple[dict[str, ExpertTimes], float]:
+    """(curves by shape of expert, optimizer seconds per parameter of the slowest shape)."""
+    dtype = torch_dtype(model.dtype)
     shapes = {}
     for layer in model.spec.moe_layers:
         spec = model.moe_parts[layer].spec
@@ -109,52 +161,22 @@ def _measure(
     experts: dict[str, ExpertTimes] = {}
     optimizer_s = 0.0
     for number, (key, layer) in enumerate(shapes.items()):
-        progress("measuring experts", number / len(shapes))
-        spec, module = model.moe_parts[layer].spec, model.experts[layer]
-
-        def on(device: torch.device, synchronize: Callable[[], None], spec=spec, module=module) -> tuple[Curve, Curve]:
-            return measure_expert(
-                spec, dtype, device=device, max_tokens=max_tokens, synchronize=synchronize, activation_module=module
-            )
-
-        here = on(accelerator.device, accelerator.synchronize)
+        progress("measuring experts", 0.2 + 0.8 * number / len(shapes))
+        on_device = partial(
+            measure_expert,
+            model.moe_parts[layer].spec,
+            dtype,
+            max_tokens=max_tokens,
+            activation_module=model.experts[layer],
+        )
+        here = on_device(device=accelerator.device, synchronize=accelerator.synchronize)
         cpu = here
         if accelerator.is_separate:
-            cpu = in_thread(lambda on=on: on(torch.device("cpu"), lambda: None), num_threads=num_cpu_threads)
+            cpu = in_thread(partial(on_device, device=torch.device("cpu")), num_threads=num_cpu_threads)
         experts[key] = ExpertTimes(
-            cpu_forward=slower(cpu[0], 1 / cpu_speed),
-            cpu_backward=slower(cpu[1], 1 / cpu_speed),
-            accelerator_forward=here[0],
-            accelerator_backward=here[1],
+            cpu_forward=cpu[0], cpu_backward=cpu[1], accelerator_forward=here[0], accelerator_backward=here[1]
         )
         layout = model.layouts[UnitKey(layer, 0)]
-        measured = in_thread(lambda layout=layout: optimizer_seconds_per_parameter(layout), num_threads=num_cpu_threads)
-        optimizer_s = max(optimizer_s, measured / cpu_speed)
-    progress("measuring the dense part", 0.5)
-    forward_s, backward_s = measure_dense(
-        model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
-    )
-    zero = {"h2d_s_per_byte": 0.0, "d2h_s_per_byte": 0.0, "h2d_duplex_s_per_byte": 0.0, "d2h_duplex_s_per_byte": 0.0}
-    link, latency_s, window = zero, 0.0, 1
-    if accelerator.is_separate:
-        progress("measuring the link", 0.8)
-        first = model.moe_parts[model.spec.moe_layers[0]].spec
-        times = measure_link(accelerator, min(first.numel * dtype.itemsize, 64 << 20))
-        link = {name: getattr(times, name) for name in zero}
-        latency_s, window = times.latency_s, times.window
-        rate = LinkRate(
-            h2d_bytes_per_s=1 / times.h2d_s_per_byte, d2h_bytes_per_s=1 / times.d2h_s_per_byte, latency_s=latency_s
-        )
-        hardware = Hardware(**{**vars(hardware), "link": rate})
-    return Profile(
-        hardware=hardware,
-        dtype=model.dtype,
-        experts=experts,
-        **link,
-        copy_latency_s=latency_s,
-        copy_window=window,
-        optimizer_s_per_parameter=optimizer_s,
-        dense_forward_s_per_token=forward_s,
-        dense_backward_s_per_token=backward_s,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+        measure = partial(optimizer_seconds_per_parameter, layout)
+        optimizer_s = max(optimizer_s, in_thread(measure, num_threads=num_cpu_threads))
+    return experts, optimizer_s

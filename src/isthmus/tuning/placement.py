@@ -19,9 +19,9 @@ from isthmus.spec.profile import Profile
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.loader import ExpertLoader, HostLoader
-from isthmus.tuning.measure import measure_profile
+from isthmus.tuning.measure import at_cpu_speed, measure_profile
 from isthmus.tuning.parameter_store import ParameterStore
-from isthmus.tuning.policies import POLICIES, InPlace, PolicySetup
+from isthmus.tuning.policies import POLICIES, PREDICTING, InPlace, PolicySeat, PolicySetup
 from isthmus.tuning.predictor import PopularityPredictor
 from isthmus.tuning.protocols import Loader, Policy
 
@@ -42,7 +42,9 @@ class Placement:
     profile: Profile
     loader: Loader
     policy: Policy
-    predictor: PopularityPredictor | None
+    predictor: PopularityPredictor | None = None
+    setup: PolicySetup | None = None
+    """What other policies would need to take this one's place; None where there is nothing to decide."""
 
 
 def place(
@@ -66,24 +68,31 @@ def place(
         raise IsthmusError(f"policy: got {policy!r}, wanted one of {', '.join(sorted(POLICIES))}.")
     spec = model.spec
     num_tokens = sum(batch.num_tokens for batch in example)
-    profile = measure_profile(
+    measured = measure_profile(
         model,
         accelerator,
         example[0],
         max_tokens=num_tokens,
         num_cpu_threads=num_cpu_threads,
-        cpu_speed=cpu_speed,
         progress=progress,
     )
     if not accelerator.is_separate:
         whole = (Stage(first_layer=0, last_layer=spec.num_layers - 1),)
         plan = Plan(
-            policy="in-place", stages=whole, num_slots=0, slot_bytes=0, dense_bytes=0, activation_bytes=0, copy_window=1, num_waves=1
+            policy=InPlace.name,
+            stages=whole,
+            num_slots=0,
+            slot_bytes=0,
+            dense_bytes=0,
+            activation_bytes=0,
+            copy_window=1,
+            num_waves=1,
         )
-        return Placement(plan=plan, profile=profile, loader=HostLoader(store.weight), policy=InPlace(), predictor=None)
+        return Placement(plan=plan, profile=measured, loader=HostLoader(store.weight), policy=InPlace())
+    profile = at_cpu_speed(measured, cpu_speed)
     plan = fit(model, store, accelerator, example, profile, policy, num_stages, num_waves)
     accelerator.reserve(plan.activation_bytes)
-    holder: list[Policy] = []
+    seat = PolicySeat()
     loader = ExpertLoader(
         accelerator,
         num_slots=plan.num_slots,
@@ -91,19 +100,25 @@ def place(
         dtype=_dtype(model),
         source=store.weight,
         window=plan.copy_window,
-        next_use=lambda key: holder[0].next_use(key),
+        next_use=seat.next_use,
     )
-    predictor = make_predictor(model, store, accelerator) if policy in ("affinity", "paper") else None
     setup = PolicySetup(
         spec=spec,
         costs=CostModel(profile, spec),
         plan=plan,
         loader=loader,
         num_tokens=num_tokens,
-        predictor=predictor,
+        predictor=make_predictor(model, accelerator),
     )
-    holder.append(POLICIES[policy](setup))
-    return Placement(plan=plan, profile=profile, loader=loader, policy=holder[0], predictor=predictor)
+    seat.policy = POLICIES[policy](setup)
+    return Placement(
+        plan=plan,
+        profile=profile,
+        loader=loader,
+        policy=seat,
+        predictor=setup.predictor if policy in PREDICTING else None,
+        setup=setup,
+    )
 
 
 def fit(
@@ -170,7 +185,7 @@ def activations(model: MoeModel, example: list[MicroBatch]) -> int:
     return saved + kept + num_tokens * widest * item
 
 
-def make_predictor(model: MoeModel, store: ParameterStore, accelerator: Accelerator) -> PopularityPredictor:
+def make_predictor(model: MoeModel, accelerator: Accelerator) -> PopularityPredictor:
     """Starts from the routers' own weights (APTMoE, section 4.2)."""
     routers: dict[int, tuple[Tensor, int]] = {}
     for layer in model.spec.moe_layers[1:]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from isthmus.errors import IsthmusError
 from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.reader import read_checkpoint
+from isthmus.planning.problem import CostModel
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import OUTER_LAYER
@@ -26,9 +28,11 @@ from isthmus.tuning.dense import DenseUnits, dense_bytes
 from isthmus.tuning.engine import Engine, StepCounts
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.host_buffers import HostBuffers
+from isthmus.tuning.measure import at_cpu_speed
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 from isthmus.tuning.placement import Placement, budget_error, place
+from isthmus.tuning.policies import POLICIES, PolicySeat
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.wave import Resources
 from isthmus.units import Emulation
@@ -164,6 +168,23 @@ class Session:
         self.engine = Engine(
             model, resources, self.dense, self.placement.policy, self.steps, num_waves=self.placement.plan.num_waves
         )
+        self.weights_changed()
+
+    def use(self, policy: str, *, cpu_speed: float = 1.0) -> None:
+        """Another policy, and another emulated CPU speed, from the next step on. Blocks until the last step is done.
+
+        For comparisons on one model: plan and memory stay as they are, and the new policy starts without history.
+        """
+        setup, seat = self.placement.setup, self.placement.policy
+        if setup is None or not isinstance(seat, PolicySeat) or self._worker is None:
+            raise IsthmusError("policy: there is nothing to choose without a separate accelerator; use --accelerator emulated or cuda.")
+        self.finish()
+        self._worker.speed = cpu_speed
+        measured = at_cpu_speed(self.placement.profile, cpu_speed / self.placement.profile.hardware.cpu_speed)
+        profile = replace(measured, hardware=replace(measured.hardware, cpu_speed=cpu_speed))
+        costs = CostModel(profile, self.model.spec)
+        self.placement = replace(self.placement, profile=profile)
+        seat.policy = POLICIES[policy](replace(setup, costs=costs))
         self.weights_changed()
 
     def weights_changed(self) -> None:
