@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 @dataclass(slots=True)
@@ -33,15 +32,18 @@ class PredictorQuality:
 
 
 class PopularityPredictor:
-    """One linear layer per MoE layer, of its router's shape, fed with what the router BEFORE it sees.
+    """One linear layer per MoE layer, of its router's shape and with a bias, fed with what the router BEFORE it sees.
 
     Starts from the target router's weights and learns online from the target's real choices (plain SGD on the
     cross-entropy against the chosen experts). Reads the model, never changes it.
     """
 
-    def __init__(self, routers: dict[int, tuple[Tensor, int]], *, learning_rate: float = 0.1, device: torch.device) -> None:
+    def __init__(self, routers: dict[int, tuple[Tensor, int]], *, learning_rate: float = 0.5, device: torch.device) -> None:
         """``routers``: layer -> (router weight (E, H), k)."""
-        self._weights = {layer: weight.detach().to(device, torch.float32).clone() for layer, (weight, _) in routers.items()}
+        self._weights = {
+            layer: torch.cat([weight, weight.new_zeros(len(weight), 1)], dim=1).detach().to(device, torch.float32)
+            for layer, (weight, _) in routers.items()
+        }
         self._top_k = {layer: k for layer, (_, k) in routers.items()}
         self._learning_rate = learning_rate
         self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -50,7 +52,7 @@ class PopularityPredictor:
     @torch.no_grad()
     def predict(self, layer: int, previous_hidden_TH: Tensor) -> list[int]:
         """Predicted tokens per expert of ``layer``, from the hidden states that the previous MoE layer's router saw."""
-        inputs_TH = functional.normalize(previous_hidden_TH.float(), dim=-1)
+        inputs_TH = _inputs(previous_hidden_TH)
         choice_Tk = (inputs_TH @ self._weights[layer].T).topk(self._top_k[layer], dim=-1).indices
         self._seen.setdefault(layer, []).append((inputs_TH, choice_Tk))
         return torch.bincount(choice_Tk.reshape(-1), minlength=self._weights[layer].shape[0]).tolist()
@@ -76,7 +78,8 @@ class PopularityPredictor:
         quality.quarter += quarter
         target_TE = real_TE / real_TE.sum(1, keepdim=True).clamp_min(1.0)
         error_TE = torch.softmax(inputs_TH @ weight_EH.T, dim=-1) - target_TE
-        weight_EH -= self._learning_rate * (error_TE.T @ inputs_TH) * (num_experts / len(inputs_TH))
+        step = self._learning_rate / inputs_TH.shape[1] * num_experts / len(inputs_TH)
+        weight_EH -= step * (error_TE.T @ inputs_TH)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {str(layer): weight for layer, weight in self._weights.items()}
@@ -84,3 +87,9 @@ class PopularityPredictor:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for layer, weight in state.items():
             self._weights[int(layer)].copy_(weight)
+
+
+def _inputs(hidden_TH: Tensor) -> Tensor:
+    """(T, H + 1): hidden states of unit mean square, as a router sees them behind its norm, and a one for a bias."""
+    scale_T1 = hidden_TH.shape[1] ** 0.5 / hidden_TH.float().norm(dim=1, keepdim=True).clamp_min(1e-6)
+    return torch.cat([hidden_TH.float() * scale_T1, torch.ones_like(scale_T1)], dim=1)

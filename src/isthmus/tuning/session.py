@@ -97,6 +97,8 @@ class Session:
             **{name: value for name, value in emulation.items() if name != "num_threads"},
         )
         self._worker: CpuWorker | None = None
+        self.num_steps = 0
+        """The number of the last step that ``train_step`` took."""
         try:
             self._build(example, progress)
         except BaseException:
@@ -219,6 +221,7 @@ class Session:
         norm = self.steps.begin(step, learning_rate) if is_finite else float("nan")
         self.recorder.step(step, start_s, self.recorder.now_s())
         after = self.accelerator.copied_bytes()
+        self.num_steps = step
         return StepOutcome(
             loss=loss,
             gradient_norm=norm,

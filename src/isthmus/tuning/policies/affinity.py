@@ -51,11 +51,10 @@ class Affinity(StagedPolicy):
 
     def split_forward(self, layer: int, counts_E: list[int], hidden_TH: Tensor, index_Tk: Tensor) -> LayerSplit:
         split = self._decide(layer, counts_E, is_backward=False)
-        following = next((other for other in self.layers if other > layer), None)
-        predictor = self.setup.predictor
-        if following is not None and predictor is not None and following in self._ready:
-            predicted = predictor.predict(following, hidden_TH)
-            problem = self.problem(following, predicted, is_backward=False)
+        predicted = self.predict_next(layer, hidden_TH, index_Tk)
+        if predicted is not None and predicted[0] in self._ready:
+            following, expected_E = predicted
+            problem = self.problem(following, expected_E, is_backward=False)
             ahead = split_rule("affinity")(problem, link_price=self._link_price)
             self.loader.set_queue(Phase.LAYER, [UnitKey(following, expert) for expert in ahead.load_order])
         return split

@@ -8,6 +8,8 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from isthmus.planning.problem import CostModel, LayerProblem
 from isthmus.spec.model import ModelSpec, UnitKey
 from isthmus.spec.plan import LayerSplit, Plan
@@ -101,6 +103,15 @@ class StagedPolicy(Policy):
             new = [count / total for count in counts]
             old = self.history.get(layer)
             self.history[layer] = new if old is None else [0.5 * a + 0.5 * b for a, b in zip(old, new, strict=True)]
+
+    def predict_next(self, layer: int, hidden_TH: Tensor, index_Tk: Tensor) -> tuple[int, list[int]] | None:
+        """(the MoE layer after ``layer``, its predicted counts); None at the last. Lets the predictor learn from ``layer``."""
+        predictor = self.setup.predictor
+        if predictor is None:
+            return None
+        predictor.learn(layer, index_Tk)
+        following = next((other for other in self.layers if other > layer), None)
+        return None if following is None else (following, predictor.predict(following, hidden_TH))
 
     # --- queues ----------------------------------------------------------------------------------------------------
 

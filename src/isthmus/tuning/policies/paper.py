@@ -58,18 +58,17 @@ class Paper(StagedPolicy):
     def split_forward(self, layer: int, counts_E: list[int], hidden_TH: Tensor, index_Tk: Tensor) -> LayerSplit:
         split = self._equation_1(layer, counts_E, is_backward=False)
         self.loader.set_queue(Phase.EXPERT, [UnitKey(layer, expert) for expert in split.load_order])
-        self.look_ahead(layer, hidden_TH)
+        self.look_ahead(layer, hidden_TH, index_Tk)
         return split
 
-    def look_ahead(self, layer: int, hidden_TH: Tensor) -> None:
+    def look_ahead(self, layer: int, hidden_TH: Tensor, index_Tk: Tensor) -> None:
         """The inter-layer phase: what Equation 1 gives to the accelerator for the predicted counts of the next layer."""
-        following = next((other for other in self.layers if other > layer), None)
-        predictor = self.setup.predictor
-        if following is None or predictor is None or following not in self._ready:
+        predicted = self.predict_next(layer, hidden_TH, index_Tk)
+        if predicted is None or predicted[0] not in self._ready:
             self.loader.clear(Phase.LAYER)
             return
-        predicted = predictor.predict(following, hidden_TH)
-        split = self._equation_1(following, predicted, is_backward=False)
+        following, counts_E = predicted
+        split = self._equation_1(following, counts_E, is_backward=False)
         self.loader.set_queue(Phase.LAYER, [UnitKey(following, expert) for expert in split.load_order])
 
     def decide_backward(self, layer: int) -> LayerSplit:
