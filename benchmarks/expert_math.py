@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -60,16 +61,16 @@ class Problem:
 
 def ours(problem: Problem, *, save: bool, accumulate: bool) -> Task:
     """Routing, gathering, forward and backward of all experts, and combining: from the router's choices to d hidden."""
-    math, experts = problem.math, problem.spec.num_experts
-    adds = [accumulate] * experts
+    experts, num_experts = problem.math, problem.spec.num_experts
+    adds = [accumulate] * num_experts
 
     def run() -> tuple[Tensor, ...]:
-        routing = sort_by_expert(problem.index, experts)
+        routing = sort_by_expert(problem.index, num_experts)
         x_SH, s_S = gather(problem.x, routing), problem.s.reshape(-1)[routing.order_S]
-        out_SH, saved = math.forward_many(problem.weights, routing.counts_E, x_SH, s_S, save=save)
+        out_SH, saved = experts.forward_many(problem.weights, routing.counts_E, x_SH, s_S, save=save)
         out_TH = combine(out_SH, routing, *problem.index.shape)
         g_SH = gather(problem.g, routing)
-        dx_SH, ds_S = math.backward_many(
+        dx_SH, ds_S = experts.backward_many(
             problem.weights, routing.counts_E, x_SH, s_S, g_SH, saved, problem.gradients, accumulate=adds
         )
         ds = torch.empty_like(problem.s)
@@ -165,7 +166,7 @@ def measure(problem: Problem, num_threads: int, seconds: float) -> dict[str, obj
         seconds,
         time.thread_time if num_threads == 1 else time.perf_counter,
     )
-    once = [sum(turn) for turn in zip(*(times[name] for name in gemms), strict=True)]
+    once = [math.fsum(turn) for turn in zip(*(times[name] for name in gemms), strict=True)]
     again = times["pre = x W_up^T"]
     print(f"\n{num_threads} threads, {problem.dtype}, {problem.spec.num_experts} experts, {problem.tokens} rows each")
     for name in gemms:

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from isthmus.models import expert_math
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.expert_math_grouped import GroupedExpertMath
 from isthmus.models.routing import combine, gather, sort_by_expert
@@ -188,6 +189,30 @@ def test_gradients_add_up_only_where_asked(kind: str) -> None:
         assert_near(got - 0.5 if adds else got, wanted, 1e-5)
 
 
+def test_backward_starts_from_what_forward_saved() -> None:
+    case = make_case("silu_glu")
+    experts = ExpertMath(case.spec)
+    weights, gradients = experts.views(case.flats[0]), experts.views(torch.empty(case.spec.numel))
+    x, g, s = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN), torch.rand(9)
+    nothing_active = torch.full((9, 2 * INTERMEDIATE), -1e4)
+    dx, ds = experts.backward(weights, x, s, g, nothing_active, gradients, accumulate=False)
+    assert not dx.any() and not ds.any()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2048, 1 << 30])
+@pytest.mark.parametrize("save", [True, False])
+def test_results_do_not_depend_on_how_experts_share_elementwise_passes(
+    chunk_bytes: int, save: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case("silu_glu")
+    wanted = run(case, save=save)
+    monkeypatch.setattr(expert_math, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(expert_math, "CHUNK_WEIGHT_BYTES", chunk_bytes)
+    got = run(case, save=save)
+    for left, right in zip([*got[:3], *got[3]], [*wanted[:3], *wanted[3]], strict=True):
+        assert_near(left, right, 1e-6)
+
+
 def test_one_expert_equals_its_part_of_many_and_may_save_in_part() -> None:
     case = make_case("silu_glu")
     experts = ExpertMath(case.spec)
@@ -238,6 +263,26 @@ def test_grouped_equals_one_expert_after_another(kind: str) -> None:
     assert_near(ds_S, case.ds.reshape(-1)[routing.order_S], 1e-5)
     for got, wanted, adds in zip(gradient_buffer, case.dflats, accumulate, strict=True):
         assert_near(got - 0.5 if adds else got, wanted, 1e-5)
+
+
+def test_grouped_gradient_of_an_empty_slot_is_zero_whatever_the_gemm_leaves_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def poisoned(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        result = grouped_mm(left, right, offs=offs)
+        if result.dim() == 3:
+            result[offs == torch.cat([offs.new_zeros(1), offs[:-1]])] = math.nan
+        return result
+
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", poisoned)
+    case = make_case("silu_glu")
+    grouped = GroupedExpertMath(case.spec)
+    x, offsets = torch.randn(9, HIDDEN), torch.tensor([4, 4, 9], dtype=torch.int32)
+    views, gradients = grouped.views(torch.stack(case.flats[:3])), torch.zeros(3, case.spec.numel)
+    adds = [False, True, True]
+    grouped.backward_grouped(views, offsets, x, torch.rand(9), x, None, grouped.views(gradients), accumulate=adds)
+    assert not gradients[1].any() and gradients[0].any() and gradients[2].any()
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,18 @@
 """Forward and backward of routed experts without autograd: one chain of GEMMs for each expert, nothing copied between.
 
-Legend: ``S`` routed pairs sorted by expert, ``N`` rows of one expert, ``H`` hidden size, ``I`` intermediate size, ``P``
-width of the pre-activations (``2I`` for gated experts, else ``I``).
+Legend: ``S`` routed pairs sorted by expert, ``N`` rows of one expert or of a few neighbours, ``H`` hidden size, ``I``
+intermediate size, ``P`` width of the pre-activations (``2I`` for gated experts, else ``I``).
 
 With g = d loss / d (s * y) for y = act W_down^T, backward needs neither y nor anything else but the inputs:
 u = g W_down, d s = <act, u>, d act = s * u, d W_down = (s * g)^T act, d pre = act'(pre) d act, d W_up = d pre^T x,
-d x = d pre W_up. Everything of one expert is done before the next begins, while its weights are in cache.
+d x = d pre W_up. The elementwise parts run once for a chunk of neighbouring experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,29 @@ from torch import Tensor, nn
 from isthmus.models.activations import make_activation
 from isthmus.spec.model import ExpertSpec
 
+CHUNK_BYTES = 1 << 20
+"""Most bytes of pre-activations of a chunk of several experts: many small experts share the cost of an operator, and
+what a GEMM wrote is still in cache when the next operator reads it."""
+CHUNK_WEIGHT_BYTES = 16 << 20
+"""Most bytes of weights of such a chunk where backward reads W_up twice: the second time from cache, or nothing is won."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Neighbouring experts (their positions), the rows of each, and where these lie among all rows."""
+
+    experts: range
+    counts: list[int]
+    rows: slice
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
 
 @dataclass(frozen=True, slots=True)
 class _Scratch:
-    """Buffers of one call, used for expert after expert: fresh memory costs page faults."""
+    """Buffers of one call, used for chunk after chunk: fresh memory costs page faults."""
 
     pre: Tensor
     act: Tensor
@@ -97,19 +117,22 @@ class ExpertMath:
         """
         self._check(weights, counts, x_SH, s_S)
         out_SH = torch.empty_like(x_SH) if out_SH is None else out_SH
-        longest = max(counts, default=0)
+        chunks = list(self._chunks(counts, x_SH.dtype, recomputes=False))
+        longest = max((chunk.num_rows for chunk in chunks), default=0)
         pre_rows = x_SH.new_empty(x_SH.shape[0] if save else longest, self.pre_size)
         act_rows = x_SH.new_empty(longest, self.spec.intermediate_size)
         sizes = list(counts)
-        pre_parts = pre_rows.split(sizes) if save else [pre_rows[:count] for count in counts]
-        rows = zip(weights, pre_parts, x_SH.split(sizes), s_S.split(sizes), out_SH.split(sizes), strict=True)
-        for weight, pre_NP, x_NH, s_N, out_NH in rows:
-            act_NI = act_rows[: len(x_NH)]
-            _linear(x_NH, self._up_HP(weight), weight.get(f"{self.up_name}_bias"), pre_NP)
+        x_parts, out_parts = x_SH.split(sizes), out_SH.split(sizes)
+        for chunk in chunks:
+            pre_NP = pre_rows[chunk.rows] if save else pre_rows[: chunk.num_rows]
+            act_NI = act_rows[: chunk.num_rows]
+            self._pre_activations(chunk, weights, x_parts, pre_NP)
             self.activation.forward(pre_NP, act_NI)
-            _linear(act_NI, self._down_IH(weight), weight.get("down_proj_bias"), out_NH)
-            scale_rows(out_NH, s_N, out_NH)
-        return out_SH, list(pre_parts) if save else None
+            for expert, act in zip(chunk.experts, act_NI.split(chunk.counts), strict=True):
+                _linear(act, self._down_IH(weights[expert]), weights[expert].get("down_proj_bias"), out_parts[expert])
+            out_NH = out_SH[chunk.rows]
+            scale_rows(out_NH, s_S[chunk.rows], out_NH)
+        return out_SH, list(pre_rows.split(sizes)) if save else None
 
     @torch.no_grad()
     def backward_many(
@@ -134,28 +157,70 @@ class ExpertMath:
         self._check(weights, counts, x_SH, s_S)
         dx_SH = torch.empty_like(x_SH) if dx_SH is None else dx_SH
         ds_S = torch.empty_like(s_S)
-        scratch = _Scratch.of(self.spec, self.pre_size, max(counts, default=0), x_SH)
-        parts = zip(*(rows.split(list(counts)) for rows in (x_SH, s_S, g_SH, dx_SH, ds_S)), strict=True)
-        pre_parts = [None] * len(counts) if saved is None else saved
-        each = zip(parts, weights, pre_parts, gradients, accumulate, strict=True)
-        for (x_NH, s_N, g_NH, dx_NH, ds_N), weight, pre_NP, gradient, adds in each:
-            rows = scratch.rows(len(x_NH))
-            if pre_NP is None:
-                pre_NP = rows.pre
-                _linear(x_NH, self._up_HP(weight), weight.get(f"{self.up_name}_bias"), pre_NP)
+        chunks = list(self._chunks(counts, x_SH.dtype, recomputes=saved is None or any(pre is None for pre in saved)))
+        longest = max((chunk.num_rows for chunk in chunks), default=0)
+        scratch = _Scratch.of(self.spec, self.pre_size, longest, x_SH)
+        x_parts, g_parts, dx_parts = (rows.split(list(counts)) for rows in (x_SH, g_SH, dx_SH))
+        for chunk in chunks:
+            rows = scratch.rows(chunk.num_rows)
+            pre_NP = self._restore(chunk, weights, x_parts, saved, rows.pre)
             pullback = self.activation.linearize(pre_NP, rows.act, rows.inner)
-            scale_rows(g_NH, s_N, rows.sg)
-            self._weight_gradient("down_proj", rows.act, rows.sg, gradient, adds)
-            torch.mm(g_NH, self._down_IH(weight).t(), out=rows.u)
+            s_N = s_S[chunk.rows]
+            scale_rows(g_SH[chunk.rows], s_N, rows.sg)
+            pieces = (buffer.split(chunk.counts) for buffer in (rows.act, rows.u, rows.sg))
+            for expert, act, u, sg in zip(chunk.experts, *pieces, strict=True):
+                self._weight_gradient("down_proj", act, sg, gradients[expert], accumulate[expert])
+                torch.mm(g_parts[expert], self._down_IH(weights[expert]).t(), out=u)
             # The activations are done with: their buffer takes the products, then serves as the pullback's spare one.
-            ds_N.copy_(torch.mul(rows.act, rows.u, out=rows.act).sum(dim=1))
-            if self.spec.has_bias:
-                ds_N.add_(torch.mv(g_NH, weight["down_proj_bias"]))
+            ds_S[chunk.rows] = torch.mul(rows.act, rows.u, out=rows.act).sum(dim=1)
             rows.u.mul_(s_N.to(rows.u.dtype).unsqueeze(1))
             dpre_NP = pullback(rows.u, rows.act)
-            self._weight_gradient(self.up_name, x_NH, dpre_NP, gradient, adds)
-            torch.mm(dpre_NP, self._up_HP(weight).t(), out=dx_NH)
+            for expert, dpre in zip(chunk.experts, dpre_NP.split(chunk.counts), strict=True):
+                self._weight_gradient(self.up_name, x_parts[expert], dpre, gradients[expert], accumulate[expert])
+                torch.mm(dpre, self._up_HP(weights[expert]).t(), out=dx_parts[expert])
+        if self.spec.has_bias:
+            for weight, g_NH, ds_N in zip(weights, g_parts, ds_S.split(list(counts)), strict=True):
+                ds_N.add_(torch.mv(g_NH, weight["down_proj_bias"]))
         return dx_SH, ds_S
+
+    def _pre_activations(
+        self, chunk: _Chunk, weights: Sequence[dict[str, Tensor]], x_parts: Sequence[Tensor], pre_NP: Tensor
+    ) -> None:
+        for expert, pre in zip(chunk.experts, pre_NP.split(chunk.counts), strict=True):
+            weight = weights[expert]
+            _linear(x_parts[expert], self._up_HP(weight), weight.get(f"{self.up_name}_bias"), pre)
+
+    def _restore(
+        self,
+        chunk: _Chunk,
+        weights: Sequence[dict[str, Tensor]],
+        x_parts: Sequence[Tensor],
+        saved: Sequence[Tensor | None] | None,
+        scratch_NP: Tensor,
+    ) -> Tensor:
+        """The chunk's pre-activations: those that forward saved, else computed again into ``scratch_NP``."""
+        kept = [pre for pre in (saved[expert] for expert in chunk.experts) if pre is not None] if saved else []
+        if len(kept) < len(chunk.experts):
+            self._pre_activations(chunk, weights, x_parts, scratch_NP)
+            return scratch_NP
+        return kept[0] if len(kept) == 1 else torch.cat(kept, out=scratch_NP)
+
+    def _chunks(self, counts: Sequence[int], dtype: torch.dtype, *, recomputes: bool) -> Iterator[_Chunk]:
+        """Cuts the experts into runs of neighbours, one expert or within the bounds on a chunk's bytes."""
+        most_rows = CHUNK_BYTES // (self.pre_size * dtype.itemsize)
+        most_experts = CHUNK_WEIGHT_BYTES // (self.spec.numel * dtype.itemsize) if recomputes else len(counts)
+        cuts, num_rows = [0], 0
+        for expert, count in enumerate(counts):
+            num_experts = expert - cuts[-1]
+            if num_experts and (num_rows + count > most_rows or num_experts >= most_experts):
+                cuts.append(expert)
+                num_rows = 0
+            num_rows += count
+        start = 0
+        for first, last in pairwise([*cuts, len(counts)]):
+            stop = start + sum(counts[first:last])
+            yield _Chunk(range(first, last), list(counts[first:last]), slice(start, stop))
+            start = stop
 
     def _up_HP(self, weights: dict[str, Tensor]) -> Tensor:
         weight = weights[self.up_name]

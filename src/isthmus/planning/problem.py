@@ -79,11 +79,13 @@ def layer_problem(
     resident: frozenset[int] = frozenset(),
     arriving_s: Mapping[int, float] | None = None,
     max_on_accelerator: int | None = None,
+    num_parts: int = 1,
     cpu_backlog_s: float = 0.0,
     accelerator_backlog_s: float = 0.0,
     link_backlog_s: float = 0.0,
 ) -> LayerProblem:
-    """Prices a layer with the profile. ``counts_E``: tokens per expert (E,), of all ``top_k`` choices.
+    """Prices a layer with the profile. ``counts_E``: tokens per expert (E,), of all ``top_k`` choices, which are computed
+    in ``num_parts`` equal parts one after the other (waves): what an expert costs whatever its tokens is paid each time.
 
     Copies count at the profile's rates: forward loads alone, backward while gradients run the other way (the anchors'
     bound: full duplex is not a given). A CPU expert's token carries its hidden state up and its result down; in
@@ -105,10 +107,11 @@ def layer_problem(
         h2d_s_per_byte, d2h_s_per_byte = profile.h2d_s_per_byte, profile.d2h_s_per_byte
         unload_s = 0.0
         dense_s_per_token = profile.dense_forward_s_per_token
+    part_E = [count / num_parts for count in counts_E]
     return LayerProblem(
         counts=tuple(counts_E),
-        cpu_s=tuple(evaluate(cpu, counts_E).tolist()),
-        accelerator_s=tuple(evaluate(accelerator, counts_E).tolist()),
+        cpu_s=tuple((num_parts * evaluate(cpu, part_E)).tolist()),
+        accelerator_s=tuple((num_parts * evaluate(accelerator, part_E)).tolist()),
         load_s=profile.copy_latency_s + expert_bytes * h2d_s_per_byte,
         unload_s=unload_s,
         token_h2d_s=token_bytes * h2d_s_per_byte,
@@ -139,6 +142,7 @@ class CostModel:
         resident: frozenset[int] = frozenset(),
         arriving_s: Mapping[int, float] | None = None,
         max_on_accelerator: int | None = None,
+        num_parts: int = 1,
         cpu_backlog_s: float = 0.0,
         accelerator_backlog_s: float = 0.0,
         link_backlog_s: float = 0.0,
@@ -155,6 +159,7 @@ class CostModel:
             resident=resident,
             arriving_s=arriving_s,
             max_on_accelerator=max_on_accelerator,
+            num_parts=num_parts,
             cpu_backlog_s=cpu_backlog_s,
             accelerator_backlog_s=accelerator_backlog_s,
             link_backlog_s=link_backlog_s,

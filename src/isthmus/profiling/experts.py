@@ -33,7 +33,7 @@ def measure_expert(
     math = ExpertMath(spec, activation_module)
     num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
     flats = [torch.empty(spec.numel, dtype=dtype, device=device).normal_(std=0.02) for _ in range(num_copies)]
-    gradients = [torch.empty_like(flat) for flat in flats]
+    gradients = [torch.zeros_like(flat) for flat in flats]  # touched: page faults are not what is measured
     weights = [math.views(flat) for flat in flats]
     gradient_views = [math.views(flat) for flat in gradients]
     turn = itertools.cycle(range(num_copies))

@@ -10,12 +10,13 @@ from typing import TypeVar
 
 import torch
 
+from isthmus.planning.curves import monotone
 from isthmus.spec.profile import Curve
 
 Result = TypeVar("Result")
 
 
-def median_s(task: Callable[[], object], *, repeats: int = 5, budget_s: float = 0.25) -> float:
+def median_s(task: Callable[[], object], *, repeats: int = 9, budget_s: float = 0.3) -> float:
     """Median seconds of ``task()``: one warm-up, then up to ``repeats`` runs (at least one) within about ``budget_s``. Blocks."""
     task()
     seconds: list[float] = []
@@ -38,17 +39,16 @@ def token_grid(largest: int) -> list[int]:
 def measure_curve(task: Callable[[int], Callable[[], object]], grid: Iterable[int], *, longest_s: float = 1.0) -> Curve:
     """Seconds of ``task(num_tokens)()`` over the grid. Stops after the first point above ``longest_s``: beyond, a curve is a line.
 
-    Noise may make a measured curve fall; more tokens never take less, so each point is at least the one before it.
+    Noise may make a measured curve fall; more tokens never take less, so the nearest curve that does not fall is returned.
     """
     num_tokens: list[int] = []
     seconds: list[float] = []
     for count in grid:
-        measured = median_s(task(count))
+        seconds.append(median_s(task(count)))
         num_tokens.append(count)
-        seconds.append(max(measured, seconds[-1] if seconds else 0.0))
-        if measured > longest_s:
+        if seconds[-1] > longest_s:
             break
-    return Curve(num_tokens=tuple(num_tokens), seconds=tuple(seconds))
+    return monotone(Curve(num_tokens=tuple(num_tokens), seconds=tuple(seconds)))
 
 
 def in_thread(task: Callable[[], Result], *, num_threads: int) -> Result:

@@ -23,8 +23,11 @@ class Affinity(StagedPolicy):
     name = "affinity"
 
     def _plan(self, layers: list[int], counts: dict[int, list[int]], *, is_backward: bool) -> PassPlan:
-        problems = [self.problem(layer, counts[layer], is_backward=is_backward) for layer in layers]
-        plan = plan_pass(problems, num_slots=self.setup.plan.num_slots, num_waves=self.setup.plan.num_waves)
+        num_waves = self.setup.plan.num_waves
+        problems = [
+            self.problem(layer, counts[layer], is_backward=is_backward, num_parts=num_waves) for layer in layers
+        ]
+        plan = plan_pass(problems, num_slots=self.setup.plan.num_slots, num_waves=num_waves)
         self._link_price = plan.link_price
         self.want(UnitKey(layers[position], expert) for position, expert in plan.load_order)
         return plan
@@ -44,7 +47,9 @@ class Affinity(StagedPolicy):
         pass
 
     def _decide(self, layer: int, counts_E: list[int], *, is_backward: bool) -> LayerSplit:
-        problem = self.problem(layer, counts_E, is_backward=is_backward)
+        # Forward decides wave by wave, backward once for all of them.
+        num_parts = self.setup.plan.num_waves if is_backward else 1
+        problem = self.problem(layer, counts_E, is_backward=is_backward, num_parts=num_parts)
         split = split_rule("affinity")(problem, link_price=self._link_price)
         self.loader.set_queue(Phase.EXPERT, [UnitKey(layer, expert) for expert in split.load_order])
         return split

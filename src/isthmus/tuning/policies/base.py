@@ -65,8 +65,8 @@ class StagedPolicy(Policy):
         assert spec is not None
         return spec.num_experts
 
-    def problem(self, layer: int, counts_E: Sequence[int], *, is_backward: bool) -> LayerProblem:
-        """The layer's problem as it stands now: what is resident, what is on its way."""
+    def problem(self, layer: int, counts_E: Sequence[int], *, is_backward: bool, num_parts: int = 1) -> LayerProblem:
+        """The layer's problem as it stands now: what is resident, what is on its way. ``num_parts``: waves that share the counts."""
         keys = [UnitKey(layer, expert) for expert in range(len(counts_E))]
         resident = frozenset(key.expert for key in keys if self.loader.is_resident(key))
         arriving = {key.expert: self.loader.estimated_wait_s(key) for key in keys if self.loader.is_in_flight(key)}
@@ -77,6 +77,7 @@ class StagedPolicy(Policy):
             resident=resident,
             arriving_s=arriving,
             max_on_accelerator=self.most_in_backward(layer) if is_backward else None,
+            num_parts=num_parts,
         )
 
     def most_in_backward(self, layer: int) -> int:
