@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import isthmus
 from isthmus.cli.main import app
 from isthmus.cli.tune import Policy, Schedule, tune
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 
 
 def run(*arguments: str) -> Result:
@@ -166,7 +166,7 @@ def test_choices_are_those_of_the_runtime() -> None:
 def test_bench_and_profile_pass_their_options(fake) -> None:
     calls: list[Any] = []
     fake("isthmus.tuning.bench", "bench_tune", lambda **options: calls.append(options))
-    fake("isthmus.profiling.run", "profile", lambda model, **options: calls.append((model, options["seq_len"])))
+    fake("isthmus.tuning.profile", "profile", lambda model, **options: calls.append((model, options["seq_len"])))
     assert run("bench", "tune", "--policies", "affinity,paper", "--report", "bench.json").exit_code == 0
     assert run("profile", "model", "--seq-len", "64").exit_code == 0
     assert calls == [
@@ -181,7 +181,7 @@ def test_bench_and_profile_pass_their_options(fake) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["isthmus.tuning.bench", "isthmus.profiling.run"])
+@pytest.mark.parametrize("name", ["isthmus.tuning.bench", "isthmus.tuning.profile"])
 def test_what_the_verbs_run_is_there(name: str) -> None:
     assert importlib.util.find_spec(name) is not None
 

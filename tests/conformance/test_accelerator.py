@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator, AcceleratorMemoryError, Direction, NotResidentError

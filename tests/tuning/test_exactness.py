@@ -18,7 +18,7 @@ from isthmus.tuning.data import MicroBatch
 from isthmus.tuning.placement import BudgetError
 from isthmus.tuning.run import write_final
 from isthmus.tuning.session import Session, SessionOptions
-from isthmus.units import parse_emulate
+from isthmus.spec.units import parse_emulate
 from tests import reference
 
 LEARNING_RATE = 1e-3

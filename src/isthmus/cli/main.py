@@ -18,7 +18,7 @@ from isthmus.cli import bench
 from isthmus.cli.demo import demo
 from isthmus.cli.profile import profile
 from isthmus.cli.tune import tune
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 
 
 class _OneLineErrors(TyperGroup):

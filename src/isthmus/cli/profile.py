@@ -26,7 +26,7 @@ def profile(
 
     `isthmus tune` does the same when it needs to; what was measured once is kept in a cache.
     """
-    from isthmus.profiling.run import profile as run
+    from isthmus.tuning.profile import profile as run
 
     run(
         model,

@@ -24,7 +24,7 @@ CHUNK_BYTES = 1 << 20
 """Most bytes of pre-activations of a chunk of several experts: many small experts share the cost of an operator, and
 what a GEMM wrote is still in cache when the next operator reads it."""
 CHUNK_WEIGHT_BYTES = 16 << 20
-"""Most bytes of weights of such a chunk where backward reads W_up twice: the second time from cache, or nothing is won."""
+"""Most bytes of weights of such a chunk where backward reads W_up twice: the second time it should be in cache."""
 
 
 @dataclass(frozen=True, slots=True)

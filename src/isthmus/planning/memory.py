@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.spec.model import ModelSpec
 

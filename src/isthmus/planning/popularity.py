@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 
 Floats = NDArray[np.float64]
 NUM_BISECTIONS = 60

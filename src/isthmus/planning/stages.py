@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import ModelSpec
 from isthmus.spec.plan import Stage
 

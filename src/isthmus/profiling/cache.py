@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from isthmus.files import atomic_write
+from isthmus.spec.files import atomic_write
 from isthmus.spec.profile import Profile
 from isthmus.spec.serialization import from_json, to_json
 

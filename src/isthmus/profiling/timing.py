@@ -57,6 +57,7 @@ def in_thread(task: Callable[[], Result], *, num_threads: int) -> Result:
     errors: list[BaseException] = []
 
     def run() -> None:
+        torch.get_num_threads()  # a new thread's first operator would otherwise undo what is set here
         torch.set_num_threads(num_threads)
         try:
             outcome.append(task())

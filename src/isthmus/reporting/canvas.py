@@ -9,7 +9,7 @@ import io
 import os
 from typing import Any
 
-from isthmus.files import atomic_write
+from isthmus.spec.files import atomic_write
 
 INK = "#1f2933"
 MUTED = "#6b7785"

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from isthmus.files import atomic_write
+from isthmus.spec.files import atomic_write
 from isthmus.spec.timeline import LANES, Span, Timeline
 
 # Perfetto puts the thread whose number is its process's first, and takes thread 0 for the kernel's idle task.

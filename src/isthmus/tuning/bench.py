@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.models.tiny import write_random_checkpoint
 from isthmus.planning.problem import CostModel
 from isthmus.planning.popularity import skewness, solve_router_bias
@@ -28,12 +28,12 @@ from isthmus.reporting.environment import environment
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.report import BenchTuneReport, BenchTuneRow, Spread
 from isthmus.spec.serialization import to_json
-from isthmus.files import atomic_write
+from isthmus.spec.files import atomic_write
 from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset, load_tokenizer, standard_library_text, train_tokenizer
 from isthmus.tuning.policies import POLICIES
 from isthmus.tuning.session import Session, SessionOptions
-from isthmus.units import Emulation
+from isthmus.spec.units import Emulation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isthmus.errors import IsthmusError
-from isthmus.files import atomic_directory, recover_directory
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.files import atomic_directory, recover_directory
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 

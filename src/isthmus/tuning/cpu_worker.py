@@ -55,6 +55,7 @@ class CpuWorker:
         return self._unfinished
 
     def _run(self) -> None:
+        torch.get_num_threads()  # a new thread's first operator would otherwise undo what is set here
         torch.set_num_threads(self.num_threads)
         torch.set_grad_enabled(False)
         while True:

@@ -107,7 +107,7 @@ class Engine:
         return run_layer
 
     def _make_ready(self, layer: int) -> None:
-        self.optimizer.wait_layer(layer)
+        self.optimizer.wait_dense(layer)
         self.dense.wait(layer)
 
     def _experts(self, layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -163,6 +163,7 @@ class Engine:
         layer = calls[0].layer
         spec = self.model.spec.layers[layer]
         assert spec is not None
+        self.optimizer.wait_layer(layer)
         wave = Wave.of(calls, spec.num_experts)
         split = self.policy.split_forward(layer, wave.counts_E, wave.hidden_TH, wave.index_Tk)
         group.waiting = ForwardPass(self.resources, wave, split, priority=forward_priority(layer), name=f"L{layer}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.models.moe_model import MoeModel
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages

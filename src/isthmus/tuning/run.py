@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from isthmus.errors import IsthmusError
-from isthmus.files import atomic_write
 from isthmus.models.config import load_config
-from isthmus.models.reader import resolve_checkpoint
-from isthmus.models.writer import write_checkpoint
+from isthmus.models.reader import checkpoint_files, resolve_checkpoint
+from isthmus.models.safetensors_file import SafetensorsReader
 from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.environment import environment
 from isthmus.reporting.host_memory import PeakHostMemory
@@ -21,12 +17,17 @@ from isthmus.reporting.popularity_plot import plot_popularity
 from isthmus.reporting.progress import TuneProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.reporting.timeline_plot import plot_timeline
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.files import atomic_write
 from isthmus.spec.report import TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
-from isthmus.tuning.data import BatchStream, load_dataset, load_tokenizer
-from isthmus.tuning.session import Session, SessionOptions
-from isthmus.tuning.trainer import Trainer, TrainerOptions
-from isthmus.units import parse_bytes, parse_emulate
+from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset, load_tokenizer
+from isthmus.tuning.interruption import StopSignals
+from isthmus.tuning.options import TuneOptions
+from isthmus.tuning.output import check_output, clear_output, write_final
+from isthmus.tuning.predictor import PredictorQuality
+from isthmus.tuning.session import Session
+from isthmus.tuning.trainer import Trainer
 
 
 def tune(
@@ -66,117 +67,90 @@ def tune(
     """Fine-tunes a Mixture-of-Experts model and writes it, loadable by ``from_pretrained``, to ``output``.
 
     Parameters are those of ``isthmus tune`` (see its ``--help``); sizes may be text (``8GiB``). ``clip_norm`` 0 turns
-    clipping off. Returns the report, which is also written to ``output/report.json``. Blocks until done.
+    clipping off. Returns the report, which is also written to ``output/report.json``. Blocks until done. Takes SIGINT
+    and SIGTERM over while it runs, if called from the main thread.
 
-    Raises ``IsthmusError`` (a ``ValueError``) for input that cannot work, naming the field and the fix; ``NonFiniteLoss`` and
-    ``Interrupted`` as ``Trainer.run``.
+    Raises ``ValueError`` or ``OSError`` for input that cannot work, naming the field and the fix; ``NonFiniteLoss``
+    and ``Interrupted`` as ``Trainer.run``. Whatever is raised, the last checkpoint in ``output`` is whole.
     """
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
-    _check(steps=steps, seq_len=seq_len, micro_batch_size=micro_batch_size, micro_batches=micro_batches, eval_every=eval_every)
-    output = Path(output)
-    prepare_output(output, resume=resume, overwrite=overwrite)
-    recorder = Recorder(keep_spans=False)
+    options = TuneOptions(**locals())
+    options.check()
+    inputs = [source for source in (model, data, eval_data) if source is not None]
+    check_output(Path(output), inputs, resume=resume, overwrite=overwrite)
     with PeakHostMemory() as memory, TuneProgress(steps, plain=plain) as progress:
-        path = resolve_checkpoint(model)
-        is_encoder_decoder = bool(load_config(path).is_encoder_decoder)
-        tokenizer = load_tokenizer(path)
-        reading: dict[str, Any] = {
-            "seq_len": seq_len,
-            "columns": columns,
-            "is_encoder_decoder": is_encoder_decoder,
-            "progress": lambda share: progress.phase("reading data", share),
-        }
-        shape = {"micro_batch_size": micro_batch_size, "num_micro_batches": micro_batches, "seed": seed}
-        dataset = load_dataset(data, tokenizer, **reading)
-        stream = BatchStream(dataset, **shape)
-        evaluation = []
-        if eval_data is not None:
-            held_out = load_dataset(eval_data, tokenizer, **reading)
-            evaluation = [batch for step in BatchStream(held_out, **shape).evaluation_batches(eval_batches) for batch in step]
-        options = SessionOptions(
-            dtype=dtype,
-            policy=policy,
-            accelerator=accelerator,
-            accelerator_memory_bytes=parse_bytes(accelerator_memory, "accelerator_memory") if accelerator_memory else None,
-            emulation=parse_emulate(emulate) if emulate else None,
-            cpu_speed=cpu_speed,
-            num_stages=num_stages,
-            num_layers=num_layers,
-            weight_decay=weight_decay,
-            clip_norm=clip_norm or None,
-            seed=seed,
+        with StopSignals(progress.message) as stop:
+            return _tune(options, memory, progress, stop)
+
+
+def _tune(options: TuneOptions, memory: PeakHostMemory, progress: TuneProgress, stop: StopSignals) -> TuneReport:
+    output = Path(options.output)
+    recorder = Recorder(keep_spans=False)
+    path = _checked_checkpoint(options)
+    stream, evaluation = _read_data(options, path, progress)
+    with Session(path, options.session(), stream.peek(), recorder, progress.phase) as session:
+        trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
+        if options.overwrite:
+            # Not before: a run is only replaced by one whose input is known to be good.
+            clear_output(output)
+        if options.resume and not trainer.resume():
+            progress.message(f"{output} holds no checkpoint yet: starting with step 1")
+        trainer.run()
+        progress.phase("writing the model")
+        write_final(session, output, path)
+        result = TuneReport(
+            config=options.plain_values(),
+            environment=environment(),
+            steps=tuple(trainer.records),
+            summary=summarise(session, trainer, memory.peak_bytes),
         )
-        with Session(path, options, stream.peek(), recorder, progress.phase) as session:
-            trainer = Trainer(
-                session,
-                stream,
-                evaluation,
-                output,
-                TrainerOptions(
-                    num_steps=steps,
-                    learning_rate=learning_rate,
-                    schedule=schedule,
-                    warmup=warmup,
-                    eval_every=eval_every,
-                    save_every=save_every,
-                ),
-                recorder,
-                progress,
-            )
-            if resume:
-                trainer.resume()
-            trainer.run()
-            progress.phase("writing the model")
-            write_final(session, output, path)
-            result = TuneReport(
-                config=config,
-                environment=environment(),
-                steps=tuple(trainer.records),
-                summary=summarise(session, trainer, memory.peak_bytes),
-            )
-            progress.phase("drawing")
-            draw(output, trainer, recorder, policy, Path(timeline) if timeline else output / "timeline.json")
-    text = to_json(result)
-    for place in {output / "report.json", Path(report) if report else output / "report.json"}:
-        atomic_write(place, text)
+        for place in {output / "report.json", Path(options.report or output / "report.json")}:
+            atomic_write(place, to_json(result))
+        progress.phase("drawing")
+        draw(output, trainer, recorder, options.policy, Path(options.timeline or output / "timeline.json"))
     return result
 
 
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise IsthmusError(f"{name}: got {value}, wanted at least 1.")
+def _checked_checkpoint(options: TuneOptions) -> Path:
+    """Where the checkpoint is. Raises for one that cannot be trained or is not all there, before the data is read."""
+    path = resolve_checkpoint(options.model)
+    load_config(path, num_layers=options.num_layers)
+    for file in checkpoint_files(path):
+        SafetensorsReader(file).close()
+    return path
 
 
-def prepare_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the directory. One that holds anything needs ``resume`` or ``overwrite`` (which removes what a run wrote there)."""
-    if output.exists() and not output.is_dir():
-        raise IsthmusError(f"output: {output} is a file; name a directory.")
-    holds = output.is_dir() and any(output.iterdir())
-    if holds and overwrite:
-        shutil.rmtree(output)
-    elif holds and not resume:
-        raise IsthmusError(
-            f"output: {output} already holds a run or other files. Add --resume to continue it, --overwrite to replace it, or name another directory."
+def _read_data(options: TuneOptions, path: Path, progress: TuneProgress) -> tuple[BatchStream, list[MicroBatch]]:
+    """Training data as a stream of steps, and the micro-batches to evaluate on."""
+    config = load_config(path)
+    tokenizer = load_tokenizer(path)
+    vocab_size = config.get_text_config().vocab_size
+    batching: dict[str, Any] = {
+        "micro_batch_size": options.micro_batch_size,
+        "num_micro_batches": options.micro_batches,
+        "seed": options.seed,
+    }
+
+    def read(source: str | Path) -> TokenDataset:
+        dataset = load_dataset(
+            source,
+            tokenizer,
+            seq_len=options.seq_len,
+            columns=options.columns,
+            is_encoder_decoder=bool(config.is_encoder_decoder),
+            progress=lambda share: progress.phase("reading data", share),
         )
-    output.mkdir(parents=True, exist_ok=True)
+        if (largest := int(dataset.token_ids.max())) >= vocab_size:
+            raise IsthmusError(
+                f"tokenizer: the one in {path} makes token {largest} of {source}, but the model's vocab_size is "
+                f"{vocab_size}; put the model's own tokenizer there."
+            )
+        return dataset
 
-
-def write_final(session: Session, output: Path, source: Path) -> None:
-    """Writes the trained model below ``output``: aside first, then each file renamed into place, ``config.json`` last."""
-    session.finish()
-    aside = output / ".writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        write_checkpoint(aside, session.model, session.store.named, dtype=session.options.dtype, tokenizer_from=source)
-        for file in aside.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(output / file.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    stream = BatchStream(read(options.data), **batching)
+    if options.eval_data is None:
+        return stream, []
+    held_out = BatchStream(read(options.eval_data), **batching).evaluation_batches(options.eval_batches)
+    return stream, [batch for step in held_out for batch in step]
 
 
 def summarise(session: Session, trainer: Trainer, peak_host_bytes: int) -> TuneSummary:
@@ -184,6 +158,7 @@ def summarise(session: Session, trainer: Trainer, peak_host_bytes: int) -> TuneS
     steady = trainer.records[1:] or trainer.records
     seconds = sum(record.duration_s for record in steady)
     predictor = session.placement.predictor
+    quality = predictor.quality if predictor is not None else PredictorQuality()
     return TuneSummary(
         tokens_per_s=sum(record.num_tokens for record in steady) / seconds,
         bound_share=sum(record.bound_s for record in steady) / seconds,
@@ -191,8 +166,8 @@ def summarise(session: Session, trainer: Trainer, peak_host_bytes: int) -> TuneS
         accelerator_budget_bytes=session.accelerator.budget_bytes,
         peak_host_bytes=peak_host_bytes,
         needed_host_bytes=session.store.total_bytes,
-        predictor_token_accuracy=predictor.quality.token_accuracy if predictor else None,
-        predictor_least_popular_quarter_accuracy=predictor.quality.least_popular_quarter_accuracy if predictor else None,
+        predictor_token_accuracy=quality.token_accuracy,
+        predictor_least_popular_quarter_accuracy=quality.least_popular_quarter_accuracy,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
@@ -35,7 +35,7 @@ from isthmus.tuning.placement import Placement, budget_error, place
 from isthmus.tuning.policies import POLICIES, PolicySeat
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.wave import Resources
-from isthmus.units import Emulation
+from isthmus.spec.units import Emulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,8 @@ class Session:
             self.store.keys,
             self._worker,
             on_step=lambda: self.placement.policy.begin_step(),
-            on_layer_stepped=self._layer_stepped,
+            on_dense_stepped=lambda layer: self.dense.upload(layer),
+            on_layer_stepped=lambda layer: self.placement.policy.layer_ready(layer),
         )
         needed_bytes = dense_bytes(self.store)
         if accelerator.is_separate and needed_bytes > accelerator.budget_bytes:
@@ -195,11 +196,8 @@ class Session:
             self.store.publish(key)
         self.placement.policy.begin_step()
         for layer in range(OUTER_LAYER, self.model.spec.num_layers):
-            self._layer_stepped(layer)
-
-    def _layer_stepped(self, layer: int) -> None:
-        self.dense.upload(layer)
-        self.placement.policy.layer_ready(layer)
+            self.dense.upload(layer)
+            self.placement.policy.layer_ready(layer)
 
     @property
     def plan(self) -> Plan:

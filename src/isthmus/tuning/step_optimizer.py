@@ -14,6 +14,8 @@ from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.cpu_worker import CpuWorker
 from isthmus.tuning.optimizer import StoreOptimizer
 
+EXPERTS_AT_ONCE = 4
+"""Experts that one task steps: few enough that more urgent work need not wait long, enough to spread over the cores."""
 NORM_PRIORITY = 1e6
 """Norms of gradients wait behind experts' backward, which the accelerator waits for."""
 
@@ -21,8 +23,8 @@ NORM_PRIORITY = 1e6
 class StepOptimizer:
     """Runs ``StoreOptimizer`` on the CPU worker, or in place where there is none.
 
-    ``on_step()`` is called before the first weight changes, ``on_layer_stepped(layer)`` when all weights of a layer are new
-    (from the worker's thread, if there is one).
+    ``on_step()`` is called before the first weight changes, ``on_dense_stepped(layer)`` when a layer's weights apart from its
+    routed experts are new, ``on_layer_stepped(layer)`` when all are (from the worker's thread, if there is one).
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class StepOptimizer:
         keys: Iterable[UnitKey],
         worker: CpuWorker | None,
         on_step: Callable[[], None],
+        on_dense_stepped: Callable[[int], None],
         on_layer_stepped: Callable[[int], None],
     ) -> None:
         self.optimizer = optimizer
         self.worker = worker
         self.on_step = on_step
+        self.on_dense_stepped = on_dense_stepped
         self.on_layer_stepped = on_layer_stepped
         self._layers: dict[int, list[UnitKey]] = {}
         for key in sorted(keys):
@@ -43,6 +47,7 @@ class StepOptimizer:
         self._condition = threading.Condition()
         self._expected: set[UnitKey] = set()
         self._norms: list[Future] = []
+        self._dense_steps: dict[int, Future] = {}
         self._steps: dict[int, Future] = {}
         self._is_stepping = False
 
@@ -85,25 +90,37 @@ class StepOptimizer:
 
     def _start(self, layer: int) -> None:
         keys = self._layers[layer]
-        if self.worker is None:
+        dense = [key for key in keys if not key.is_expert]
+        experts = [key for key in keys if key.is_expert]
+        parts = [experts[start : start + EXPERTS_AT_ONCE] for start in range(0, len(experts), EXPERTS_AT_ONCE)]
+        self._dense_steps[layer] = self._run(layer, dense, self.on_dense_stepped)
+        for part in parts[:-1]:
+            self._run(layer, part)
+        self._steps[layer] = self._run(layer, parts[-1] if parts else [], self.on_layer_stepped)
+
+    def _run(self, layer: int, keys: list[UnitKey], on_stepped: Callable[[int], None] | None = None) -> Future:
+        def task() -> None:
             self.optimizer.step_units(keys)
-            self.on_layer_stepped(layer)
-            return
-        for position in range(0, len(keys), 4):
-            part = keys[position : position + 4]
-            is_last = position + 4 >= len(keys)
+            if on_stepped is not None:
+                on_stepped(layer)
 
-            def task(part: list[UnitKey] = part, is_last: bool = is_last) -> None:
-                self.optimizer.step_units(part)
-                if is_last:
-                    self.on_layer_stepped(layer)
+        if self.worker is not None:
+            priority = forward_priority(layer) - 0.5
+            return self.worker.submit(task, priority=priority, lane="optimizer", name=f"AdamW L{layer}", kind="optimizer")
+        done: Future = Future()
+        task()
+        done.set_result(None)
+        return done
 
-            self._steps[layer] = self.worker.submit(
-                task, priority=forward_priority(layer) - 0.5, lane="optimizer", name=f"AdamW L{layer}", kind="optimizer"
-            )
+    def wait_dense(self, layer: int) -> None:
+        """Blocks until the layer's weights apart from its routed experts are new. Raises what their step raised."""
+        future = self._dense_steps.pop(layer, None)
+        if future is not None:
+            future.result()
 
     def wait_layer(self, layer: int) -> None:
-        """Blocks until the layer's weights are new. Raises what its step raised."""
+        """Blocks until all of the layer's weights are new. Raises what their step raised."""
+        self.wait_dense(layer)
         future = self._steps.pop(layer, None)
         if future is not None:
             future.result()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from isthmus.errors import IsthmusError
 from isthmus.reporting.progress import StepView, TuneProgress
 from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import StepRecord
 from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.checkpoint import (
@@ -23,6 +19,7 @@ from isthmus.tuning.checkpoint import (
     save_training_state,
 )
 from isthmus.tuning.data.batches import BatchStream, MicroBatch
+from isthmus.tuning.interruption import Interrupted, StopSignals
 from isthmus.tuning.optimizer import NonFiniteGradient
 from isthmus.tuning.schedule import learning_rate_at
 from isthmus.tuning.session import Session, StepOutcome
@@ -30,14 +27,6 @@ from isthmus.tuning.session import Session, StepOutcome
 
 class NonFiniteLoss(IsthmusError):
     """Training stopped because the loss or a gradient was not finite. The last good checkpoint is kept."""
-
-
-class Interrupted(IsthmusError):
-    """Training was stopped by a signal after its state was saved. ``exit_code`` is 128 + the signal's number."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +39,7 @@ class TrainerOptions:
     warmup: float
     eval_every: int
     save_every: int
+    """0: only at the end."""
     timeline_steps: int = 2
 
 
@@ -65,6 +55,7 @@ class Trainer:
         options: TrainerOptions,
         recorder: Recorder,
         progress: TuneProgress,
+        stop: StopSignals,
     ) -> None:
         self.session = session
         self.stream = stream
@@ -73,6 +64,7 @@ class Trainer:
         self.options = options
         self.recorder = recorder
         self.progress = progress
+        self.stop = stop
         self.records: list[StepRecord] = []
         self.counts: list[dict[int, list[int]]] = []
         self._bounds = StepBounds(session)
@@ -81,7 +73,11 @@ class Trainer:
     # --- state on disk ----------------------------------------------------------------------------------------------
 
     def resume(self) -> bool:
-        """Continues from the newest whole checkpoint below the output directory, if there is one."""
+        """Continues from the newest whole checkpoint below the output directory; False if there is none.
+
+        Raises ``IsthmusError`` where it does not fit model, data or number of steps, ``CheckpointError`` where all are
+        broken.
+        """
         directory = find_resumable(self.output, notify=self.progress.message)
         if directory is None:
             return False
@@ -93,6 +89,11 @@ class Trainer:
         if predictor is not None and tensors:
             predictor.load_state_dict(tensors)
         self._saved_step = len(self.records)
+        if self._saved_step > self.options.num_steps:
+            raise IsthmusError(
+                f"steps: got {self.options.num_steps}, but {self._saved_step} are done already; steps count from the "
+                f"run's beginning, so ask for {self._saved_step} or more."
+            )
         self.progress.message(f"resuming after step {self._saved_step} from {directory}")
         return True
 
@@ -117,26 +118,22 @@ class Trainer:
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains to the end. Raises ``NonFiniteLoss`` or ``Interrupted``; whatever is raised, the last checkpoint is whole."""
+        """Trains to the end. Raises ``NonFiniteLoss`` or ``Interrupted``; the last checkpoint is whole in any case."""
         options = self.options
-        with _stop_requests() as stop:
-            if self.evaluation and not self.records:
-                self.progress.evaluation(0, self.session.evaluate(self.evaluation))
+        if self.evaluation and not self.records:
+            self._evaluate(0)
+        with self.stop.deferred():
             while len(self.records) < options.num_steps:
                 step = len(self.records) + 1
                 self.recorder.keep_spans = self._is_in_timeline(step)
                 self._step(step)
-                is_last = step == options.num_steps
-                if stop.number is not None:
+                if step == options.num_steps or (options.save_every and step % options.save_every == 0):
                     self.save()
-                    raise Interrupted(
-                        f"stopped by {signal.Signals(stop.number).name} after step {step}; state saved. Continue with --resume.",
-                        128 + stop.number,
-                    )
-                if options.save_every and step % options.save_every == 0 and not is_last:
+                if self.stop.requested is not None:
                     self.save()
-            self.session.finish()
-            self.save()
+                    name = self.stop.requested.name
+                    message = f"stopped by {name} after step {step}; its state is saved. Continue with --resume."
+                    raise Interrupted(message, self.stop.requested)
 
     def _is_in_timeline(self, step: int) -> bool:
         """A few steps in the steady state: from the middle on."""
@@ -157,19 +154,31 @@ class Trainer:
         try:
             outcome = self.session.train_step(batches, step=step, learning_rate=rate)
         except NonFiniteGradient as error:
-            raise self._not_finite(step, f"the gradient norm is {error.norm}") from error
+            raise self._not_finite(step, "the norm of the gradient is not finite") from error
         if not outcome.is_finite:
             raise self._not_finite(step, f"the loss is {outcome.loss}")
         duration_s = recorder.now_s() - start_s
-        evaluation_loss = None
-        if self.evaluation and (step % options.eval_every == 0 or step == options.num_steps):
-            evaluation_loss = self.session.evaluate(self.evaluation)
-            self.progress.evaluation(step, evaluation_loss)
+        is_due = step % options.eval_every == 0 or step == options.num_steps
+        evaluation_loss = self._evaluate(step) if self.evaluation and is_due else None
         self.counts.append(outcome.counts.counts_LE)
-        self._record(step, rate, outcome, duration_s, recorder.busy_s("optimizer") - optimizer_before_s, evaluation_loss)
+        optimizer_s = recorder.busy_s("optimizer") - optimizer_before_s
+        self._record(step, rate, outcome, duration_s, optimizer_s, evaluation_loss)
+
+    def _evaluate(self, step: int) -> float:
+        loss = self.session.evaluate(self.evaluation)
+        if not math.isfinite(loss):
+            raise self._not_finite(step, f"the evaluation loss is {loss}")
+        self.progress.evaluation(step, loss)
+        return loss
 
     def _record(
-        self, step: int, rate: float, outcome: StepOutcome, duration_s: float, optimizer_s: float, evaluation_loss: float | None
+        self,
+        step: int,
+        rate: float,
+        outcome: StepOutcome,
+        duration_s: float,
+        optimizer_s: float,
+        evaluation_loss: float | None,
     ) -> None:
         bound_s = self._bounds.bound_s(outcome)
         record = StepRecord(
@@ -206,35 +215,10 @@ class Trainer:
         )
 
     def _not_finite(self, step: int, what: str) -> NonFiniteLoss:
-        kept = f"The state after step {self._saved_step} is kept in {self.output}." if self._saved_step > 0 else "No step had been saved yet."
+        kept = "nothing had been saved yet."
+        if self._saved_step > 0:
+            directory = checkpoint_directory(self.output, self._saved_step)
+            kept = f"{directory}, the state after step {self._saved_step}, is kept."
         return NonFiniteLoss(
-            f"step {step}: {what}; no weight was changed by this step. {kept} Try a lower --learning-rate, --clip-norm 1, or --dtype fp32."
+            f"step {step}: {what}; {kept} Look at the data; try a lower --learning-rate, --clip-norm 1 or --dtype fp32."
         )
-
-
-class _Stop:
-    number: int | None = None
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_Stop]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the present step; a second one interrupts at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.number = number
-        for known, handler in before.items():
-            signal.signal(known, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.getsignal(number)
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,15 +10,15 @@ backward; the rest is recomputed there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from isthmus.models.expert_math import ExpertMath
-from isthmus.models.routing import Routing, combine, sort_by_expert
+from isthmus.models.routing import Routing, combine, gather, sort_by_expert
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
 from isthmus.tuning.accelerator.base import Accelerator, Event
@@ -112,32 +112,58 @@ class WavePass:
     def key(self, expert: int) -> UnitKey:
         return UnitKey(self.wave.layer, expert)
 
-    def to_host(self, rows_CH: Tensor) -> tuple[Tensor, Event]:
-        """Starts bringing rows to the host; the host tensor may be read once the event has happened."""
-        resources = self.resources
-        host = resources.buffers.take(tuple(rows_CH.shape), rows_CH.dtype)
-        self._lent.append(host)
-        self._kept.append(rows_CH)
-        event = resources.accelerator.copy(
-            host, rows_CH, "d2h", name=f"{self.name} tokens", kind="tokens", after=resources.accelerator.record()
-        )
-        return host, event
+    def start_cpu(self, rows: Sequence[Tensor], task: Callable[..., list[tuple[Tensor, Tensor]]], *, kind: str) -> None:
+        """Brings ``rows`` to the host and, once they are there, runs ``task(*host rows)`` on the CPU.
 
-    def start_cpu(self, task: Callable[[], list[tuple[Tensor, Tensor]]], *, kind: str) -> None:
-        """Queues the CPU's part. ``task`` returns (host result, its place on the accelerator) pairs, which then travel back."""
+        ``task`` returns (host result, its place on the accelerator) pairs, which then travel back. Does not block.
+        """
         resources = self.resources
-        assert resources.worker is not None
-        free = resources.accelerator.record()
+        worker, accelerator = resources.worker, resources.accelerator
+        assert worker is not None
+        free = accelerator.record()
+        hosts = [self.lend(tuple(part.shape), part.dtype) for part in rows]
+        done = self._cpu = Future()
+        self._kept = list(rows)
 
         def run() -> None:
-            for host, place in task():
-                self._landed = resources.accelerator.copy(
-                    place, host, "h2d", name=f"{self.name} results", kind="tokens", after=free
+            for event in arrived:
+                event.wait()
+            for host, place in task(*hosts):
+                self._landed = accelerator.copy(
+                    place, host, "h2d", name=f"{self.name} results", kind="tokens", after=free, is_urgent=True
                 )
 
-        self._cpu = resources.worker.submit(
-            run, priority=self.priority, name=self.name, kind=kind, num_tokens=self.num_cpu_rows
-        )
+        def submit() -> None:
+            try:
+                inner = worker.submit(
+                    run, priority=self.priority, name=self.name, kind=kind, num_tokens=self.num_cpu_rows
+                )
+                inner.add_done_callback(lambda future: _pass_on(future, done))
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+
+        arrived: list[Event] = []
+        # Copies of one direction end in order: the last one's end says that all have arrived.
+        for number, (host, part) in enumerate(zip(hosts, rows, strict=True)):
+            is_last = number == len(rows) - 1
+            event = accelerator.copy(
+                host,
+                part,
+                "d2h",
+                name=f"{self.name} tokens",
+                kind="tokens",
+                after=free,
+                is_urgent=True,
+                on_done=submit if is_last else None,
+            )
+            arrived.append(event)
+
+    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A host buffer until the pass is joined."""
+        buffer = self.resources.buffers.take(shape, dtype)
+        self._lent.append(buffer)
+        return buffer
 
     def join_cpu(self) -> None:
         """Makes compute wait for the CPU's part. Blocks until the CPU has ended."""
@@ -162,22 +188,19 @@ class ForwardPass(WavePass):
 
     def start(self) -> None:
         wave, resources = self.wave, self.resources
-        self.inputs_SH = wave.hidden_TH[self.routing.token_S]
+        self.inputs_SH = gather(wave.hidden_TH, self.routing)
         self.outputs_SH = torch.empty_like(self.inputs_SH)
         if self.on_cpu:
             rows = slice(0, self.num_cpu_rows)
-            inputs, arrived = self.to_host(self.inputs_SH[rows])
             pair_weights = self.weights_S[rows].to("cpu")
-            result = resources.buffers.take(tuple(inputs.shape), inputs.dtype)
-            self._lent.append(result)
             place = self.outputs_SH[rows]
+            result = self.lend(tuple(place.shape), place.dtype)
 
-            def task() -> list[tuple[Tensor, Tensor]]:
-                arrived.wait()
+            def task(inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
                 self._compute(self.on_cpu, inputs, pair_weights, result, on_cpu=True)
                 return [(result, place)]
 
-            self.start_cpu(task, kind="expert_forward")
+            self.start_cpu([self.inputs_SH[rows]], task, kind="expert_forward")
         ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
         self._on_accelerator(ready)
         self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
@@ -201,17 +224,16 @@ class ForwardPass(WavePass):
         keys = [self.key(expert) for expert in experts]
         if on_cpu:
             weights = [resources.store.named(key) for key in keys]
-            output, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep)
+            _, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep, out_SH=result)
         else:
             flats = [resources.loader.acquire(key) for key in keys]
             weights = [self.math.views(flat) for flat in flats]
             if resources.accelerator.is_separate:
                 resources.accelerator.require_resident(*flats)
             with resources.accelerator.compute(self.name, kind="expert_forward", num_tokens=sum(counts)):
-                output, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep)
+                _, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep, out_SH=result)
             for key in keys:
                 resources.loader.release(key)
-        result.copy_(output)
         if keep and saved is not None:
             for expert, kept in zip(experts, saved, strict=True):
                 wave.saved[expert, on_cpu] = kept
@@ -231,27 +253,21 @@ class BackwardPass(WavePass):
 
     def start(self, gradient_TH: Tensor) -> None:
         wave, resources = self.wave, self.resources
-        self.inputs_SH = wave.hidden_TH[self.routing.token_S]
-        self.gradients_SH = gradient_TH[self.routing.token_S]
+        self.inputs_SH = gather(wave.hidden_TH, self.routing)
+        self.gradients_SH = gather(gradient_TH, self.routing)
         self.input_gradients_SH = torch.empty_like(self.inputs_SH)
         self.weight_gradients_S = torch.empty_like(self.weights_S)
         if self.on_cpu:
             rows = slice(0, self.num_cpu_rows)
-            inputs, arrived = self.to_host(self.inputs_SH[rows])
-            gradients, arrived_too = self.to_host(self.gradients_SH[rows])
             pair_weights = self.weights_S[rows].to("cpu")
-            result = resources.buffers.take(tuple(inputs.shape), inputs.dtype)
-            result_weights = resources.buffers.take(tuple(pair_weights.shape), pair_weights.dtype)
-            self._lent += [result, result_weights]
             places = self.input_gradients_SH[rows], self.weight_gradients_S[rows]
+            result, result_weights = (self.lend(tuple(place.shape), place.dtype) for place in places)
 
-            def task() -> list[tuple[Tensor, Tensor]]:
-                arrived.wait()
-                arrived_too.wait()
+            def task(inputs: Tensor, gradients: Tensor) -> list[tuple[Tensor, Tensor]]:
                 self._compute(self.on_cpu, inputs, gradients, pair_weights, result, result_weights, on_cpu=True)
                 return [(result, places[0]), (result_weights, places[1])]
 
-            self.start_cpu(task, kind="expert_backward")
+            self.start_cpu([self.inputs_SH[rows], self.gradients_SH[rows]], task, kind="expert_backward")
         ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
         for expert in ready:
             self._on_accelerator(expert)
@@ -289,16 +305,17 @@ class BackwardPass(WavePass):
         accumulate = [adds for _, adds in places]
         if on_cpu:
             weights = [resources.store.named(key) for key in keys]
-            dx, ds = math.backward_many(weights, *arguments, accumulate=accumulate)
+            _, ds = math.backward_many(weights, *arguments, accumulate=accumulate, dx_SH=result)
         else:
             flats = [resources.loader.acquire(key) for key in keys]
             if resources.accelerator.is_separate:
                 resources.accelerator.require_resident(*flats, *(flat for flat, _ in places))
             with resources.accelerator.compute(self.name, kind="expert_backward", num_tokens=sum(counts)):
-                dx, ds = math.backward_many([math.views(flat) for flat in flats], *arguments, accumulate=accumulate)
+                _, ds = math.backward_many(
+                    [math.views(flat) for flat in flats], *arguments, accumulate=accumulate, dx_SH=result
+                )
             for key in keys:
                 resources.loader.release(key)
-        result.copy_(dx)
         result_weights.copy_(ds)
 
     def finish(self) -> list[tuple[Tensor, Tensor]]:
@@ -313,3 +330,11 @@ class BackwardPass(WavePass):
         wave.saved.clear()
         parts = wave.part(weights_gradient.reshape(wave.weights_Tk.shape))
         return list(zip(wave.part(hidden_gradient_TH), parts, strict=True))
+
+
+def _pass_on(inner: Future, outer: Future) -> None:
+    error = CancelledError() if inner.cancelled() else inner.exception()
+    if error is not None:
+        outer.set_exception(error)
+    else:
+        outer.set_result(None)

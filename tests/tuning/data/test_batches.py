@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data import IGNORED, BatchStream, MicroBatch, TokenDataset
 
 SEQ_LEN = 16

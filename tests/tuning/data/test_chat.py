@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data import IGNORED, BatchStream, load_dataset
 from isthmus.tuning.data.chat import assistant_spans, conversation_completions, conversation_tokens
 from isthmus.tuning.data.fields import Conversation

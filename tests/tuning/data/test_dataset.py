@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data import TokenDataset, encoding, load_dataset, load_tokenizer
 from isthmus.tuning.data import dataset as dataset_module
 from isthmus.tuning.data.encoding import Example, Frame

@@ -10,7 +10,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.models.tiny import tiny_config
 from isthmus.tuning.data import IGNORED, BatchStream, MicroBatch, TokenDataset, load_dataset, train_tokenizer
 

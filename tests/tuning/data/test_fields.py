@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.fields import Completion, Conversation, Document, interpret, parse_columns
 from isthmus.tuning.data.record import Record
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.records import read_records
 
 datasets = pytest.importorskip("datasets")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.records import read_records
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.accelerator.cuda import CudaAccelerator

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, Self
 
 import torch
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
 
 Direction = Literal["h2d", "d2h"]
@@ -90,6 +90,7 @@ class Accelerator(ABC):
         name: str = "",
         kind: str = "",
         after: Event | None = None,
+        is_urgent: bool = False,
         on_done: Callable[[], object] | None = None,
     ) -> Event:
         """Queues a copy and returns at once with the event of its end.

@@ -1,9 +1,13 @@
-"""The threads behind copies: one per direction, which runs jobs in order and tells who waits for them."""
+"""The threads behind copies: one per direction, which runs jobs in order and tells who waits for them.
+
+Urgent jobs (a few tokens that compute waits for) go ahead of the others, and a long job lets them in where it can pause.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 
 Job = Callable[[], None]
@@ -38,24 +42,36 @@ class CopyEvent:
             raise RuntimeError(f"copy {self.name!r} failed: {self._error}") from self._error
 
 
+def _nothing() -> None:
+    pass
+
+
+def _nobody(error: BaseException | None) -> None:
+    pass
+
+
 class CopyEngine:
-    """Runs jobs one at a time in the order of ``submit``, on a thread that starts with the first one."""
+    """Runs jobs one at a time, urgent ones first, each kind in the order of ``submit``. The thread starts with the first job."""
 
     def __init__(self, name: str) -> None:
         self.error: BaseException | None = None
         """The first error that a job, or somebody told of its end, has raised."""
         self._name = name
         self._jobs: queue.SimpleQueue[tuple[Job, Ended] | None] = queue.SimpleQueue()
+        """An entry per job; urgent ones stand in ``_urgent`` and have an empty entry here, to wake the thread."""
+        self._urgent: deque[tuple[Job, Ended]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
-    def submit(self, job: Job, ended: Ended) -> None:
+    def submit(self, job: Job, ended: Ended, *, is_urgent: bool = False) -> None:
         """Queues ``job``; afterwards ``ended`` gets its error or None, on the engine's thread. Raises once closed."""
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the accelerator is closed")
-            self._jobs.put((job, ended))
+            if is_urgent:
+                self._urgent.append((job, ended))
+            self._jobs.put((_nothing, _nobody) if is_urgent else (job, ended))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
@@ -79,8 +95,15 @@ class CopyEngine:
         if self._thread is not None:
             self._thread.join()
 
+    def let_urgent_in(self) -> None:
+        """Runs the urgent jobs that wait. For a long job to call, on the engine's thread, where it can be interrupted."""
+        while self._urgent:
+            error = self._perform(*self._urgent.popleft())
+            self.error = self.error or error
+
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
+            self.let_urgent_in()
             error = self._perform(*item)
             self.error = self.error or error
             # An idle engine must not keep the last copy's tensors alive.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
 from isthmus.tuning.accelerator.accounting import AccountedAccelerator, zeroed_pages
 from isthmus.tuning.accelerator.base import Direction, Event
@@ -60,6 +60,10 @@ class _OpenSpan:
     num_tokens: int = 0
 
 
+_CHUNK_BYTES = 16 << 20
+"""Long copies are queued in pieces of this size, between which urgent ones run."""
+
+
 class CudaAccelerator(AccountedAccelerator):
     """The current CUDA device at construction. Compute must be issued on the stream that is current at construction.
 
@@ -74,16 +78,12 @@ class CudaAccelerator(AccountedAccelerator):
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._compute = torch.cuda.current_stream(self.device)
         self._clock = torch.cuda.Stream(self.device)
-        self._streams: dict[Direction, torch.cuda.Stream] = {
-            "h2d": torch.cuda.Stream(self.device),
-            "d2h": torch.cuda.Stream(self.device),
-        }
-        self._engines: dict[Direction, CopyEngine] = {
-            "h2d": CopyEngine("isthmus-h2d"),
-            "d2h": CopyEngine("isthmus-d2h"),
-        }
+        # Urgent copies have a stream of their own: the copy engine takes them between the chunks of the others.
+        ways = [(direction, is_urgent) for direction in ("h2d", "d2h") for is_urgent in (False, True)]
+        self._streams = {way: torch.cuda.Stream(self.device, priority=-1 if way[1] else 0) for way in ways}
+        self._engines = {way: CopyEngine(f"isthmus-{way[0]}{'-urgent' * way[1]}") for way in ways}
         # The stream's order must be the order in which the thread waits.
-        self._order: dict[Direction, threading.Lock] = {"h2d": threading.Lock(), "d2h": threading.Lock()}
+        self._order = {way: threading.Lock() for way in ways}
         self._usable_from: dict[int, torch.cuda.Event] = {}
         self._pinned: list[Tensor] = []
         self._spans: deque[_OpenSpan] = deque()
@@ -132,10 +132,11 @@ class CudaAccelerator(AccountedAccelerator):
         name: str = "",
         kind: str = "",
         after: Event | None = None,
+        is_urgent: bool = False,
         on_done: Callable[[], object] | None = None,
     ) -> Event:
         self._check_copy(destination, source, direction)
-        stream = self._streams[direction]
+        stream = self._streams[direction, is_urgent]
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True, blocking=True)
         event = CudaEvent(end)
@@ -148,15 +149,17 @@ class CudaAccelerator(AccountedAccelerator):
             if on_done is not None:
                 on_done()
 
-        with self._order[direction]:
+        with self._order[direction, is_urgent]:
             self._begin(event, destination, direction)
             self._order_after(stream, destination, direction, after)
             with torch.cuda.stream(stream), torch.no_grad():
                 start.record(stream)
-                destination.copy_(source, non_blocking=True)
+                parts = (tensor.reshape(-1).split(_CHUNK_BYTES // tensor.element_size()) for tensor in (destination, source))
+                for to, of in zip(*parts, strict=True):
+                    to.copy_(of, non_blocking=True)
                 end.record(stream)
             self._keep(_OpenSpan(start, end, direction, name, kind, num_bytes=num_bytes))
-            self._engines[direction].submit(lambda: self._wait_for_copy(end, destination, source), ended)
+            self._engines[direction, is_urgent].submit(lambda: self._wait_for_copy(end, destination, source), ended)
         return event
 
     @staticmethod

@@ -29,6 +29,11 @@ _SHORTEST_WAIT_S = 50e-6
 """Waits of compute below this are thread switches rather than lack of data, and stay out of the timeline."""
 
 
+_CHUNK_S = 2e-3
+"""A long copy can be interrupted by an urgent one after each chunk of this link time."""
+_SMALLEST_CHUNK_BYTES = 1 << 16
+
+
 class EmulatedAccelerator(AccountedAccelerator):
     """A copy takes ``latency_s`` + its bytes ÷ the direction's rate, plus what ``copy_delay()`` returns (for tests)."""
 
@@ -76,6 +81,7 @@ class EmulatedAccelerator(AccountedAccelerator):
         name: str = "",
         kind: str = "",
         after: Event | None = None,
+        is_urgent: bool = False,
         on_done: Callable[[], object] | None = None,
     ) -> Event:
         self._check_copy(destination, source, direction)
@@ -86,7 +92,7 @@ class EmulatedAccelerator(AccountedAccelerator):
 
         def job() -> None:
             nonlocal end_s
-            end_s = self._transfer(destination, source, direction, queued_s, after, name, kind)
+            end_s = self._transfer(destination, source, direction, queued_s, after, is_urgent, name, kind)
 
         def ended(error: BaseException | None) -> None:
             if error is None:
@@ -99,7 +105,7 @@ class EmulatedAccelerator(AccountedAccelerator):
                 finally:
                     self._now.s = None
 
-        self._engines[direction].submit(job, ended)
+        self._engines[direction].submit(job, ended, is_urgent=is_urgent)
         return event
 
     def _transfer(
@@ -109,29 +115,41 @@ class EmulatedAccelerator(AccountedAccelerator):
         direction: Direction,
         queued_s: float,
         after: Event | None,
+        is_urgent: bool,
         name: str,
         kind: str,
     ) -> float:
         """Runs on the direction's thread; returns when the link has delivered, and the time at which it did."""
-        start_s = max(queued_s, self._link_free_at_s[direction])
         if after is not None:
             after.wait()
-            start_s = max(start_s, after.at_s if isinstance(after, CopyEvent) else self.recorder.now_s())
+            queued_s = max(queued_s, after.at_s if isinstance(after, CopyEvent) else self.recorder.now_s())
         num_bytes = source.numel() * source.element_size()
         rate = self.h2d_bytes_per_s if direction == "h2d" else self.d2h_bytes_per_s
-        end_s = start_s + self.latency_s + num_bytes / rate
+        queued_s += self.latency_s
         if self.copy_delay is not None:
             # Before the data moves, so that whoever reads without waiting reads something else.
             delay_s = self.copy_delay()
             time.sleep(delay_s)
-            end_s += delay_s
-        # Not Tensor.copy_: that would spread over the cores that compute is using. memmove gives the GIL back, too.
-        ctypes.memmove(destination.data_ptr(), source.data_ptr(), num_bytes)
-        remaining_s = end_s - self.recorder.now_s()
-        if remaining_s > 0:
-            time.sleep(remaining_s)
-        self._link_free_at_s[direction] = end_s
-        self.recorder.add(direction, name, start_s, end_s, kind=kind, num_bytes=num_bytes)
+            queued_s = max(queued_s, self._link_free_at_s[direction]) + delay_s
+        chunk_bytes = max(_SMALLEST_CHUNK_BYTES, int(rate * _CHUNK_S))
+        begun_s, end_s = None, queued_s
+        for offset in range(0, num_bytes, chunk_bytes) or (0,):
+            if not is_urgent:
+                self._engines[direction].let_urgent_in()
+            start_s = max(queued_s, self._link_free_at_s[direction])
+            if begun_s is not None and start_s > end_s:
+                self.recorder.add(direction, name, begun_s, end_s, kind=kind)
+                begun_s = None
+            begun_s = start_s if begun_s is None else begun_s
+            length = min(chunk_bytes, num_bytes - offset)
+            end_s = start_s + length / rate
+            # Not Tensor.copy_: that would spread over the cores that compute is using. memmove gives the GIL back, too.
+            ctypes.memmove(destination.data_ptr() + offset, source.data_ptr() + offset, length)
+            remaining_s = end_s - self.recorder.now_s()
+            if remaining_s > 0:
+                time.sleep(remaining_s)
+            self._link_free_at_s[direction] = end_s
+        self.recorder.add(direction, name, end_s if begun_s is None else begun_s, end_s, kind=kind, num_bytes=num_bytes)
         return end_s
 
     def record(self) -> Event:

@@ -37,6 +37,7 @@ class HostAccelerator(AccountedAccelerator):
         name: str = "",
         kind: str = "",
         after: Event | None = None,
+        is_urgent: bool = False,
         on_done: Callable[[], object] | None = None,
     ) -> Event:
         self._check_copy(destination, source, direction)

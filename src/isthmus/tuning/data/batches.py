@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.dataset import TokenDataset
 from isthmus.tuning.data.packing import pack
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.encoding import Encoder, Example
 from isthmus.tuning.data.fields import interpret, parse_columns
 from isthmus.tuning.data.fitting import Fitter

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"

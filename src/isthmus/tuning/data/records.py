@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.hub import is_saved_dataset, read_hub_dataset, read_saved_dataset
 from isthmus.tuning.data.record import Record
 

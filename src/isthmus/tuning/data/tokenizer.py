@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 
 
 def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ import math
 import re
 from typing import TypedDict
 
-from isthmus.errors import IsthmusError
+from isthmus.spec.errors import IsthmusError
 
 _BYTE_FACTORS = {"": 1, "B": 1} | {
     prefix + suffix: base**power

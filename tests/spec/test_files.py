@@ -1,4 +1,4 @@
-"""isthmus.files: whatever happens on the way, a path holds the whole of what was there or the whole of what is new."""
+"""isthmus.spec.files: whatever happens on the way, a path holds the whole of what was there or the whole of what is new."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.files import atomic_directory, atomic_write, recover_directory
+from isthmus.spec.files import atomic_directory, atomic_write, recover_directory
 
 
 def full_disk(*_: object) -> None:
@@ -152,7 +152,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name_and_the_name_after(
 CRASH = """
 import os, signal, sys
 from pathlib import Path
-from isthmus.files import atomic_directory
+from isthmus.spec.files import atomic_directory
 path, at = Path(sys.argv[1]), sys.argv[2]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 rename, calls = os.rename, []

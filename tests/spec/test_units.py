@@ -1,4 +1,4 @@
-"""isthmus.units: what people write is read as meant, and anything else is refused by name."""
+"""isthmus.spec.units: what people write is read as meant, and anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.errors import IsthmusError
-from isthmus.units import parse_bytes, parse_emulate, parse_rate, parse_seconds
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.units import parse_bytes, parse_emulate, parse_rate, parse_seconds
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""``isthmus profile``: measures this machine with a model's blocks, without its weights, and shows what it found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from isthmus.models.config import load_config
+from isthmus.models.moe_model import MoeModel
+from isthmus.models.skeleton import torch_dtype
+from isthmus.planning.curves import evaluate
+from isthmus.reporting.human import human_bytes, human_s
+from isthmus.reporting.progress import TuneProgress
+from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.files import atomic_write
+from isthmus.spec.profile import ExpertTimes, Profile
+from isthmus.spec.serialization import to_json
+from isthmus.spec.units import parse_emulate
+from isthmus.tuning.accelerator import create
+from isthmus.tuning.data import IGNORED, MicroBatch, keep_documents_apart
+from isthmus.tuning.measure import at_cpu_speed, measure_profile
+from isthmus.tuning.session import thread_split
+
+
+def profile(
+    model: str | Path,
+    *,
+    dtype: str = "bf16",
+    seq_len: int = 512,
+    micro_batch_size: int = 1,
+    micro_batches: int = 4,
+    accelerator: str = "auto",
+    emulate: str | None = None,
+    cpu_speed: float = 1.0,
+    refresh: bool = False,
+    output: str | Path | None = None,
+    console: Console | None = None,
+) -> Profile:
+    """The profile of ``model``'s blocks here, from the cache unless ``refresh``; printed, and written to ``output``.
+
+    Parameters are those of ``isthmus profile``. Only the model's configuration is read: weights are random. Blocks for
+    seconds, with the accelerator to itself. Raises ``ValueError`` or ``OSError`` for input that cannot work.
+    """
+    if not 0 < cpu_speed <= 1:
+        raise IsthmusError(f"cpu_speed: got {cpu_speed}, wanted a fraction above 0 and at most 1, such as 0.25.")
+    emulation = parse_emulate(emulate or "")
+    blocks = MoeModel.build(load_config(model), dtype)
+    blocks.module.train()
+    keep_documents_apart(blocks.module)
+    is_emulated = accelerator == "emulated" or (accelerator == "auto" and emulation)
+    device = create(
+        accelerator,
+        budget_bytes=psutil.virtual_memory().total if is_emulated else None,
+        recorder=Recorder(enabled=False),
+        h2d_bytes_per_s=emulation.get("h2d_bytes_per_s"),
+        d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
+        latency_s=emulation.get("latency_s"),
+    )
+    with device, TuneProgress(1) as progress:
+        num_threads, num_cpu_threads = thread_split(device, emulation)
+        torch.set_num_threads(num_threads)
+        for key, layout in blocks.layouts.items():
+            if not key.is_expert:
+                blocks.bind(key, device.allocate((layout.numel,), torch_dtype(layout.dtype)).normal_(std=0.02))
+        measured = measure_profile(
+            blocks,
+            device,
+            _random_batch(blocks, micro_batch_size, seq_len),
+            max_tokens=micro_batches * micro_batch_size * seq_len,
+            num_cpu_threads=num_cpu_threads,
+            refresh=refresh,
+            progress=progress.phase,
+        )
+    result = at_cpu_speed(measured, cpu_speed)
+    show(result, console or Console())
+    if output is not None:
+        atomic_write(output, to_json(result))
+    return result
+
+
+def _random_batch(model: MoeModel, micro_batch_size: int, seq_len: int) -> MicroBatch:
+    """Tokens of one document per sequence, as training data comes."""
+    ids = torch.randint(0, model.spec.vocab_size, (micro_batch_size, seq_len))
+    labels = ids.clone()
+    labels[:, 0] = IGNORED
+    inputs = {"input_ids": ids, "labels": labels}
+    if model.spec.is_encoder_decoder:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    else:
+        inputs["position_ids"] = torch.arange(seq_len).expand(micro_batch_size, seq_len)
+    return MicroBatch(inputs, num_tokens=ids.numel(), num_label_tokens=int((labels != IGNORED).sum()))
+
+
+def show(profile: Profile, console: Console) -> None:
+    """Prints the profile: a table per shape of expert, and the rates of everything else."""
+    for key, times in profile.experts.items():
+        console.print(_experts_table(key, times))
+    machine = profile.hardware
+    rates = Table(show_header=False, title=f"{machine.cpu_name}, {machine.accelerator_name}, {profile.dtype}")
+    if machine.link is None:
+        rates.add_row("links", "none: experts are computed where they are")
+    else:
+        alone = (profile.h2d_s_per_byte, profile.d2h_s_per_byte)
+        both = (profile.h2d_duplex_s_per_byte, profile.d2h_duplex_s_per_byte)
+        for name, s_per_byte in (("up / down, alone", alone), ("up / down, at once", both)):
+            rates.add_row(name, " / ".join(f"{human_bytes(1 / value)}/s" for value in s_per_byte))
+        rates.add_row("latency of a copy", human_s(profile.copy_latency_s))
+        rates.add_row("copies in flight", str(profile.copy_window))
+    rates.add_row("optimizer", f"{human_s(profile.optimizer_s_per_parameter * 1e6)} per million parameters")
+    dense = (profile.dense_forward_s_per_token, profile.dense_backward_s_per_token)
+    per_thousand = " / ".join(human_s(value * 1000) for value in dense)
+    rates.add_row("dense part of a layer, forward / backward", f"{per_thousand} per thousand tokens")
+    console.print(rates)
+
+
+def _experts_table(key: str, times: ExpertTimes) -> Table:
+    table = Table(title=f"one expert {key}")
+    curves = {
+        "CPU forward": times.cpu_forward,
+        "CPU backward": times.cpu_backward,
+        "accelerator forward": times.accelerator_forward,
+        "accelerator backward": times.accelerator_backward,
+    }
+    for heading in ("tokens", *curves):
+        table.add_column(heading, justify="right")
+    grid = times.cpu_forward.num_tokens
+    seconds = [evaluate(curve, grid) for curve in curves.values()]
+    for num_tokens, *row in zip(grid, *seconds, strict=True):
+        table.add_row(str(num_tokens), *(human_s(float(value)) for value in row))
+    return table
