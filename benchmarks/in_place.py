@@ -2,9 +2,10 @@
 
     python benchmarks/in_place.py [--dtypes fp32,bf16] [--repeats 5]
 
-Both train the same random Qwen3-MoE checkpoint on the same tokens with the same dtype; transformers with its ``grouped_mm``
-experts and ``torch.optim.AdamW(fused=True)``. Prints the bound (GEMM floating-point operations at the rate a plain GEMM of an
-expert's size reaches in this very run), then medians and spread, then the share of the bound; the last line is JSON.
+Both train the same random Qwen3-MoE checkpoint on the same tokens with the same dtype; transformers with its
+``grouped_mm`` experts and ``torch.optim.AdamW(fused=True)``. Prints the bound (GEMM floating-point operations at the
+rate a plain GEMM of an expert's size reaches in this very run), then medians and spread, then the share of the bound;
+the last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ def config() -> Qwen3MoeConfig:
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=64,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
         tie_word_embeddings=True,
@@ -93,7 +93,9 @@ def compare(path: Path, dtype_name: str, repeats: int) -> dict[str, object]:
     plain = Transformers(path, dtype)
     seconds: dict[str, list[float]] = {"transformers": [], "isthmus": []}
     rates = []
-    with Session(path, SessionOptions(accelerator="host", dtype=dtype_name), micro[0], Recorder(enabled=False)) as session:
+    with Session(
+        path, SessionOptions(accelerator="host", dtype=dtype_name), micro[0], Recorder(enabled=False)
+    ) as session:
 
         def ours(number: int) -> None:
             session.train_step(micro[number], step=session.num_steps + 1, learning_rate=1e-6)
@@ -112,8 +114,8 @@ def compare(path: Path, dtype_name: str, repeats: int) -> dict[str, object]:
     for name, values in seconds.items():
         median_s = statistics.median(values)
         print(
-            f"{name:13s} median {median_s:.2f} s (min {min(values):.2f}, max {max(values):.2f})  {tokens / median_s:7.0f} tokens/s  "
-            f"{bound_s / median_s:.2f} of the bound"
+            f"{name:13s} median {median_s:.2f} s (min {min(values):.2f}, max {max(values):.2f})  "
+            f"{tokens / median_s:7.0f} tokens/s  {bound_s / median_s:.2f} of the bound"
         )
         result[f"{name}_tokens_per_s"] = tokens / median_s
     ratios = [a / b for a, b in zip(seconds["transformers"], seconds["isthmus"], strict=True)]

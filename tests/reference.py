@@ -34,8 +34,10 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 def _weighted_sum(self: torch.nn.ModuleDict, hidden: Tensor, router_mask: Tensor, router_probs: Tensor) -> Tensor:
-    """What NLLB-MoE means: the sum over experts of probability times expert. (transformers 5.23 runs two experts only.)"""
-    return sum(router_probs[:, number, None] * self[f"expert_{number}"](hidden) for number in range(self.num_experts))
+    """What NLLB-MoE means: the sum over experts of probability times expert. (transformers 5.23 runs two experts
+    only.)"""
+    outputs = [self[f"expert_{number}"](hidden) for number in range(router_probs.shape[1])]
+    return (router_probs[:, :, None] * torch.stack(outputs, dim=1)).sum(dim=1)
 
 
 def state(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -79,7 +81,8 @@ def train(
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         for parameter, master in masters.items():
-            master.grad = parameter.grad if master is parameter else parameter.grad.float()
+            assert parameter.grad is not None
+            master.grad = parameter.grad.to(master.dtype)
         optimizer.step()
         with torch.no_grad():
             for parameter, master in masters.items():
@@ -89,7 +92,14 @@ def train(
 
 
 def random_steps(
-    num_steps: int, num_micro_batches: int, *, vocab_size: int, seq_len: int = 24, size: int = 2, seed: int = 0, is_encoder_decoder: bool = False
+    num_steps: int,
+    num_micro_batches: int,
+    *,
+    vocab_size: int,
+    seq_len: int = 24,
+    size: int = 2,
+    seed: int = 0,
+    is_encoder_decoder: bool = False,
 ) -> list[list[MicroBatch]]:
     """Micro-batches of random tokens with different numbers of label tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -104,6 +114,8 @@ def random_steps(
             if is_encoder_decoder:
                 inputs["attention_mask"] = torch.ones_like(ids)
             counted = labels if is_encoder_decoder else labels[:, 1:]
-            batches.append(MicroBatch(inputs=inputs, num_tokens=ids.numel(), num_label_tokens=int((counted != -100).sum())))
+            batches.append(
+                MicroBatch(inputs=inputs, num_tokens=ids.numel(), num_label_tokens=int((counted != -100).sum()))
+            )
         steps.append(batches)
     return steps

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmarks.gpu.plan import Plan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu.plan import Plan
 from isthmus.reporting.host_memory import PeakHostMemory
 from isthmus.spec.report import Spread
 from isthmus.tuning.bench import make_batches

@@ -137,7 +137,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         spec, num_layers = larger, num_layers + 1
     if needed(spec) > available and not arguments.dry_run:
         raise SystemExit(
-            f"host memory: {num_layers} layers need {_gib(needed(spec))}, {_gib(available)} are free: a larger host is needed"
+            f"host memory: {num_layers} layers need {_gib(needed(spec))}, {_gib(available)} are free; "
+            "take fewer layers, or a larger host"
         )
     is_pinned = not is_toy and fsdp_bytes(spec.num_parameters, is_pinned=True) + spare <= available
     budget = parse_bytes(arguments.accelerator_memory, "accelerator_memory")
@@ -173,7 +174,7 @@ def describe(plan: Plan) -> str:
     skews = ", ".join("uniform" if skew is None else f"{skew:g}" for skew in plan.skews)
     pinned = "pinned" if plan.is_fsdp_pinned else "not pinned"
     lines = [
-        f"model          {plan.num_layers} layers, {plan.num_parameters / 1e9:.3g} billion parameters, bf16, FP32 masters",
+        f"model          {plan.num_layers} layers, {plan.num_parameters / 1e9:.3g}e9 parameters, bf16, FP32 masters",
         f"host memory    {_gib(plan.needed_host_bytes)} for isthmus: 16 bytes per parameter, 10 %, and some to spare",
         f"               {_gib(plan.fsdp_host_bytes)} for FSDP2 ({pinned})",
         f"               {_gib(plan.available_host_bytes)} available",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -24,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from transformers import AutoConfig
-
 from benchmarks.gpu.fsdp import run_fsdp
 from benchmarks.gpu.plan import STAGES, Plan, configuration, describe, make_plan
+from rich.console import Console
+from tests import reference
+from transformers import AutoConfig
+
 from isthmus.models.tiny import FAMILIES, write_random_checkpoint, write_tiny_checkpoint
 from isthmus.planning.popularity import solve_router_bias
 from isthmus.reporting.comparison import comparison_markdown
@@ -43,7 +45,6 @@ from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.data import MicroBatch, standard_library_text, train_tokenizer
 from isthmus.tuning.placement import BudgetError
 from isthmus.tuning.session import Session, SessionOptions
-from tests import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACTNESS_STEPS = 10
@@ -122,6 +123,7 @@ def make_model(plan: Plan, save: Save) -> None:
     """The checkpoint, unit by unit. One that is whole is kept for the next run."""
     path, start_s = plan.model_path, time.perf_counter()
     if not (path / "complete").exists():
+        shutil.rmtree(path, ignore_errors=True)
         tokenizer = train_tokenizer(standard_library_text(2_000_000), 512 if plan.is_rehearsal else 8192)
         config = configuration(plan.num_layers, is_toy=plan.is_rehearsal, vocab_size=len(tokenizer))
         write_random_checkpoint(config, path, 0, tokenizer, dtype="bf16")

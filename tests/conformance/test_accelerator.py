@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator, AcceleratorMemoryError, Direction, NotResidentError
 from isthmus.tuning.accelerator.emulated import EmulatedAccelerator

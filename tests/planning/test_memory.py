@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.planning.memory import accelerator_memory, host_memory, minimum_budget_bytes
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import ModelSpec
 
 

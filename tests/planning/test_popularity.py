@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.planning.popularity import blend_history, routed_counts, skewness, solve_router_bias
+from isthmus.spec.errors import IsthmusError
 
 
 def test_skewness_is_the_mean_over_layers_of_squared_shares() -> None:

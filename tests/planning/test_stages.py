@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.planning.stages import map_stages
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import ModelSpec
 
 

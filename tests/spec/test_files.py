@@ -1,4 +1,5 @@
-"""isthmus.spec.files: whatever happens on the way, a path holds the whole of what was there or the whole of what is new."""
+"""isthmus.spec.files: whatever happens on the way, a path holds the whole of what was there or the whole of what is
+new."""
 
 from __future__ import annotations
 

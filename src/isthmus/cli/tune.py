@@ -128,11 +128,13 @@ Timeline = Annotated[
 ]
 EvalEvery = Annotated[int, _output("Evaluate every N steps.", min=1, metavar="N")]
 EvalBatches = Annotated[int, _output("Steps' worth of --eval-data that one evaluation takes.", min=1, metavar="N")]
-SaveEvery = Annotated[int, _output("Write a checkpoint to resume from every N steps.", min=1, metavar="N")]
+SaveEvery = Annotated[
+    int, _output("Write a checkpoint to resume from every N steps, and at the end. 0: only then.", min=0, metavar="N")
+]
 Resume = Annotated[
     bool, _output("Go on from the last checkpoint in --output, exactly as if uninterrupted.", "--resume")
 ]
-Overwrite = Annotated[bool, _output("Replace what --output holds.", "--overwrite")]
+Overwrite = Annotated[bool, _output("Delete the run that --output holds, and all else there.", "--overwrite")]
 Plain = Annotated[
     bool | None, _output("Plain progress lines or a live display. Left out: live in a terminal.", "--plain/--live")
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.planning.problem import BYTES_PER_VALUE
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import ModelSpec
 
 MIN_SLOTS = 2

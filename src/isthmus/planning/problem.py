@@ -84,8 +84,9 @@ def layer_problem(
     accelerator_backlog_s: float = 0.0,
     link_backlog_s: float = 0.0,
 ) -> LayerProblem:
-    """Prices a layer with the profile. ``counts_E``: tokens per expert (E,), of all ``top_k`` choices, which are computed
-    in ``num_parts`` equal parts one after the other (waves): what an expert costs whatever its tokens is paid each time.
+    """Prices a layer with the profile. ``counts_E``: tokens per expert (E,), of all ``top_k`` choices, which are
+    computed in ``num_parts`` equal parts one after the other (waves): what an expert costs whatever its tokens is paid
+    each time.
 
     Copies count at the profile's rates: forward loads alone, backward while gradients run the other way (the anchors'
     bound: full duplex is not a given). A CPU expert's token carries its hidden state up and its result down; in

@@ -13,7 +13,9 @@ def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
 
     ``inputs``: a micro-batch with labels; dense units must be bound. Replaces the model's experts function. Blocks.
     """
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.module.parameters() if not parameter.is_meta}
+    parameters = {
+        parameter.untyped_storage().data_ptr() for parameter in model.module.parameters() if not parameter.is_meta
+    }
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ def cache_directory() -> Path:
 
 
 def cached_profile(identity: Mapping[str, object], measure: Callable[[], Profile], *, refresh: bool = False) -> Profile:
-    """The profile stored for ``identity`` (JSON values), or ``measure()``, then stored. An unreadable file is measured again."""
+    """The profile stored for ``identity`` (JSON values), or ``measure()``, then stored. An unreadable file is measured
+    again."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_directory() / "profiles" / f"{digest}.json"
     if path.is_file() and not refresh:

@@ -1,4 +1,5 @@
-"""Seconds of everything but the routed experts: the model's own code, run once forward and backward with the experts left out."""
+"""Seconds of everything but the routed experts: the model's own code, run once forward and backward with the experts
+left out."""
 
 from __future__ import annotations
 

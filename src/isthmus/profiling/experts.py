@@ -26,7 +26,8 @@ def measure_expert(
     synchronize: Callable[[], None] = lambda: None,
     activation_module: torch.nn.Module | None = None,
 ) -> tuple[Curve, Curve]:
-    """(forward, backward) curves of one expert, 1 to ``max_tokens`` tokens, on ``device`` from the calling thread. Blocks for seconds.
+    """(forward, backward) curves of one expert, 1 to ``max_tokens`` tokens, on ``device`` from the calling thread.
+    Blocks for seconds.
 
     Backward includes the recomputation of the pre-activations. ``synchronize`` waits for an asynchronous device.
     """

@@ -1,4 +1,5 @@
-"""Seconds per byte between host and accelerator memory, alone and with both directions busy, and the copies it takes to keep an engine busy."""
+"""Seconds per byte between host and accelerator memory, alone and with both directions busy, and the copies it takes to
+keep an engine busy."""
 
 from __future__ import annotations
 

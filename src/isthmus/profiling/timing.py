@@ -17,7 +17,8 @@ Result = TypeVar("Result")
 
 
 def median_s(task: Callable[[], object], *, repeats: int = 9, budget_s: float = 0.3) -> float:
-    """Median seconds of ``task()``: one warm-up, then up to ``repeats`` runs (at least one) within about ``budget_s``. Blocks."""
+    """Median seconds of ``task()``: one warm-up, then up to ``repeats`` runs (at least one) within about ``budget_s``.
+    Blocks."""
     task()
     seconds: list[float] = []
     end_s = time.perf_counter() + budget_s
@@ -37,9 +38,11 @@ def token_grid(largest: int) -> list[int]:
 
 
 def measure_curve(task: Callable[[int], Callable[[], object]], grid: Iterable[int], *, longest_s: float = 1.0) -> Curve:
-    """Seconds of ``task(num_tokens)()`` over the grid. Stops after the first point above ``longest_s``: beyond, a curve is a line.
+    """Seconds of ``task(num_tokens)()`` over the grid. Stops after the first point above ``longest_s``: beyond, a curve
+    is a line.
 
-    Noise may make a measured curve fall; more tokens never take less, so the nearest curve that does not fall is returned.
+    Noise may make a measured curve fall; more tokens never take less, so the nearest curve that does not fall is
+    returned.
     """
     num_tokens: list[int] = []
     seconds: list[float] = []
@@ -52,7 +55,8 @@ def measure_curve(task: Callable[[int], Callable[[], object]], grid: Iterable[in
 
 
 def in_thread(task: Callable[[], Result], *, num_threads: int) -> Result:
-    """Runs ``task`` in a fresh thread whose PyTorch operators use ``num_threads`` cores; returns its result or raises its error."""
+    """Runs ``task`` in a fresh thread whose PyTorch operators use ``num_threads`` cores; returns its result or raises
+    its error."""
     outcome: list[Result] = []
     errors: list[BaseException] = []
 

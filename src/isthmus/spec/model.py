@@ -62,7 +62,8 @@ class ExpertSpec:
 
     ``tensors`` are those of ONE expert, laid out one after the other in its contiguous range:
 
-    - gated (``has_gate``): ``gate_up_proj`` (2I, H), [``gate_up_proj_bias`` (2I,)], ``down_proj`` (H, I), [``down_proj_bias`` (H,)]
+    - gated (``has_gate``): ``gate_up_proj`` (2I, H), [``gate_up_proj_bias`` (2I,)], ``down_proj`` (H, I),
+      [``down_proj_bias`` (H,)]
     - not gated: ``up_proj`` (I, H), [``up_proj_bias`` (I,)], ``down_proj`` (H, I), [``down_proj_bias`` (H,)]
 
     ``is_transposed`` models (gpt-oss) store (H, 2I) and (I, H) instead.
@@ -76,7 +77,8 @@ class ExpertSpec:
     has_bias: bool
     is_transposed: bool
     activation: str
-    """Name of the elementwise part: ``silu_glu``, ``gelu_glu``, ``gpt_oss_glu``, ``relu``, …, or ``module`` (call the module's own)."""
+    """Name of the elementwise part: ``silu_glu``, ``gelu_glu``, ``gpt_oss_glu``, ``relu``, …, or ``module`` (call the
+    module's own)."""
     tensors: tuple[TensorSpec, ...]
 
     @property
@@ -93,7 +95,8 @@ class ExpertSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A whole model. ``layers[l]`` is the routed-expert part of layer ``l`` in execution order, ``None`` for a dense layer."""
+    """A whole model. ``layers[l]`` is the routed-expert part of layer ``l`` in execution order, ``None`` for a dense
+    layer."""
 
     model_type: str
     architecture: str

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class LayerSplit:
     """Where the experts of one layer run, for one pass over some tokens. Together the two tuples name each expert that
-    has tokens exactly once; ``load_order`` is the part of ``on_accelerator`` that is not resident yet, most urgent first."""
+    has tokens exactly once; ``load_order`` is the part of ``on_accelerator`` that is not resident yet, most urgent
+    first."""
 
     on_accelerator: tuple[int, ...]
     on_cpu: tuple[int, ...]

@@ -27,7 +27,8 @@ class ExpertTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Measured seconds. ``experts`` is keyed by ``Profile.expert_key``, since layers of one model may differ in shape."""
+    """Measured seconds. ``experts`` is keyed by ``Profile.expert_key``, since layers of one model may differ in
+    shape."""
 
     schema_version: int = 1
     hardware: Hardware

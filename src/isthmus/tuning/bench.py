@@ -1,8 +1,8 @@
 """``isthmus bench tune``: policies against each other on one model, paired and interleaved, over skew and CPU speed.
 
-All policies train the same model in one process, in turns of a few steps on the same batches, so that noise of the machine
-meets them alike. The link is set from the measured profile so that loading every expert for both passes takes a wanted
-multiple of all computing.
+All policies train the same model in one process, in turns of a few steps on the same batches, so that noise of the
+machine meets them alike. The link is set from the measured profile so that loading every expert for both passes takes a
+wanted multiple of all computing.
 """
 
 from __future__ import annotations
@@ -19,21 +19,28 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.models.tiny import write_random_checkpoint
-from isthmus.planning.problem import CostModel
 from isthmus.planning.popularity import skewness, solve_router_bias
+from isthmus.planning.problem import CostModel
 from isthmus.reporting.comparison import comparison_markdown, comparison_table, plot_comparison
 from isthmus.reporting.environment import environment
 from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.files import atomic_write
 from isthmus.spec.report import BenchTuneReport, BenchTuneRow, Spread
 from isthmus.spec.serialization import to_json
-from isthmus.spec.files import atomic_write
+from isthmus.spec.units import Emulation
 from isthmus.tuning.bound import StepBounds
-from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset, load_tokenizer, standard_library_text, train_tokenizer
+from isthmus.tuning.data import (
+    BatchStream,
+    MicroBatch,
+    load_dataset,
+    load_tokenizer,
+    standard_library_text,
+    train_tokenizer,
+)
 from isthmus.tuning.policies import POLICIES
 from isthmus.tuning.session import Session, SessionOptions
-from isthmus.spec.units import Emulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,8 @@ class BenchOptions:
     seq_len: int = 128
     num_micro_batches: int = 4
     num_slots_in_layers: float = 3.5
-    """Accelerator memory for experts, in layers' worth of experts: two stages of one layer, gradients, a little more."""
+    """Accelerator memory for experts, in layers' worth of experts: two stages of one layer, gradients, a little
+    more."""
     load_to_compute: float = 2.5
     """Seconds to load every expert for both passes ÷ seconds of all computing on the accelerator."""
     num_warm_steps: int = 2
@@ -81,7 +89,8 @@ def bench_tune(
     cpu_speed: str = "1,0.5,0.25",
     report: Path | None = None,
 ) -> BenchTuneReport:
-    """``isthmus bench tune`` (see its ``--help`` for the texts). Prints the table; writes JSON and a picture beside it. Blocks for minutes."""
+    """``isthmus bench tune`` (see its ``--help`` for the texts). Prints the table; writes JSON and a picture beside it.
+    Blocks for minutes."""
     options = BenchOptions(
         model=model,
         policies=BenchOptions.policies if policies == "all" else _names(policies),
@@ -154,7 +163,6 @@ def make_model(options: BenchOptions, path: Path) -> Path:
         num_hidden_layers=options.num_layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=options.hidden_size // 8,
         num_experts=options.num_experts,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -175,18 +183,22 @@ def make_batches(options: BenchOptions, path: Path, num_steps: int = 8) -> list[
     return [stream.next_step() for _ in range(num_steps)]
 
 
-def fit_link(
-    options: BenchOptions, path: Path, example: list[MicroBatch], console: Console
-) -> tuple[Emulation, int]:
+def fit_link(options: BenchOptions, path: Path, example: list[MicroBatch], console: Console) -> tuple[Emulation, int]:
     """(link rates, memory budget): the wanted load ÷ compute, and the wanted number of slots."""
     emulation: Emulation = {"h2d_bytes_per_s": 1e9, "d2h_bytes_per_s": 1e9, "num_threads": 1}
     settings = SessionOptions(
-        dtype="fp32", accelerator="emulated", accelerator_memory_bytes=64 << 30, emulation=emulation, policy="cpu-experts"
+        dtype="fp32",
+        accelerator="emulated",
+        accelerator_memory_bytes=64 << 30,
+        emulation=emulation,
+        policy="cpu-experts",
     )
     with Session(path, settings, example, Recorder(enabled=False)) as session:
         spec, plan, profile = session.model.spec, session.plan, session.profile
         num_tokens = sum(batch.num_tokens for batch in example)
-        compute_s = num_tokens * spec.num_layers * (profile.dense_forward_s_per_token + profile.dense_backward_s_per_token)
+        compute_s = (
+            num_tokens * spec.num_layers * (profile.dense_forward_s_per_token + profile.dense_backward_s_per_token)
+        )
         costs = CostModel(profile, spec)
         for layer in spec.moe_layers:
             expert = spec.layers[layer]
@@ -194,13 +206,17 @@ def fit_link(
             counts = [num_tokens * expert.top_k // expert.num_experts] * expert.num_experts
             for is_backward in (False, True):
                 compute_s += sum(costs.problem(layer, counts, is_backward=is_backward).accelerator_s)
-        num_slots = int(options.num_slots_in_layers * max(layer.num_experts for layer in spec.layers if layer is not None))
+        num_slots = int(
+            options.num_slots_in_layers * max(layer.num_experts for layer in spec.layers if layer is not None)
+        )
         budget_bytes = plan.dense_bytes + plan.activation_bytes + num_slots * plan.slot_bytes
     load_bytes = 2 * 4 * spec.num_expert_parameters
     rate = load_bytes / (options.load_to_compute * compute_s)
+    num_experts = sum(layer.num_experts for layer in spec.layers if layer is not None)
     console.print(
-        f"computing {compute_s:.2f} s a step on the accelerator; link {rate / 1e6:.0f} MB/s each way, so that loading everything "
-        f"for both passes takes {options.load_to_compute:.1f} times as long; memory for {num_slots} of {spec.num_layers * options.num_experts} experts"
+        f"computing {compute_s:.2f} s a step on the accelerator; link {rate / 1e6:.0f} MB/s each way, so that loading "
+        f"everything for both passes takes {options.load_to_compute:.1f} times as long; memory for {num_slots} of "
+        f"{num_experts} experts"
     )
     return {"h2d_bytes_per_s": rate, "d2h_bytes_per_s": rate, "num_threads": 1}, budget_bytes
 
@@ -211,7 +227,9 @@ def routing_logits(session: Session, batches: Sequence[list[MicroBatch]]) -> dic
     hooks = []
     for layer, parts in session.model.moe_parts.items():
 
-        def keep(module: torch.nn.Module, arguments: object, output: tuple[Tensor, ...], layer: int = layer, parts=parts) -> None:
+        def keep(
+            module: torch.nn.Module, arguments: object, output: tuple[Tensor, ...], layer: int = layer, parts=parts
+        ) -> None:
             seen[layer].append(output[parts.logits_index].detach().float().flatten(0, -2))
 
         hooks.append(session.model.routers[layer].register_forward_hook(keep))
@@ -266,7 +284,8 @@ def measure(
         row = rows[-1]
         console.print(
             f"G={row.measured_skew:.2f} cpu={speed:<6g} {policy:14s} {row.tokens_per_s.median:8.1f} tokens/s  "
-            f"bound {row.bound_share:.2f}  h2d {row.h2d_bytes_per_step / 1e6:.0f} MB  cpu tokens {row.share_of_tokens_on_cpu:.2f}"
+            f"bound {row.bound_share:.2f}  h2d {row.h2d_bytes_per_step / 1e6:.0f} MB  "
+            f"on CPU {row.share_of_tokens_on_cpu:.2f}"
         )
     return rows
 
@@ -280,7 +299,8 @@ def turn(
     speed: float,
     cell: _Cell,
 ) -> None:
-    """Some steps of one policy: warm ones, then timed ones. Each timed step's optimizer overlaps the next step, as in a run."""
+    """Some steps of one policy: warm ones, then timed ones. Each timed step's optimizer overlaps the next step, as in a
+    run."""
     session.use(policy, cpu_speed=speed)
     recorder = session.recorder
     num_steps, outcome = options.num_steps, None
@@ -317,5 +337,3 @@ def describe(options: BenchOptions, session: Session, emulation: Emulation) -> d
         "num_stages": len(plan.stages),
         "num_waves": plan.num_waves,
     }
-
-

@@ -8,12 +8,15 @@ from isthmus.tuning.session import Session, StepOutcome
 
 
 class StepBounds:
-    """Bounds of one session's steps, by its profile. A resource that does not exist (no separate memory) costs nothing."""
+    """Bounds of one session's steps, by its profile. A resource that does not exist (no separate memory) costs
+    nothing."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         dense = [key for key in session.store.keys if not key.is_expert]
-        self._dense_bytes = sum(session.store.weight(key).numel() * session.store.weight(key).element_size() for key in dense)
+        self._dense_bytes = sum(
+            session.store.weight(key).numel() * session.store.weight(key).element_size() for key in dense
+        )
         self._num_parameters = sum(session.store.numel(key) for key in session.store.keys)
 
     def bound(self, outcome: StepOutcome) -> StepBound:
@@ -32,15 +35,18 @@ class StepBounds:
         )
 
     def bound_s(self, outcome: StepOutcome) -> float:
-        """Seconds. Without a separate memory experts, dense part and optimizer share the same cores, one after the other."""
+        """Seconds. Without a separate memory experts, dense part and optimizer share the same cores, one after the
+        other."""
         return self.bound(outcome).seconds if self.session.accelerator.is_separate else self._in_place_s(outcome)
 
     def _in_place_s(self, outcome: StepOutcome) -> float:
         """Everything runs one after the other on the same cores: the sum of all that has to be computed."""
         session = self.session
         costs = CostModel(session.profile, session.model.spec)
-        seconds = outcome.num_tokens * session.model.spec.num_layers * (
-            session.profile.dense_forward_s_per_token + session.profile.dense_backward_s_per_token
+        seconds = (
+            outcome.num_tokens
+            * session.model.spec.num_layers
+            * (session.profile.dense_forward_s_per_token + session.profile.dense_backward_s_per_token)
         )
         for layer, counts in outcome.counts.counts_LE.items():
             for is_backward in (False, True):

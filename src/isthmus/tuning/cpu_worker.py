@@ -1,8 +1,8 @@
 """The CPU as a resource of its own: one thread that computes experts and optimizer steps, most urgent first.
 
-PyTorch's operators spread over ``num_threads`` cores inside this thread. ``speed`` below 1 emulates fewer cores for experts:
-after each of their tasks the thread idles until the task would have ended on the slower CPU. Optimizer steps, which memory
-bandwidth bounds and not cores, are left alone.
+PyTorch's operators spread over ``num_threads`` cores inside this thread. ``speed`` below 1 emulates fewer cores for
+experts: after each of their tasks the thread idles until the task would have ended on the slower CPU. Optimizer steps,
+which memory bandwidth bounds and not cores, are left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class CpuWorker:
 
     def __init__(self, recorder: Recorder, *, num_threads: int, speed: float = 1.0) -> None:
         if not 0.0 < speed <= 1.0:
-            raise ValueError(f"cpu_speed: got {speed}, wanted a fraction above 0 and at most 1, e.g. 0.25 for a quarter of this CPU.")
+            raise ValueError(
+                f"cpu_speed: got {speed}, wanted a fraction above 0 and at most 1, e.g. 0.25 for a quarter of this CPU."
+            )
         self.recorder = recorder
         self.speed = speed
         self.num_threads = num_threads
@@ -38,7 +40,14 @@ class CpuWorker:
         self._thread.start()
 
     def submit(
-        self, task: Callable[[], Any], *, priority: float, lane: str = "cpu_experts", name: str = "", kind: str = "", num_tokens: int = 0
+        self,
+        task: Callable[[], Any],
+        *,
+        priority: float,
+        lane: str = "cpu_experts",
+        name: str = "",
+        kind: str = "",
+        num_tokens: int = 0,
     ) -> Future:
         """Queues ``task`` and returns its future at once. Raises ``RuntimeError`` after ``close``."""
         future: Future = Future()

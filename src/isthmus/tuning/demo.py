@@ -1,4 +1,5 @@
-"""``isthmus demo``: the main job from nothing — a small MoE model, real text, fine-tuning, pictures, and the policies compared.
+"""``isthmus demo``: the main job from nothing — a small MoE model, real text, fine-tuning, pictures, and the policies
+compared.
 
 Needs no download: the text is the standard library's source (or a file given), the model has random weights.
 """
@@ -14,8 +15,8 @@ from transformers import Qwen3MoeConfig
 
 from isthmus.models.tiny import write_random_checkpoint
 from isthmus.reporting.comparison import plot_comparison
-from isthmus.spec.serialization import to_json
 from isthmus.spec.files import atomic_write
+from isthmus.spec.serialization import to_json
 from isthmus.tuning.bench import BenchOptions, run_bench
 from isthmus.tuning.data import standard_library_text, train_tokenizer
 from isthmus.tuning.run import tune
@@ -98,7 +99,6 @@ def make_model(path: Path) -> Path:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
         num_experts=16,
         num_experts_per_tok=2,
         norm_topk_prob=True,

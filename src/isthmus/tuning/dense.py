@@ -1,4 +1,5 @@
-"""Everything that is not a routed expert, resident on the accelerator: its weights, its gradients, and their way to the host."""
+"""Everything that is not a routed expert, resident on the accelerator: its weights, its gradients, and their way to the
+host."""
 
 from __future__ import annotations
 

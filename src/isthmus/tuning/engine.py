@@ -2,8 +2,8 @@
 
 Each micro-batch runs the model's own forward code in a greenlet that stops at every layer's experts. The engine resumes
 them group by group (a group is the micro-batches whose experts run together, a wave): while one group's experts are
-computed on the CPU, another group's dense part runs on the accelerator. This is the looped breadth-first order of APTMoE
-(section 4), one layer at a time, so that each expert is needed once per pass.
+computed on the CPU, another group's dense part runs on the accelerator. This is the looped breadth-first order of
+APTMoE (section 4), one layer at a time, so that each expert is needed once per pass.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class Engine:
             assert run.random_state is not None
             torch.set_rng_state(run.random_state)
             argument = output
-        with self.resources.accelerator.compute(f"dense L{run.layer + 1}", kind="dense", num_tokens=run.batch.num_tokens):
+        with self.resources.accelerator.compute(
+            f"dense L{run.layer + 1}", kind="dense", num_tokens=run.batch.num_tokens
+        ):
             call = run.greenlet.switch(argument)
         run.random_state = torch.get_rng_state()
         self._run = None
@@ -198,10 +200,15 @@ class Engine:
             if wave is not None:
                 parts = [segment.gradient_of_experts_output() for segment in segments]
                 merged = torch.cat(
-                    [call.hidden.new_zeros(call.hidden.shape) if part is None else part for part, call in zip(parts, wave.calls, strict=True)]
+                    [
+                        call.hidden.new_zeros(call.hidden.shape) if part is None else part
+                        for part, call in zip(parts, wave.calls, strict=True)
+                    ]
                 )
                 priority = backward_priority(layer, self.model.spec.num_layers)
-                work = BackwardPass(self.resources, wave, self.policy.split_backward(layer), priority=priority, name=f"L{layer}")
+                work = BackwardPass(
+                    self.resources, wave, self.policy.split_backward(layer), priority=priority, name=f"L{layer}"
+                )
                 self._count(work)
                 work.start(merged)
                 yield
@@ -226,11 +233,25 @@ class Engine:
     def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
         total = sum(batch.num_label_tokens for batch in batches)
         runs = [
-            Run(batch=batch, weight=batch.num_label_tokens / total, tape=Tape(recording=recording), seed=seed * len(batches) + i)
+            Run(
+                batch=batch,
+                weight=batch.num_label_tokens / total,
+                tape=Tape(recording=recording),
+                seed=seed * len(batches) + i,
+            )
             for i, batch in enumerate(batches)
         ]
         num_waves = min(self.num_waves, len(runs))
         return [Group(runs=runs[i::num_waves]) for i in range(num_waves)]
+
+    @staticmethod
+    def _loss(groups: list[Group]) -> float:
+        """The mean over the label tokens of all micro-batches."""
+        loss = 0.0
+        for run in (run for group in groups for run in group.runs):
+            assert run.tape.loss is not None
+            loss += run.weight * float(run.tape.loss.detach())
+        return loss
 
     def train_step(self, batches: list[MicroBatch], *, seed: int) -> float:
         """Forward and backward of all micro-batches. Leaves gradients (complete or on their way) in the store.
@@ -242,7 +263,7 @@ class Engine:
         self._forward(groups)
         self.optimizer.wait()
         self.dense.zero_gradients()
-        loss = sum(run.weight * float(run.tape.loss.detach()) for group in groups for run in group.runs)
+        loss = self._loss(groups)
         if not torch.isfinite(torch.tensor(loss)):
             return loss
         self.policy.begin_backward(self.counts.counts_LE)
@@ -264,6 +285,6 @@ class Engine:
             groups = self._groups(batches, 0, recording=False)
             self._forward(groups)
             self.optimizer.wait()
-            return sum(run.weight * float(run.tape.loss) for group in groups for run in group.runs)
+            return self._loss(groups)
         finally:
             self.model.module.train()

@@ -1,4 +1,5 @@
-"""Where experts' weight gradients go: straight into the store for the CPU, through a slot and one copy for the accelerator."""
+"""Where experts' weight gradients go: straight into the store for the CPU, through a slot and one copy for the
+accelerator."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ class GradientSink:
     """Collects each expert's gradient over the waves of one step.
 
     A gradient that arises on the accelerator stays there until the layer's last wave, then leaves in one copy
-    (APTMoE, section 4.3: gradients leave the accelerator with the stage). ``on_complete(key)`` is called once per expert
-    and step when its whole gradient lies in the store: from the thread that calls ``flush``, or from a copy engine's.
+    (APTMoE, section 4.3: gradients leave the accelerator with the stage). ``on_complete(key)`` is called once per
+    expert and step when its whole gradient lies in the store: from the thread that calls ``flush``, or from a copy
+    engine's.
     """
 
     def __init__(

@@ -44,7 +44,8 @@ def at_cpu_speed(profile: Profile, speed: float) -> Profile:
 
 
 def optimizer_seconds_per_parameter(layout: UnitLayout) -> float:
-    """Seconds of AdamW per parameter on a unit like this one, from the calling thread, with memory as cold as in a step."""
+    """Seconds of AdamW per parameter on a unit like this one, from the calling thread, with memory as cold as in a
+    step."""
     num_units = max(2, (64 << 20) // (layout.numel * 4) + 1)
     keys = [UnitKey(0, number) for number in range(num_units)]
     store = ParameterStore(dict.fromkeys(keys, layout), lambda shape, dtype: torch.zeros(shape, dtype=dtype))
@@ -75,8 +76,8 @@ def measure_profile(
 ) -> Profile:
     """The profile for ``model`` (dense units bound) on this machine, from the cache if it was measured before.
 
-    ``max_tokens``: the most tokens one expert may get in a step. Blocks for seconds when measuring. Replaces the model's
-    experts function and adds to its gradients.
+    ``max_tokens``: the most tokens one expert may get in a step. Blocks for seconds when measuring. Replaces the
+    model's experts function and adds to its gradients.
     """
     hardware = Hardware(
         cpu_name=cpu_name(),

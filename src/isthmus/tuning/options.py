@@ -67,9 +67,7 @@ class TuneOptions:
         if self.policy not in POLICIES:
             raise IsthmusError(f"policy: got {self.policy!r}, wanted one of {', '.join(sorted(POLICIES))}.")
         if self.resume and self.overwrite:
-            raise IsthmusError(
-                "resume and overwrite: got both; --resume continues what --output holds, --overwrite deletes it."
-            )
+            raise IsthmusError("resume, overwrite: got both; --resume continues a run, --overwrite deletes it first.")
         torch_dtype(self.dtype)
         learning_rate_at(
             0, schedule=self.schedule, learning_rate=self.learning_rate, num_steps=self.steps, warmup=self.warmup

@@ -1,4 +1,5 @@
-"""Fits a model into an accelerator: what stays resident, how many slots are left for experts, which stages, which policy."""
+"""Fits a model into an accelerator: what stays resident, how many slots are left for experts, which stages, which
+policy."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.models.moe_model import MoeModel
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
@@ -108,6 +109,7 @@ def place(
         plan=plan,
         loader=loader,
         num_tokens=num_tokens,
+        recorder=accelerator.recorder,
         predictor=make_predictor(model, accelerator),
     )
     seat.policy = POLICIES[policy](setup)
@@ -131,7 +133,8 @@ def fit(
     num_stages: int | None,
     num_waves: int | None,
 ) -> Plan:
-    """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one expert."""
+    """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
+    expert."""
     slot_bytes = _slot_numel(model) * _dtype(model).itemsize
     activation_bytes = activations(model, example)
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
@@ -153,9 +156,14 @@ def fit(
 
 
 def least_slots(model: MoeModel, policy: str) -> int:
-    """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for their gradients."""
+    """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for their
+    gradients."""
     experts = [layer.num_experts for layer in model.spec.layers if layer is not None]
-    return {"resident": sum(experts) + max(experts), "mobius": 2 * max(experts) + 1, "gpipe-offload": 2 * max(experts) + 1}.get(policy, 2)
+    return {
+        "resident": sum(experts) + max(experts),
+        "mobius": 2 * max(experts) + 1,
+        "gpipe-offload": 2 * max(experts) + 1,
+    }.get(policy, 2)
 
 
 def budget_error(
@@ -166,10 +174,11 @@ def budget_error(
     activation_bytes = activations(model, example)
     minimum = dense_bytes + activation_bytes + num_slots * slot_bytes
     return BudgetError(
-        f"accelerator_memory: {budget_bytes} bytes are under the minimum of {minimum} ({minimum / 2**20:.1f} MiB) for policy "
-        f"{policy}: dense weights and gradients {dense_bytes / 2**20:.1f} MiB, activations {activation_bytes / 2**20:.1f} MiB, "
-        f"{num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise --accelerator-memory to at least the minimum, lower "
-        "--seq-len, --micro-batch-size or --micro-batches, or take a policy that loads less.",
+        f"accelerator_memory: {budget_bytes} bytes are under the minimum of {minimum} ({minimum / 2**20:.1f} MiB) for "
+        f"policy {policy}: dense weights and gradients {dense_bytes / 2**20:.1f} MiB, activations "
+        f"{activation_bytes / 2**20:.1f} MiB, {num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise "
+        "--accelerator-memory to at least the minimum, lower --seq-len, --micro-batch-size or --micro-batches, or take "
+        "a policy that loads less.",
         minimum,
     )
 

@@ -1,4 +1,5 @@
-"""Predicts which experts the tokens of a layer will choose, one MoE layer ahead (APTMoE, section 4.2, inter-layer phase).
+"""Predicts which experts the tokens of a layer will choose, one MoE layer ahead (APTMoE, section 4.2, inter-layer
+phase).
 
 Legend: ``T`` tokens, ``H`` hidden size, ``E`` experts, ``k`` choices per token.
 """
@@ -38,7 +39,9 @@ class PopularityPredictor:
     cross-entropy against the chosen experts). Reads the model, never changes it.
     """
 
-    def __init__(self, routers: dict[int, tuple[Tensor, int]], *, learning_rate: float = 0.5, device: torch.device) -> None:
+    def __init__(
+        self, routers: dict[int, tuple[Tensor, int]], *, learning_rate: float = 0.5, device: torch.device
+    ) -> None:
         """``routers``: layer -> (router weight (E, H), k)."""
         self._weights = {
             layer: torch.cat([weight, weight.new_zeros(len(weight), 1)], dim=1).detach().to(device, torch.float32)
@@ -59,7 +62,8 @@ class PopularityPredictor:
 
     @torch.no_grad()
     def learn(self, layer: int, index_Tk: Tensor) -> None:
-        """Scores the oldest open prediction of ``layer`` against the router's real choices (T, k), then learns from them."""
+        """Scores the oldest open prediction of ``layer`` against the router's real choices (T, k), then learns from
+        them."""
         seen = self._seen.get(layer)
         if not seen:
             return

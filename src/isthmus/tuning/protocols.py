@@ -34,9 +34,10 @@ class Loader(Protocol):
 class Policy(ABC):
     """Decides where each expert runs and what is loaded when. Never changes a result, only where and when it arises.
 
-    The engine calls these in the order of a step: ``begin_step``, ``begin_forward``, then per layer ``enter_forward`` and one
-    ``split_forward`` per wave, ``begin_backward``, then per layer from the last ``enter_backward`` and ``split_backward``.
-    All calls come from the engine's thread, except ``layer_ready``, which may come from the CPU worker's.
+    The engine calls these in the order of a step: ``begin_step``, ``begin_forward``, then per layer ``enter_forward``
+    and one ``split_forward`` per wave, ``begin_backward``, then per layer from the last ``enter_backward`` and
+    ``split_backward``. All calls come from the engine's thread, except ``layer_ready``, which may come from the CPU
+    worker's.
     """
 
     name: str
@@ -79,4 +80,5 @@ class Policy(ABC):
 
     @abstractmethod
     def next_use(self, key: UnitKey) -> float:
-        """Position in the step at which the expert is wanted on the accelerator next; ``inf``: not again. Thread-safe."""
+        """Position in the step at which the expert is wanted on the accelerator next; ``inf``: not again.
+        Thread-safe."""

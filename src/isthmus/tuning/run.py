@@ -172,10 +172,14 @@ def summarise(session: Session, trainer: Trainer, peak_host_bytes: int) -> TuneS
 
 
 def draw(output: Path, trainer: Trainer, recorder: Recorder, policy: str, timeline_path: Path) -> None:
-    """The pictures of a run: timeline (also as a Chrome trace), expert popularity, losses."""
+    """The pictures of a run: timeline (also as a Chrome trace), expert popularity, losses.
+
+    A finished run that was resumed took no step here: then the first two stay as they are.
+    """
     timeline = recorder.timeline()
-    write_chrome_trace(timeline, timeline_path)
-    plot_timeline(timeline, timeline_path.with_suffix(".png"), title=policy)
+    if timeline.spans:
+        write_chrome_trace(timeline, timeline_path)
+        plot_timeline(timeline, timeline_path.with_suffix(".png"), title=policy)
     totals: defaultdict[int, list[int]] = defaultdict(list)
     for counts_LE in trainer.counts:
         for layer, counts in counts_LE.items():

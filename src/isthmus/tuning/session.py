@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
@@ -17,9 +16,11 @@ from isthmus.models.reader import read_checkpoint
 from isthmus.planning.problem import CostModel
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import OUTER_LAYER
 from isthmus.spec.plan import Plan
 from isthmus.spec.profile import Profile
+from isthmus.spec.units import Emulation
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.cpu_worker import CpuWorker
@@ -35,7 +36,6 @@ from isthmus.tuning.placement import Placement, budget_error, place
 from isthmus.tuning.policies import POLICIES, PolicySeat
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.wave import Resources
-from isthmus.spec.units import Emulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +81,25 @@ class Session:
         example: list[MicroBatch],
         recorder: Recorder,
         progress: Callable[[str, float], None] = lambda text, fraction: None,
+        copy_delay: Callable[[], float] | None = None,
     ) -> None:
-        """Reads the checkpoint at ``path`` and measures what the plan needs. ``example``: one step's micro-batches, for their sizes."""
+        """Reads the checkpoint at ``path`` and measures what the plan needs. ``example``: one step's micro-batches, for
+        their sizes. ``copy_delay`` (for tests): seconds by which an emulated copy is late."""
         self.options = options
         self.recorder = recorder
         self.path = path
         self.model = MoeModel.build(load_config(path, num_layers=options.num_layers), options.dtype)
         self.model.module.train()
         keep_documents_apart(self.model.module)
-        emulation = options.emulation or {}
+        emulation: Emulation = options.emulation or {}
         self.accelerator: Accelerator = create(
             options.accelerator,
             budget_bytes=options.accelerator_memory_bytes,
             recorder=recorder,
-            **{name: value for name, value in emulation.items() if name != "num_threads"},
+            h2d_bytes_per_s=emulation.get("h2d_bytes_per_s"),
+            d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
+            latency_s=emulation.get("latency_s"),
+            copy_delay=copy_delay,
         )
         self._worker: CpuWorker | None = None
         self.num_steps = 0
@@ -109,7 +114,10 @@ class Session:
         options, accelerator, model = self.options, self.accelerator, self.model
         self.store = ParameterStore(model.layouts, accelerator.allocate_host)
         read_checkpoint(
-            self.path, model, lambda key: self.store.named(key, "master"), progress=lambda done: progress("reading weights", done)
+            self.path,
+            model,
+            lambda key: self.store.named(key, "master"),
+            progress=lambda done: progress("reading weights", done),
         )
         for key in self.store.keys:
             self.store.publish(key)
@@ -126,9 +134,7 @@ class Session:
         )
         if accelerator.is_separate:
             self._worker = CpuWorker(self.recorder, num_threads=num_cpu_threads, speed=options.cpu_speed)
-        math = {
-            layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers
-        }
+        math = {layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers}
         self.steps = StepOptimizer(
             self.optimizer,
             self.store.keys,
@@ -180,7 +186,9 @@ class Session:
         """
         setup, seat = self.placement.setup, self.placement.policy
         if setup is None or not isinstance(seat, PolicySeat) or self._worker is None:
-            raise IsthmusError("policy: there is nothing to choose without a separate accelerator; use --accelerator emulated or cuda.")
+            raise IsthmusError(
+                "policy: there is nothing to choose without a separate accelerator; use --accelerator emulated or cuda."
+            )
         self.finish()
         self._worker.speed = cpu_speed
         measured = at_cpu_speed(self.placement.profile, cpu_speed / self.placement.profile.hardware.cpu_speed)
@@ -259,7 +267,7 @@ class Session:
         self.close()
 
 
-def thread_split(accelerator: Accelerator, emulation: Mapping[str, object] | None) -> tuple[int, int]:
+def thread_split(accelerator: Accelerator, emulation: Emulation | None) -> tuple[int, int]:
     """(threads of the computing thread, threads of the CPU experts) on the cores this process may use.
 
     ``OMP_NUM_THREADS``, where it is set, stands for the number of cores.
@@ -269,7 +277,5 @@ def thread_split(accelerator: Accelerator, emulation: Mapping[str, object] | Non
         return cores, cores
     if accelerator.device.type == "cuda":
         return 1, max(1, cores - 1)
-    own = int((emulation or {}).get("num_threads", max(1, cores // 2)))
+    own = (emulation or {}).get("num_threads", max(1, cores // 2))
     return own, max(1, cores - own)
-
-

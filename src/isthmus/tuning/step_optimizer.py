@@ -1,7 +1,7 @@
 """When optimizer steps run: on the CPU, layer by layer in the order in which the next forward pass needs them.
 
-Clipping by the global norm needs every gradient first, so the step cannot start inside the backward pass. It overlaps the
-next forward pass instead: layer l's weights need only be new when layer l is loaded or computed.
+Clipping by the global norm needs every gradient first, so the step cannot start inside the backward pass. It overlaps
+the next forward pass instead: layer l's weights need only be new when layer l is loaded or computed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ NORM_PRIORITY = 1e6
 class StepOptimizer:
     """Runs ``StoreOptimizer`` on the CPU worker, or in place where there is none.
 
-    ``on_step()`` is called before the first weight changes, ``on_dense_stepped(layer)`` when a layer's weights apart from its
-    routed experts are new, ``on_layer_stepped(layer)`` when all are (from the worker's thread, if there is one).
+    ``on_step()`` is called before the first weight changes, ``on_dense_stepped(layer)`` when a layer's weights apart
+    from its routed experts are new, ``on_layer_stepped(layer)`` when all are (from the worker's thread, if there is
+    one).
     """
 
     def __init__(
@@ -62,7 +63,11 @@ class StepOptimizer:
             self.optimizer.finish_gradient(key)
         else:
             norm = self.worker.submit(
-                lambda: self.optimizer.finish_gradient(key), priority=NORM_PRIORITY, lane="optimizer", name="norm", kind="norm"
+                lambda: self.optimizer.finish_gradient(key),
+                priority=NORM_PRIORITY,
+                lane="optimizer",
+                name="norm",
+                kind="norm",
             )
             self._norms.append(norm)
         with self._condition:
@@ -106,7 +111,9 @@ class StepOptimizer:
 
         if self.worker is not None:
             priority = forward_priority(layer) - 0.5
-            return self.worker.submit(task, priority=priority, lane="optimizer", name=f"AdamW L{layer}", kind="optimizer")
+            return self.worker.submit(
+                task, priority=priority, lane="optimizer", name=f"AdamW L{layer}", kind="optimizer"
+            )
         done: Future = Future()
         task()
         done.set_result(None)
@@ -135,7 +142,8 @@ class StepOptimizer:
 
 
 def forward_priority(layer: int) -> float:
-    """Urgency of CPU work in the forward pass: earlier layers first. A layer's optimizer step comes just before its experts."""
+    """Urgency of CPU work in the forward pass: earlier layers first. A layer's optimizer step comes just before its
+    experts."""
     return float(layer - OUTER_LAYER)
 
 

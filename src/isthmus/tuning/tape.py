@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 @dataclass(slots=True)
 class Cut:
-    """A point where the graph is cut: ``root`` ends one segment, ``leaf`` (same values) starts another and collects its gradient."""
+    """A point where the graph is cut: ``root`` ends one segment, ``leaf`` (same values) starts another and collects its
+    gradient."""
 
     root: Tensor
     leaf: Tensor
@@ -29,7 +30,8 @@ class Cut:
 
 @dataclass(slots=True)
 class ExpertsCall:
-    """What one micro-batch asks of one layer's routed experts. ``hidden`` (T, H), ``index`` (T, k) int64, ``weights`` (T, k)."""
+    """What one micro-batch asks of one layer's routed experts. ``hidden`` (T, H), ``index`` (T, k) int64, ``weights``
+    (T, k)."""
 
     layer: int
     module: torch.nn.Module
@@ -84,7 +86,8 @@ class Segment:
 
 
 class Tape:
-    """The segments of one micro-batch in the order they ran. With ``recording`` False (evaluation) nothing is cut or kept."""
+    """The segments of one micro-batch in the order they ran. With ``recording`` False (evaluation) nothing is cut or
+    kept."""
 
     def __init__(self, *, recording: bool) -> None:
         self.recording = recording

@@ -69,6 +69,7 @@ class Trainer:
         self.counts: list[dict[int, list[int]]] = []
         self._bounds = StepBounds(session)
         self._saved_step = -1
+        self._first_step = 1
 
     # --- state on disk ----------------------------------------------------------------------------------------------
 
@@ -120,6 +121,7 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end. Raises ``NonFiniteLoss`` or ``Interrupted``; the last checkpoint is whole in any case."""
         options = self.options
+        self._first_step = len(self.records) + 1
         if self.evaluation and not self.records:
             self._evaluate(0)
         with self.stop.deferred():
@@ -136,8 +138,9 @@ class Trainer:
                     raise Interrupted(message, self.stop.requested)
 
     def _is_in_timeline(self, step: int) -> bool:
-        """A few steps in the steady state: from the middle on."""
-        first = max(1, min(self.options.num_steps // 2 + 1, self.options.num_steps - self.options.timeline_steps + 1))
+        """A few steps in the steady state: from the middle on of those that this process takes."""
+        num_left = self.options.num_steps - self._first_step + 1
+        first = self._first_step + max(0, min(num_left // 2, num_left - self.options.timeline_steps))
         return first <= step < first + self.options.timeline_steps
 
     def _step(self, step: int) -> None:

@@ -1,7 +1,7 @@
 """The routed experts of one layer for one wave of micro-batches: some on the accelerator, the rest on the CPU, at once.
 
-Legend: ``T`` tokens of the wave, ``k`` choices per token, ``H`` hidden size, ``S`` routed pairs (token, expert), sorted so
-that the pairs of one expert lie together: first the CPU's experts, then the accelerator's.
+Legend: ``T`` tokens of the wave, ``k`` choices per token, ``H`` hidden size, ``S`` routed pairs (token, expert), sorted
+so that the pairs of one expert lie together: first the CPU's experts, then the accelerator's.
 
 Tokens travel, weights of CPU experts do not: the CPU's rows of the hidden states go to the host, its results come back
 (APTMoE, section 4.1). Nothing but the hidden states, the routing and (optionally) the pre-activations is kept for
@@ -32,7 +32,8 @@ from isthmus.tuning.tape import ExpertsCall
 
 @dataclass(slots=True)
 class Resources:
-    """What every wave works with. ``worker`` is None when there is no separate accelerator: all experts then run in place."""
+    """What every wave works with. ``worker`` is None when there is no separate accelerator: all experts then run in
+    place."""
 
     accelerator: Accelerator
     loader: Loader
@@ -55,7 +56,7 @@ class Wave:
     index_Tk: Tensor
     weights_Tk: Tensor
     counts_E: list[int]
-    saved: dict[tuple[int, bool], object] = field(default_factory=dict)
+    saved: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
     """(expert, on CPU) -> what forward kept for backward."""
 
     @classmethod
@@ -217,7 +218,9 @@ class ForwardPass(WavePass):
             rows = slice(self.rows[group[0]].start, self.rows[group[-1]].stop)
             self._compute(group, self.inputs_SH[rows], self.weights_S[rows], self.outputs_SH[rows], on_cpu=False)
 
-    def _compute(self, experts: list[int], inputs: Tensor, pair_weights: Tensor, result: Tensor, *, on_cpu: bool) -> None:
+    def _compute(
+        self, experts: list[int], inputs: Tensor, pair_weights: Tensor, result: Tensor, *, on_cpu: bool
+    ) -> None:
         wave, resources = self.wave, self.resources
         counts = [wave.counts_E[expert] for expert in experts]
         keep = resources.keep_activations

@@ -10,8 +10,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.models.tiny import tiny_config
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data import IGNORED, BatchStream, MicroBatch, TokenDataset, load_dataset, train_tokenizer
 
 WriteLines = Callable[..., Path]

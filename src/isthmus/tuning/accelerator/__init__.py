@@ -7,8 +7,8 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.accelerator.cuda import CudaAccelerator
 from isthmus.tuning.accelerator.emulated import EmulatedAccelerator

@@ -15,8 +15,8 @@ from typing import Literal, Protocol, Self
 
 import torch
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
 
 Direction = Literal["h2d", "d2h"]
 

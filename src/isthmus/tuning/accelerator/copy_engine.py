@@ -1,6 +1,7 @@
 """The threads behind copies: one per direction, which runs jobs in order and tells who waits for them.
 
-Urgent jobs (a few tokens that compute waits for) go ahead of the others, and a long job lets them in where it can pause.
+Urgent jobs (a few tokens that compute waits for) go ahead of the others, and a long job lets them in where it can
+pause.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def _nobody(error: BaseException | None) -> None:
 
 
 class CopyEngine:
-    """Runs jobs one at a time, urgent ones first, each kind in the order of ``submit``. The thread starts with the first job."""
+    """Runs jobs one at a time, urgent ones first, each kind in the order of ``submit``. The thread starts with the
+    first job."""
 
     def __init__(self, name: str) -> None:
         self.error: BaseException | None = None
@@ -96,7 +98,8 @@ class CopyEngine:
             self._thread.join()
 
     def let_urgent_in(self) -> None:
-        """Runs the urgent jobs that wait. For a long job to call, on the engine's thread, where it can be interrupted."""
+        """Runs the urgent jobs that wait. For a long job to call, on the engine's thread, where it can be
+        interrupted."""
         while self._urgent:
             error = self._perform(*self._urgent.popleft())
             self.error = self.error or error

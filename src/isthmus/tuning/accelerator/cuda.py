@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isthmus.spec.errors import IsthmusError
 from isthmus.reporting.recorder import Recorder
+from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.accelerator.accounting import AccountedAccelerator, zeroed_pages
 from isthmus.tuning.accelerator.base import Direction, Event
 from isthmus.tuning.accelerator.copy_engine import CopyEngine
@@ -154,7 +154,9 @@ class CudaAccelerator(AccountedAccelerator):
             self._order_after(stream, destination, direction, after)
             with torch.cuda.stream(stream), torch.no_grad():
                 start.record(stream)
-                parts = (tensor.reshape(-1).split(_CHUNK_BYTES // tensor.element_size()) for tensor in (destination, source))
+                parts = (
+                    tensor.reshape(-1).split(_CHUNK_BYTES // tensor.element_size()) for tensor in (destination, source)
+                )
                 for to, of in zip(*parts, strict=True):
                     to.copy_(of, non_blocking=True)
                 end.record(stream)

@@ -1,26 +1,79 @@
-"""Our policy: whole passes are planned against the three resources at once, and corrected layer by layer as counts arrive."""
+"""Our policy: whole passes are planned against the three resources at once, and corrected layer by layer as counts
+arrive."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from isthmus.planning.horizon import PassPlan, plan_pass
+from isthmus.planning.problem import LayerProblem
 from isthmus.planning.split import split_rule
+from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
 from isthmus.tuning.loader import Phase
-from isthmus.tuning.policies.base import StagedPolicy
+from isthmus.tuning.policies.base import PolicySetup, StagedPolicy
+
+
+class Calibration:
+    """How much longer a resource takes in a step than its profile says: cores and memory are shared with everything
+    else.
+
+    ``factor`` follows measured ÷ predicted seconds of the lane, step by step, within a factor of three.
+    """
+
+    def __init__(self, lane: str, recorder: Recorder) -> None:
+        self.factor = 1.0
+        self._lane = lane
+        self._recorder = recorder
+        self._predicted_s = 0.0
+        self._busy_s = recorder.busy_s(lane)
+
+    def predict(self, seconds: float) -> None:
+        """Seconds that the present step is expected to keep the lane busy with, at the present factor."""
+        self._predicted_s += seconds / self.factor
+
+    def close_step(self) -> None:
+        busy_s = self._recorder.busy_s(self._lane)
+        if self._predicted_s > 0.0:
+            measured = (busy_s - self._busy_s) / self._predicted_s
+            self.factor = min(3.0, max(1 / 3, 0.5 * self.factor + 0.5 * measured))
+        self._busy_s, self._predicted_s = busy_s, 0.0
 
 
 class Affinity(StagedPolicy):
     """Same three phases as the published system, another rule: minimise the makespan of CPU, link and accelerator.
 
-    Between stages, ``plan_pass`` decides for the pass as a whole (historical counts in forward, real ones in backward), in
-    order of need. Its price of a second on the link then guides the decisions inside a layer, so that loading one more
-    expert here is weighed against what the same transfer would save later.
+    Between stages, ``plan_pass`` decides for the pass as a whole (historical counts in forward, real ones in backward),
+    in order of need. Its price of a second on the link then guides the decisions inside a layer, so that loading one
+    more expert here is weighed against what the same transfer would save later.
     """
 
     name = "affinity"
+
+    def __init__(self, setup: PolicySetup) -> None:
+        super().__init__(setup)
+        self._link_price = 0.0
+        self._cpu = Calibration("cpu_experts", setup.recorder)
+        self._accelerator = Calibration("accelerator", setup.recorder)
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._cpu.close_step()
+        self._accelerator.close_step()
+
+    def problem(self, layer: int, counts_E: Sequence[int], *, is_backward: bool, num_parts: int = 1) -> LayerProblem:
+        """As profiled, times what computing has been found to take while everything else runs beside it."""
+        problem = super().problem(layer, counts_E, is_backward=is_backward, num_parts=num_parts)
+        return replace(
+            problem,
+            cpu_s=tuple(self._cpu.factor * seconds for seconds in problem.cpu_s),
+            accelerator_s=tuple(self._accelerator.factor * seconds for seconds in problem.accelerator_s),
+            dense_s=self._accelerator.factor * problem.dense_s,
+        )
 
     def _plan(self, layers: list[int], counts: dict[int, list[int]], *, is_backward: bool) -> PassPlan:
         num_waves = self.setup.plan.num_waves
@@ -51,6 +104,10 @@ class Affinity(StagedPolicy):
         num_parts = self.setup.plan.num_waves if is_backward else 1
         problem = self.problem(layer, counts_E, is_backward=is_backward, num_parts=num_parts)
         split = split_rule("affinity")(problem, link_price=self._link_price)
+        self._cpu.predict(sum(problem.cpu_s[expert] for expert in split.on_cpu))
+        self._accelerator.predict(
+            problem.dense_s + sum(problem.accelerator_s[expert] for expert in split.on_accelerator)
+        )
         self.loader.set_queue(Phase.EXPERT, [UnitKey(layer, expert) for expert in split.load_order])
         return split
 

@@ -1,4 +1,5 @@
-"""What every policy shares: costs of a layer's experts, the stages, the popularity seen so far, and when each expert is wanted next."""
+"""What every policy shares: costs of a layer's experts, the stages, the popularity seen so far, and when each expert is
+wanted next."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from isthmus.planning.problem import CostModel, LayerProblem
+from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import ModelSpec, UnitKey
 from isthmus.spec.plan import LayerSplit, Plan
 from isthmus.tuning.loader import ExpertLoader, Phase
@@ -27,6 +29,7 @@ class PolicySetup:
     plan: Plan
     loader: ExpertLoader
     num_tokens: int
+    recorder: Recorder
     predictor: PopularityPredictor | None = None
 
 
@@ -44,7 +47,8 @@ class StagedPolicy(Policy):
             for layer in range(stage.first_layer, stage.last_layer + 1)
         }
         self.stages = [
-            [layer for layer in self.layers if self.stage_of[layer] == number] for number in range(len(setup.plan.stages))
+            [layer for layer in self.layers if self.stage_of[layer] == number]
+            for number in range(len(setup.plan.stages))
         ]
         self.history: dict[int, list[float]] = {}
         self.counts: dict[int, list[int]] = {}
@@ -66,7 +70,8 @@ class StagedPolicy(Policy):
         return spec.num_experts
 
     def problem(self, layer: int, counts_E: Sequence[int], *, is_backward: bool, num_parts: int = 1) -> LayerProblem:
-        """The layer's problem as it stands now: what is resident, what is on its way. ``num_parts``: waves that share the counts."""
+        """The layer's problem as it stands now: what is resident, what is on its way. ``num_parts``: waves that share
+        the counts."""
         keys = [UnitKey(layer, expert) for expert in range(len(counts_E))]
         resident = frozenset(key.expert for key in keys if self.loader.is_resident(key))
         arriving = {key.expert: self.loader.estimated_wait_s(key) for key in keys if self.loader.is_in_flight(key)}
@@ -106,7 +111,8 @@ class StagedPolicy(Policy):
             self.history[layer] = new if old is None else [0.5 * a + 0.5 * b for a, b in zip(old, new, strict=True)]
 
     def predict_next(self, layer: int, hidden_TH: Tensor, index_Tk: Tensor) -> tuple[int, list[int]] | None:
-        """(the MoE layer after ``layer``, its predicted counts); None at the last. Lets the predictor learn from ``layer``."""
+        """(the MoE layer after ``layer``, its predicted counts); None at the last. Lets the predictor learn from
+        ``layer``."""
         predictor = self.setup.predictor
         if predictor is None:
             return None
@@ -117,7 +123,8 @@ class StagedPolicy(Policy):
     # --- queues ----------------------------------------------------------------------------------------------------
 
     def want(self, keys: Iterable[UnitKey]) -> None:
-        """Replaces the inter-stage queue. Experts whose new weights are not there yet join when their layer is ready."""
+        """Replaces the inter-stage queue. Experts whose new weights are not there yet join when their layer is
+        ready."""
         with self._lock:
             self._wanted = list(keys)
             self._queue_wanted()

@@ -1,4 +1,5 @@
-"""The published policy: three loading phases, each with its own popularity, split by Equation 1 (APTMoE, sections 4.2 to 4.4)."""
+"""The published policy: three loading phases, each with its own popularity, split by Equation 1 (APTMoE, sections 4.2
+to 4.4)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ class Paper(StagedPolicy):
         ranked = {layer: sorted(range(len(c)), key=lambda e, c=c: (-c[e], e)) for layer, c in counts.items()}
         deepest = max((len(order) for order in ranked.values()), default=0)
         return [
-            UnitKey(layer, ranked[layer][rank]) for rank in range(deepest) for layer in layers if rank < len(ranked[layer])
+            UnitKey(layer, ranked[layer][rank])
+            for rank in range(deepest)
+            for layer in layers
+            if rank < len(ranked[layer])
         ]
 
     def _equation_1(self, layer: int, counts_E: list[int], *, is_backward: bool) -> LayerSplit:
@@ -51,7 +55,9 @@ class Paper(StagedPolicy):
         following = self.neighbour(stage)
         if self._is_backward:
             stages = [stage] if following is None else [stage, following]
-            self.want(key for number in stages for key in self._by_rank(number) if key.expert in self._backward[key.layer])
+            self.want(
+                key for number in stages for key in self._by_rank(number) if key.expert in self._backward[key.layer]
+            )
         else:
             self.want(self._by_rank(following) if following is not None else [])
 
@@ -62,7 +68,8 @@ class Paper(StagedPolicy):
         return split
 
     def look_ahead(self, layer: int, hidden_TH: Tensor, index_Tk: Tensor) -> None:
-        """The inter-layer phase: what Equation 1 gives to the accelerator for the predicted counts of the next layer."""
+        """The inter-layer phase: what Equation 1 gives to the accelerator for the predicted counts of the next
+        layer."""
         predicted = self.predict_next(layer, hidden_TH, index_Tk)
         if predicted is None or predicted[0] not in self._ready:
             self.loader.clear(Phase.LAYER)

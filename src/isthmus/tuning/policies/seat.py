@@ -10,7 +10,8 @@ from isthmus.tuning.protocols import Policy
 
 
 class PolicySeat(Policy):
-    """Passes everything on to ``policy``. Change it only between steps, and call ``begin_step`` and ``layer_ready`` afterwards."""
+    """Passes everything on to ``policy``. Change it only between steps, and call ``begin_step`` and ``layer_ready``
+    afterwards."""
 
     policy: Policy
 

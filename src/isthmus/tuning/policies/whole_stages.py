@@ -1,4 +1,5 @@
-"""Policies that compute every expert on the accelerator and load whole stages: Mobius, GPipe with offload, all resident."""
+"""Policies that compute every expert on the accelerator and load whole stages: Mobius, GPipe with offload, all
+resident."""
 
 from __future__ import annotations
 
