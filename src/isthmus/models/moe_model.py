@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -115,6 +115,12 @@ class MoeModel:
             raise ValueError(f"key: {key} is not bound; call MoeModel.bind first")
         return {name: self._bound[name] for name in names}
 
+    def move_buffers(self, device: torch.device) -> None:
+        """Brings everything that is neither parameter nor bound unit (rotary frequencies, corrections) to ``device``."""
+        for submodule in self.module.modules():
+            for name, buffer in submodule.named_buffers(recurse=False):
+                setattr(submodule, name, buffer.to(device))
+
     def set_experts_function(self, function: ExpertsFunction) -> None:
         """From now on ``function`` computes the routed experts of every layer (see ``ExpertsFunction``)."""
         for layer, experts in self.experts.items():
@@ -198,3 +204,13 @@ def unit_views(layout: UnitLayout, flat: torch.Tensor) -> dict[str, torch.Tensor
     """The tensors of a unit as views of its contiguous range ``flat``, shape (layout.numel,)."""
     pieces = flat.split([tensor.numel for tensor in layout.tensors])
     return {tensor.name: piece.view(tensor.shape) for tensor, piece in zip(layout.tensors, pieces, strict=True)}
+
+
+def bound_parameters(model: MoeModel) -> Iterator[nn.Parameter]:
+    """The parameters that have memory, in no particular order."""
+    return (parameter for parameter in model.module.parameters() if not parameter.is_meta)
+
+
+def on_device(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A micro-batch's tensors on ``device``; the very same ones where they are there already."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}

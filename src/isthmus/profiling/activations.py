@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isthmus.models.moe_model import MoeModel
+from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
 
 
 def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
@@ -13,9 +13,7 @@ def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
 
     ``inputs``: a micro-batch with labels; dense units must be bound. Replaces the model's experts function. Blocks.
     """
-    parameters = {
-        parameter.untyped_storage().data_ptr() for parameter in model.module.parameters() if not parameter.is_meta
-    }
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in bound_parameters(model)}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -29,7 +27,8 @@ def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
 
     model.set_experts_function(no_experts)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.module(**inputs, **model.forward_arguments()).loss
+        device = next(bound_parameters(model)).device
+        loss = model.module(**on_device(inputs, device), **model.forward_arguments()).loss
     total = sum(saved.values())
     del loss
     return total

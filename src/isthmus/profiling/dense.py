@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from isthmus.models.moe_model import MoeModel
+from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
 from isthmus.profiling.timing import median_s
 
 
@@ -25,10 +25,10 @@ def measure_dense(
         return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
     model.set_experts_function(no_experts)
-    arguments = model.forward_arguments()
+    arguments = model.forward_arguments() | on_device(inputs, next(bound_parameters(model)).device)
 
     def forward() -> Tensor:
-        loss = model.module(**inputs, **arguments).loss
+        loss = model.module(**arguments).loss
         synchronize()
         return loss
 

@@ -245,8 +245,8 @@ def set_skew(session: Session, logits: dict[int, Tensor], wanted: float | None, 
     for layer, logits_TE in logits.items():
         expert = session.model.spec.layers[layer]
         assert expert is not None
-        bias_E = solve_router_bias(logits_TE.numpy(), expert.top_k, wanted, seed=seed + layer)
-        session.model.add_router_bias(layer, torch.from_numpy(bias_E).float())
+        bias_E = solve_router_bias(logits_TE.cpu().numpy(), expert.top_k, wanted, seed=seed + layer)
+        session.model.add_router_bias(layer, torch.from_numpy(bias_E).float().to(session.accelerator.device))
 
 
 def measure(

@@ -15,7 +15,7 @@ import greenlet
 import torch
 from torch import Tensor
 
-from isthmus.models.moe_model import MoeModel
+from isthmus.models.moe_model import MoeModel, on_device
 from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
@@ -121,7 +121,7 @@ class Engine:
     # --- forward ---------------------------------------------------------------------------------------------------
 
     def _start(self, run: Run) -> None:
-        outputs = self.model.module(**run.batch.inputs, **self._arguments)
+        outputs = self.model.module(**on_device(run.batch.inputs, self.resources.accelerator.device), **self._arguments)
         run.tape.loss = outputs.loss
 
     def _resume(self, run: Run, output: Tensor | None) -> ExpertsCall | None:

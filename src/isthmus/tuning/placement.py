@@ -78,18 +78,7 @@ def place(
         progress=progress,
     )
     if not accelerator.is_separate:
-        whole = (Stage(first_layer=0, last_layer=spec.num_layers - 1),)
-        plan = Plan(
-            policy=InPlace.name,
-            stages=whole,
-            num_slots=0,
-            slot_bytes=0,
-            dense_bytes=0,
-            activation_bytes=0,
-            copy_window=1,
-            num_waves=1,
-        )
-        return Placement(plan=plan, profile=measured, loader=HostLoader(store.weight), policy=InPlace())
+        return _in_place(model, store, measured)
     profile = at_cpu_speed(measured, cpu_speed)
     plan = fit(model, store, accelerator, example, profile, policy, num_stages, num_waves)
     accelerator.reserve(plan.activation_bytes)
@@ -121,6 +110,21 @@ def place(
         predictor=setup.predictor if policy in PREDICTING else None,
         setup=setup,
     )
+
+
+def _in_place(model: MoeModel, store: ParameterStore, profile: Profile) -> Placement:
+    """Without a separate memory there is nothing to decide: all micro-batches form one wave, experts run where they lie."""
+    plan = Plan(
+        policy=InPlace.name,
+        stages=(Stage(first_layer=0, last_layer=model.spec.num_layers - 1),),
+        num_slots=0,
+        slot_bytes=0,
+        dense_bytes=0,
+        activation_bytes=0,
+        copy_window=1,
+        num_waves=1,
+    )
+    return Placement(plan=plan, profile=profile, loader=HostLoader(store.weight), policy=InPlace())
 
 
 def fit(

@@ -112,15 +112,7 @@ class Session:
 
     def _build(self, example: list[MicroBatch], progress: Callable[[str, float], None]) -> None:
         options, accelerator, model = self.options, self.accelerator, self.model
-        self.store = ParameterStore(model.layouts, accelerator.allocate_host)
-        read_checkpoint(
-            self.path,
-            model,
-            lambda key: self.store.named(key, "master"),
-            progress=lambda done: progress("reading weights", done),
-        )
-        for key in self.store.keys:
-            self.store.publish(key)
+        self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation)
         torch.set_num_threads(num_threads)
         self.optimizer = StoreOptimizer(
@@ -134,7 +126,6 @@ class Session:
         )
         if accelerator.is_separate:
             self._worker = CpuWorker(self.recorder, num_threads=num_cpu_threads, speed=options.cpu_speed)
-        math = {layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers}
         self.steps = StepOptimizer(
             self.optimizer,
             self.store.keys,
@@ -143,15 +134,7 @@ class Session:
             on_dense_stepped=lambda layer: self.dense.upload(layer),
             on_layer_stepped=lambda layer: self.placement.policy.layer_ready(layer),
         )
-        needed_bytes = dense_bytes(self.store)
-        if accelerator.is_separate and needed_bytes > accelerator.budget_bytes:
-            for key in (key for key in self.store.keys if not key.is_expert):
-                model.bind(key, self.store.weight(key))
-            raise budget_error(model, example, options.policy, accelerator.budget_bytes, dense_bytes=needed_bytes)
-        self.dense = DenseUnits(model, self.store, accelerator, self.optimizer, self.steps.complete)
-        for layer in range(OUTER_LAYER, model.spec.num_layers):
-            self.dense.upload(layer)
-            self.dense.wait(layer)
+        self._place_dense(example)
         self.placement: Placement = place(
             model,
             self.store,
@@ -164,20 +147,56 @@ class Session:
             cpu_speed=options.cpu_speed,
             progress=progress,
         )
-        resources = Resources(
-            accelerator=accelerator,
-            loader=self.placement.loader,
-            store=self.store,
-            gradients=GradientSink(accelerator, self.placement.loader, self.optimizer, self.steps.complete),
-            buffers=HostBuffers(accelerator.allocate_host),
-            worker=self._worker,
-            math=math,
-            keep_activations=not accelerator.is_separate,
-        )
         self.engine = Engine(
-            model, resources, self.dense, self.placement.policy, self.steps, num_waves=self.placement.plan.num_waves
+            model,
+            self._resources(),
+            self.dense,
+            self.placement.policy,
+            self.steps,
+            num_waves=self.placement.plan.num_waves,
         )
         self.weights_changed()
+
+    def _read_weights(self, progress: Callable[[str, float], None]) -> None:
+        self.store = ParameterStore(self.model.layouts, self.accelerator.allocate_host)
+        read_checkpoint(
+            self.path,
+            self.model,
+            lambda key: self.store.named(key, "master"),
+            progress=lambda done: progress("reading weights", done),
+        )
+        for key in self.store.keys:
+            self.store.publish(key)
+
+    def _place_dense(self, example: list[MicroBatch]) -> None:
+        """Brings everything but the routed experts to the accelerator. Raises ``BudgetError`` if even that does not fit."""
+        accelerator, model = self.accelerator, self.model
+        needed_bytes = dense_bytes(self.store)
+        if accelerator.is_separate and needed_bytes > accelerator.budget_bytes:
+            for key in (key for key in self.store.keys if not key.is_expert):
+                model.bind(key, self.store.weight(key))
+            policy, budget_bytes = self.options.policy, accelerator.budget_bytes
+            raise budget_error(model, example, policy, budget_bytes, dense_bytes=needed_bytes)
+        model.move_buffers(accelerator.device)
+        self.dense = DenseUnits(model, self.store, accelerator, self.optimizer, self.steps.complete)
+        for layer in range(OUTER_LAYER, model.spec.num_layers):
+            self.dense.upload(layer)
+            self.dense.wait(layer)
+
+    def _resources(self) -> Resources:
+        accelerator, model, loader = self.accelerator, self.model, self.placement.loader
+        return Resources(
+            accelerator=accelerator,
+            loader=loader,
+            store=self.store,
+            gradients=GradientSink(accelerator, loader, self.optimizer, self.steps.complete),
+            buffers=HostBuffers(accelerator.allocate_host),
+            worker=self._worker,
+            math={
+                layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers
+            },
+            keep_activations=not accelerator.is_separate,
+        )
 
     def use(self, policy: str, *, cpu_speed: float = 1.0) -> None:
         """Another policy, and another emulated CPU speed, from the next step on. Blocks until the last step is done.

@@ -125,14 +125,13 @@ class EmulatedAccelerator(AccountedAccelerator):
             queued_s = max(queued_s, after.at_s if isinstance(after, CopyEvent) else self.recorder.now_s())
         num_bytes = source.numel() * source.element_size()
         rate = self.h2d_bytes_per_s if direction == "h2d" else self.d2h_bytes_per_s
-        queued_s += self.latency_s
         if self.copy_delay is not None:
             # Before the data moves, so that whoever reads without waiting reads something else.
             delay_s = self.copy_delay()
             time.sleep(delay_s)
             queued_s = max(queued_s, self._link_free_at_s[direction]) + delay_s
         chunk_bytes = max(_SMALLEST_CHUNK_BYTES, int(rate * _CHUNK_S))
-        begun_s, end_s = None, queued_s
+        begun_s, end_s, latency_s = None, queued_s, self.latency_s
         for offset in range(0, num_bytes, chunk_bytes) or (0,):
             if not is_urgent:
                 self._engines[direction].let_urgent_in()
@@ -142,7 +141,8 @@ class EmulatedAccelerator(AccountedAccelerator):
                 begun_s = None
             begun_s = start_s if begun_s is None else begun_s
             length = min(chunk_bytes, num_bytes - offset)
-            end_s = start_s + length / rate
+            end_s = start_s + latency_s + length / rate
+            latency_s = 0.0
             # Not Tensor.copy_: that would spread over the cores that compute is using. memmove gives the GIL back, too.
             ctypes.memmove(destination.data_ptr() + offset, source.data_ptr() + offset, length)
             remaining_s = end_s - self.recorder.now_s()
