@@ -116,7 +116,7 @@ class MoeModel:
         return {name: self._bound[name] for name in names}
 
     def move_buffers(self, device: torch.device) -> None:
-        """Brings everything that is neither parameter nor bound unit (rotary frequencies, corrections) to ``device``."""
+        """Brings what is not a parameter (rotary frequencies, routers' corrections) to ``device``."""
         for submodule in self.module.modules():
             for name, buffer in submodule.named_buffers(recurse=False):
                 setattr(submodule, name, buffer.to(device))

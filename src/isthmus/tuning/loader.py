@@ -171,7 +171,7 @@ class ExpertLoader:
                     if (slot := self._table.of(key)) is not None:
                         break
                     self._check_slots(f"to load {key}")
-                    self._changed.wait()
+                    self._wait(f"load L{key.layer} E{key.expert}")
             finally:
                 self._demanded = None
             slot.num_pins += 1
@@ -210,7 +210,7 @@ class ExpertLoader:
             try:
                 while (slot := self._find_slot(Phase.EXPERT, None)) is None:
                     self._check_slots("for a gradient")
-                    self._changed.wait()
+                    self._wait("gradient slot")
                     self._check_open()
             finally:
                 self._is_slot_awaited = False
@@ -268,6 +268,13 @@ class ExpertLoader:
 
     def _count(self, **more: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + value for name, value in more.items()})
+
+    def _wait(self, purpose: str) -> None:
+        """The computing thread waits for a change."""
+        recorder = self._accelerator.recorder
+        start_s = recorder.now_s()
+        self._changed.wait()
+        recorder.add("accelerator", purpose, start_s, recorder.now_s(), kind="wait")
 
     def _check_open(self) -> None:
         if self._error is not None:

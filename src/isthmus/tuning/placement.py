@@ -81,17 +81,8 @@ def place(
         return _in_place(model, store, measured)
     profile = at_cpu_speed(measured, cpu_speed)
     plan = fit(model, store, accelerator, example, profile, policy, num_stages, num_waves)
-    accelerator.reserve(plan.activation_bytes)
     seat = PolicySeat()
-    loader = ExpertLoader(
-        accelerator,
-        num_slots=plan.num_slots,
-        slot_numel=_slot_numel(model),
-        dtype=_dtype(model),
-        source=store.weight,
-        window=plan.copy_window,
-        next_use=seat.next_use,
-    )
+    loader = _make_loader(model, store, accelerator, plan, seat)
     setup = PolicySetup(
         spec=spec,
         costs=CostModel(profile, spec),
@@ -112,8 +103,24 @@ def place(
     )
 
 
+def _make_loader(
+    model: MoeModel, store: ParameterStore, accelerator: Accelerator, plan: Plan, seat: PolicySeat
+) -> ExpertLoader:
+    """Takes the plan's memory: activations are announced, slots allocated."""
+    accelerator.reserve(plan.activation_bytes)
+    return ExpertLoader(
+        accelerator,
+        num_slots=plan.num_slots,
+        slot_numel=_slot_numel(model),
+        dtype=_dtype(model),
+        source=store.weight,
+        window=plan.copy_window,
+        next_use=seat.next_use,
+    )
+
+
 def _in_place(model: MoeModel, store: ParameterStore, profile: Profile) -> Placement:
-    """Without a separate memory there is nothing to decide: all micro-batches form one wave, experts run where they lie."""
+    """Without a separate memory there is nothing to decide: all micro-batches form one wave, experts run in place."""
     plan = Plan(
         policy=InPlace.name,
         stages=(Stage(first_layer=0, last_layer=model.spec.num_layers - 1),),

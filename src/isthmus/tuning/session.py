@@ -130,6 +130,7 @@ class Session:
             self.optimizer,
             self.store.keys,
             self._worker,
+            self.recorder,
             on_step=lambda: self.placement.policy.begin_step(),
             on_dense_stepped=lambda layer: self.dense.upload(layer),
             on_layer_stepped=lambda layer: self.placement.policy.layer_ready(layer),
@@ -169,7 +170,7 @@ class Session:
             self.store.publish(key)
 
     def _place_dense(self, example: list[MicroBatch]) -> None:
-        """Brings everything but the routed experts to the accelerator. Raises ``BudgetError`` if even that does not fit."""
+        """Brings all but the routed experts to the accelerator. Raises ``BudgetError`` if even that does not fit."""
         accelerator, model = self.accelerator, self.model
         needed_bytes = dense_bytes(self.store)
         if accelerator.is_separate and needed_bytes > accelerator.budget_bytes:

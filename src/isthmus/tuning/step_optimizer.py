@@ -10,12 +10,16 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
+from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.cpu_worker import CpuWorker
 from isthmus.tuning.optimizer import StoreOptimizer
 
 EXPERTS_AT_ONCE = 4
 """Experts that one task steps: few enough that more urgent work need not wait long, enough to spread over the cores."""
+LAYERS_AHEAD = 3
+"""How far optimizer steps run ahead of the CPU's experts: nothing of a layer can be loaded before it has been stepped."""
+SHORTEST_WAIT_S = 50e-6
 NORM_PRIORITY = 1e6
 """Norms of gradients wait behind experts' backward, which the accelerator waits for."""
 
@@ -33,12 +37,14 @@ class StepOptimizer:
         optimizer: StoreOptimizer,
         keys: Iterable[UnitKey],
         worker: CpuWorker | None,
+        recorder: Recorder,
         on_step: Callable[[], None],
         on_dense_stepped: Callable[[int], None],
         on_layer_stepped: Callable[[int], None],
     ) -> None:
         self.optimizer = optimizer
         self.worker = worker
+        self._recorder = recorder
         self.on_step = on_step
         self.on_dense_stepped = on_dense_stepped
         self.on_layer_stepped = on_layer_stepped
@@ -79,6 +85,7 @@ class StepOptimizer:
 
         Raises ``NonFiniteGradient`` before anything is changed.
         """
+        recorder, start_s = self._recorder, self._recorder.now_s()
         with self._condition:
             while self._expected:
                 if not self._condition.wait(timeout=300.0):
@@ -86,6 +93,7 @@ class StepOptimizer:
         for norm in self._norms:
             norm.result()
         self._norms.clear()
+        recorder.add("accelerator", "gradients on their way to the host", start_s, recorder.now_s(), kind="wait")
         norm = self.optimizer.begin_step(step, learning_rate)
         self._is_stepping = True
         self.on_step()
@@ -110,7 +118,7 @@ class StepOptimizer:
                 on_stepped(layer)
 
         if self.worker is not None:
-            priority = forward_priority(layer) - 0.5
+            priority = forward_priority(layer) - 0.5 - LAYERS_AHEAD
             return self.worker.submit(
                 task, priority=priority, lane="optimizer", name=f"AdamW L{layer}", kind="optimizer"
             )
@@ -121,16 +129,21 @@ class StepOptimizer:
 
     def wait_dense(self, layer: int) -> None:
         """Blocks until the layer's weights apart from its routed experts are new. Raises what their step raised."""
-        future = self._dense_steps.pop(layer, None)
-        if future is not None:
-            future.result()
+        self._join(self._dense_steps.pop(layer, None), layer)
 
     def wait_layer(self, layer: int) -> None:
         """Blocks until all of the layer's weights are new. Raises what their step raised."""
         self.wait_dense(layer)
-        future = self._steps.pop(layer, None)
-        if future is not None:
-            future.result()
+        self._join(self._steps.pop(layer, None), layer)
+
+    def _join(self, step: Future | None, layer: int) -> None:
+        if step is None:
+            return
+        start_s = self._recorder.now_s()
+        step.result()
+        end_s = self._recorder.now_s()
+        if end_s - start_s > SHORTEST_WAIT_S:
+            self._recorder.add("accelerator", f"AdamW L{layer}", start_s, end_s, kind="wait")
 
     def wait(self) -> None:
         """Blocks until all weights are new, and closes the step, if one is under way."""
