@@ -65,8 +65,7 @@ class ExpertLoader:
             if value < 1:
                 raise ValueError(f"{field}: got {value}, wanted 1 or more.")
         self.num_slots = num_slots
-        self.num_reserved = 0
-        """Slots that inter-stage loads leave free, for gradients; may be set at any time."""
+        self.num_reserved = 0  # slots that inter-stage loads leave free, for gradients; may be set at any time
         self.window = window
         self._accelerator = accelerator
         self._source = source
@@ -111,8 +110,7 @@ class ExpertLoader:
             self._refill()
 
     def queued(self, phase: Phase) -> list[UnitKey]:
-        with self._changed:
-            return list(self._queues[phase])
+        return list(self._queues[phase])
 
     # --- what is where ---------------------------------------------------------------------------------------------
 
@@ -270,11 +268,8 @@ class ExpertLoader:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + value for name, value in more.items()})
 
     def _wait(self, purpose: str) -> None:
-        """The computing thread waits for a change."""
-        recorder = self._accelerator.recorder
-        start_s = recorder.now_s()
-        self._changed.wait()
-        recorder.add("accelerator", purpose, start_s, recorder.now_s(), kind="wait")
+        with self._accelerator.recorder.span("accelerator", purpose, kind="wait"):
+            self._changed.wait()
 
     def _check_open(self) -> None:
         if self._error is not None:

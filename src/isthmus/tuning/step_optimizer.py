@@ -18,7 +18,7 @@ from isthmus.tuning.optimizer import StoreOptimizer
 EXPERTS_AT_ONCE = 4
 """Experts that one task steps: few enough that more urgent work need not wait long, enough to spread over the cores."""
 LAYERS_AHEAD = 3
-"""How far optimizer steps run ahead of the CPU's experts: nothing of a layer can be loaded before it has been stepped."""
+"""How far optimizer steps run ahead of CPU experts: nothing of a layer can be loaded before it was stepped."""
 SHORTEST_WAIT_S = 50e-6
 NORM_PRIORITY = 1e6
 """Norms of gradients wait behind experts' backward, which the accelerator waits for."""
