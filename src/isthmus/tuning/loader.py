@@ -80,7 +80,7 @@ class ExpertLoader:
         """What the computing thread blocks on in ``acquire``."""
         self._is_slot_awaited = False
         self._is_closed = False
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # raised when something is next acquired or taken
         self._stats = LoaderStats()
         self._idle_since_s: float | None = None
         self._last_landing_s = 0.0
@@ -139,11 +139,8 @@ class ExpertLoader:
             slot = self._table.of(key)
             if slot is None or slot not in self._flights or not self._bytes:
                 return 0.0
-            ahead = 0
-            for other, flight in self._flights.items():
-                ahead += flight.num_bytes
-                if other is slot:
-                    break
+            in_order = list(self._flights)
+            ahead = sum(self._flights[other].num_bytes for other in in_order[: in_order.index(slot) + 1])
             return ahead * self._seconds / self._bytes
 
     @property
