@@ -99,20 +99,11 @@ class Affinity(StagedPolicy):
     def enter_stage(self, stage: int) -> None:
         pass
 
-    def _decide(self, layer: int, counts_E: list[int], *, is_backward: bool) -> LayerSplit:
-        # Forward decides wave by wave, backward once for all of them.
-        num_parts = self.setup.plan.num_waves if is_backward else 1
-        problem = self.problem(layer, counts_E, is_backward=is_backward, num_parts=num_parts)
-        split = split_rule("affinity")(problem, link_price=self._link_price)
-        self._cpu.predict(sum(problem.cpu_s[expert] for expert in split.on_cpu))
-        self._accelerator.predict(
-            problem.dense_s + sum(problem.accelerator_s[expert] for expert in split.on_accelerator)
-        )
-        self.loader.set_queue(Phase.EXPERT, [UnitKey(layer, expert) for expert in split.load_order])
-        return split
-
     def split_forward(self, layer: int, counts_E: list[int], hidden_TH: Tensor, index_Tk: Tensor) -> LayerSplit:
-        split = self._decide(layer, counts_E, is_backward=False)
+        problem = self.problem(layer, counts_E, is_backward=False)
+        split = split_rule("affinity")(problem, link_price=self._link_price)
+        self._expect(problem, split.on_accelerator, split.on_cpu)
+        self.loader.set_queue(Phase.EXPERT, [UnitKey(layer, expert) for expert in split.load_order])
         predicted = self.predict_next(layer, hidden_TH, index_Tk)
         if predicted is not None and predicted[0] in self._ready:
             following, expected_E = predicted
@@ -122,4 +113,14 @@ class Affinity(StagedPolicy):
         return split
 
     def decide_backward(self, layer: int) -> LayerSplit:
-        return self._decide(layer, self.counts[layer], is_backward=True)
+        """As planned for the whole pass: its counts were real, so nothing has been learnt since."""
+        counts_E, planned = self.counts[layer], self._backward[layer]
+        problem = self.problem(layer, counts_E, is_backward=True, num_parts=self.setup.plan.num_waves)
+        on_accelerator = tuple(expert for expert in range(len(counts_E)) if counts_E[expert] and expert in planned)
+        on_cpu = tuple(expert for expert in range(len(counts_E)) if counts_E[expert] and expert not in planned)
+        self._expect(problem, on_accelerator, on_cpu)
+        return LayerSplit(on_accelerator=on_accelerator, on_cpu=on_cpu)
+
+    def _expect(self, problem: LayerProblem, on_accelerator: tuple[int, ...], on_cpu: tuple[int, ...]) -> None:
+        self._cpu.predict(sum(problem.cpu_s[expert] for expert in on_cpu))
+        self._accelerator.predict(problem.dense_s + sum(problem.accelerator_s[expert] for expert in on_accelerator))
