@@ -196,8 +196,8 @@ def _finish(figure: Any, axes: Any, spans: Sequence[Span]) -> None:
     figure.legend(
         handles=handles,
         loc="lower left",
-        bbox_to_anchor=(_AXES_LEFT - 0.004, 0.012),
-        ncols=len(handles),
+        bbox_to_anchor=(_AXES_LEFT - 0.004, -0.01),
+        ncols=-(-len(handles) // 2),  # two rows: one runs out of the picture
         frameon=False,
         fontsize=9,
         handlelength=1.2,
