@@ -12,7 +12,7 @@ class StepRecord:
 
     step: int
     loss: float
-    """Mean over the step's target tokens, the router's auxiliary loss not included."""
+    """Mean over the step's target tokens, the router's auxiliary loss included where the family has one."""
     num_tokens: int
     duration_s: float
     bound_s: float
