@@ -1,4 +1,4 @@
-"""How seconds are measured: repeated, the fastest taken (whatever else the machine does only adds), warmed up first, within a time budget."""
+"""How seconds are measured: warmed up, repeated within a time budget, the fastest taken: other work only ever adds."""
 
 from __future__ import annotations
 
