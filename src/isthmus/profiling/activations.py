@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
+from isthmus.profiling.dense import no_experts
 
 
 def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
@@ -21,9 +22,6 @@ def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
         if storage.data_ptr() not in parameters:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
-
-    def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
     model.set_experts_function(no_experts)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -12,6 +12,11 @@ from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
 from isthmus.profiling.timing import fastest_s
 
 
+def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Stands in for the routed experts: (T, H) in and out, differentiable in both, with almost no work."""
+    return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
+
+
 def measure_dense(
     model: MoeModel, inputs: dict[str, Tensor], *, num_tokens: int, synchronize: Callable[[], None] = lambda: None
 ) -> tuple[float, float]:
@@ -20,9 +25,6 @@ def measure_dense(
     ``inputs`` is a micro-batch with labels; the model's dense units must be bound. Blocks for about a second. Leaves
     gradients in the parameters (zero them) and the model's experts function replaced (set it).
     """
-
-    def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
     model.set_experts_function(no_experts)
     arguments = model.forward_arguments() | on_device(inputs, next(bound_parameters(model)).device)

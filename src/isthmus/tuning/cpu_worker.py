@@ -35,7 +35,6 @@ class CpuWorker:
         self._order = itertools.count()
         self._condition = threading.Condition()
         self._closed = False
-        self._unfinished = 0
         self._thread = threading.Thread(target=self._run, name="isthmus-cpu", daemon=True)
         self._thread.start()
 
@@ -54,14 +53,9 @@ class CpuWorker:
         with self._condition:
             if self._closed:
                 raise RuntimeError("the CPU worker is closed")
-            self._unfinished += 1
             heapq.heappush(self._heap, (priority, next(self._order), task, future, (lane, name, kind, num_tokens)))
             self._condition.notify()
         return future
-
-    @property
-    def num_unfinished(self) -> int:
-        return self._unfinished
 
     def _run(self) -> None:
         torch.get_num_threads()  # a new thread's first operator would otherwise undo what is set here
@@ -84,8 +78,6 @@ class CpuWorker:
                     time.sleep((self.recorder.now_s() - start_s) * (1.0 / self.speed - 1.0))
                 future.set_result(result)
             self.recorder.add(lane, name, start_s, self.recorder.now_s(), kind=kind, num_tokens=num_tokens)
-            with self._condition:
-                self._unfinished -= 1
 
     def close(self) -> None:
         """Ends the thread after the task that is running; waiting tasks are cancelled. Idempotent."""

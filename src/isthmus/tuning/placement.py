@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel
+from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
@@ -112,7 +112,7 @@ def _make_loader(
         accelerator,
         num_slots=plan.num_slots,
         slot_numel=_slot_numel(model),
-        dtype=_dtype(model),
+        dtype=torch_dtype(model.dtype),
         source=store.weight,
         window=plan.copy_window,
         next_use=seat.next_use,
@@ -146,7 +146,7 @@ def fit(
 ) -> Plan:
     """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
     expert."""
-    slot_bytes = _slot_numel(model) * _dtype(model).itemsize
+    slot_bytes = _slot_numel(model) * torch_dtype(model.dtype).itemsize
     activation_bytes = activations(model, example)
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
     largest_layer = max(layer.num_experts for layer in model.spec.layers if layer is not None)
@@ -181,7 +181,7 @@ def budget_error(
     model: MoeModel, example: list[MicroBatch], policy: str, budget_bytes: int, *, dense_bytes: int
 ) -> BudgetError:
     """The error that says what the least budget is and what it is made of. The dense units must be bound (anywhere)."""
-    slot_bytes, num_slots = _slot_numel(model) * _dtype(model).itemsize, least_slots(model, policy)
+    slot_bytes, num_slots = _slot_numel(model) * torch_dtype(model.dtype).itemsize, least_slots(model, policy)
     activation_bytes = activations(model, example)
     minimum = dense_bytes + activation_bytes + num_slots * slot_bytes
     return BudgetError(
@@ -196,7 +196,7 @@ def budget_error(
 
 def activations(model: MoeModel, example: list[MicroBatch]) -> int:
     """Accelerator bytes of one step's activations: what the dense part saves, and the experts' inputs and results."""
-    spec, item = model.spec, _dtype(model).itemsize
+    spec, item = model.spec, torch_dtype(model.dtype).itemsize
     saved = max(measure_saved_bytes(model, batch.inputs) for batch in example) * len(example)
     num_tokens = sum(batch.num_tokens for batch in example)
     experts = [layer for layer in spec.layers if layer is not None]
@@ -212,10 +212,6 @@ def make_predictor(model: MoeModel, accelerator: Accelerator) -> PopularityPredi
         weights = [parameter for parameter in model.routers[layer].parameters() if parameter.dim() == 2]
         routers[layer] = (weights[0], model.moe_parts[layer].spec.top_k)
     return PopularityPredictor(routers, device=accelerator.device)
-
-
-def _dtype(model: MoeModel) -> torch.dtype:
-    return torch.bfloat16 if model.dtype == "bf16" else torch.float32
 
 
 def _slot_numel(model: MoeModel) -> int:

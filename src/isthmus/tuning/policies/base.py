@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from isthmus.planning.popularity import blend_history
 from isthmus.planning.problem import CostModel, LayerProblem
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import ModelSpec, UnitKey
@@ -50,7 +51,7 @@ class StagedPolicy(Policy):
             [layer for layer in self.layers if self.stage_of[layer] == number]
             for number in range(len(setup.plan.stages))
         ]
-        self.history: dict[int, list[float]] = {}
+        self.history: dict[int, tuple[float, ...]] = {}
         self.counts: dict[int, list[int]] = {}
         self._lock = threading.RLock()
         self._ready: set[int] = set()
@@ -99,16 +100,13 @@ class StagedPolicy(Policy):
         spec = self.spec.layers[layer]
         assert spec is not None
         pairs = self.setup.num_tokens * spec.top_k
-        shares = self.history.get(layer, [1.0 / spec.num_experts] * spec.num_experts)
+        shares = self.history.get(layer, (1.0 / spec.num_experts,) * spec.num_experts)
         return [round(share * pairs) for share in shares]
 
     def learn(self, counts_LE: dict[int, list[int]]) -> None:
         """Takes the step's real counts into the history (an exponential average over a few steps)."""
         for layer, counts in counts_LE.items():
-            total = max(1, sum(counts))
-            new = [count / total for count in counts]
-            old = self.history.get(layer)
-            self.history[layer] = new if old is None else [0.5 * a + 0.5 * b for a, b in zip(old, new, strict=True)]
+            self.history[layer] = blend_history(self.history.get(layer), counts)
 
     def predict_next(self, layer: int, hidden_TH: Tensor, index_Tk: Tensor) -> tuple[int, list[int]] | None:
         """(the MoE layer after ``layer``, its predicted counts); None at the last. Lets the predictor learn from
