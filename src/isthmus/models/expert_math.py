@@ -6,12 +6,15 @@ intermediate size, ``P`` width of the pre-activations (``2I`` for gated experts,
 With g = d loss / d (s * y) for y = act W_down^T, backward needs neither y nor anything else but the inputs:
 u = g W_down, d s = <act, u>, d act = s * u, d W_down = (s * g)^T act, d pre = act'(pre) d act, d W_up = d pre^T x,
 d x = d pre W_up. The elementwise parts run once for a chunk of neighbouring experts.
+
+Nobody waits for weight gradients before the step's end, and they need no weights: ``backward_inputs`` leaves them as
+``WeightWork``, for whenever there is nothing more urgent (as in zero-bubble pipelines, Qi et al., ICLR 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -46,17 +49,61 @@ class _Scratch:
 
     pre: Tensor
     act: Tensor
+    sg: Tensor
     inner: Tensor
     u: Tensor
-    sg: Tensor
+    spare: Tensor
 
     @classmethod
     def of(cls, spec: ExpertSpec, pre_size: int, num_rows: int, like: Tensor) -> _Scratch:
-        widths = (pre_size, *[spec.intermediate_size] * 3, spec.hidden_size)
+        wide = spec.intermediate_size
+        widths = (pre_size, wide, spec.hidden_size, wide, wide, wide)
         return cls(*(like.new_empty(num_rows, width) for width in widths))
 
     def rows(self, num_rows: int) -> _Scratch:
-        return _Scratch(*(buffer[:num_rows] for buffer in (self.pre, self.act, self.inner, self.u, self.sg)))
+        buffers = (self.pre, self.act, self.sg, self.inner, self.u, self.spare)
+        return _Scratch(*(buffer[:num_rows] for buffer in buffers))
+
+    def keeping(self, kept: WeightRows, rows: slice) -> _Scratch:
+        """With what the weight gradients need in ``kept``."""
+        return replace(self, pre=kept.pre_SP[rows], act=kept.act_SI[rows], sg=kept.sg_SH[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRows:
+    """Buffers that hold what the weight gradients of ``S`` rows need beside the inputs, until they are computed."""
+
+    pre_SP: Tensor
+    act_SI: Tensor
+    sg_SH: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightWork:
+    """The weight gradients of one expert, yet to be computed, from its rows (N, …)."""
+
+    x_NH: Tensor
+    act_NI: Tensor
+    sg_NH: Tensor
+    dpre_NP: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What goes into a backward pass and what comes out, whole and by expert."""
+
+    s_S: Tensor
+    g_SH: Tensor
+    ds_S: Tensor
+    x_parts: Sequence[Tensor]
+    g_parts: Sequence[Tensor]
+    dx_parts: Sequence[Tensor]
+    ds_parts: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, counts: Sequence[int], x_SH: Tensor, s_S: Tensor, g_SH: Tensor, dx_SH: Tensor, ds_S: Tensor) -> _Rows:
+        sizes = list(counts)
+        return cls(s_S, g_SH, ds_S, x_SH.split(sizes), g_SH.split(sizes), dx_SH.split(sizes), ds_S.split(sizes))
 
 
 class ExpertMath:
@@ -160,28 +207,75 @@ class ExpertMath:
         chunks = list(self._chunks(counts, x_SH.dtype, recomputes=saved is None or any(pre is None for pre in saved)))
         longest = max((chunk.num_rows for chunk in chunks), default=0)
         scratch = _Scratch.of(self.spec, self.pre_size, longest, x_SH)
-        x_parts, g_parts, dx_parts = (rows.split(list(counts)) for rows in (x_SH, g_SH, dx_SH))
+        rows = _Rows.of(counts, x_SH, s_S, g_SH, dx_SH, ds_S)
         for chunk in chunks:
-            rows = scratch.rows(chunk.num_rows)
-            pre_NP = self._restore(chunk, weights, x_parts, saved, rows.pre)
-            pullback = self.activation.linearize(pre_NP, rows.act, rows.inner)
-            s_N = s_S[chunk.rows]
-            scale_rows(g_SH[chunk.rows], s_N, rows.sg)
-            pieces = (buffer.split(chunk.counts) for buffer in (rows.act, rows.u, rows.sg))
-            for expert, act, u, sg in zip(chunk.experts, *pieces, strict=True):
-                self._weight_gradient("down_proj", act, sg, gradients[expert], accumulate[expert])
-                torch.mm(g_parts[expert], self._down_IH(weights[expert]).t(), out=u)
-            # The activations are done with: their buffer takes the products, then serves as the pullback's spare one.
-            ds_S[chunk.rows] = torch.mul(rows.act, rows.u, out=rows.act).sum(dim=1)
-            rows.u.mul_(s_N.to(rows.u.dtype).unsqueeze(1))
-            dpre_NP = pullback(rows.u, rows.act)
-            for expert, dpre in zip(chunk.experts, dpre_NP.split(chunk.counts), strict=True):
-                self._weight_gradient(self.up_name, x_parts[expert], dpre, gradients[expert], accumulate[expert])
-                torch.mm(dpre, self._up_HP(weights[expert]).t(), out=dx_parts[expert])
-        if self.spec.has_bias:
-            for weight, g_NH, ds_N in zip(weights, g_parts, ds_S.split(list(counts)), strict=True):
-                ds_N.add_(torch.mv(g_NH, weight["down_proj_bias"]))
+            for expert, work in self._input_gradients(chunk, weights, rows, saved, scratch.rows(chunk.num_rows)):
+                self.weight_gradients(work, gradients[expert], accumulate=accumulate[expert])
         return dx_SH, ds_S
+
+    @torch.no_grad()
+    def backward_inputs(
+        self,
+        weights: Sequence[dict[str, Tensor]],
+        counts: Sequence[int],
+        x_SH: Tensor,
+        s_S: Tensor,
+        g_SH: Tensor,
+        kept: WeightRows,
+        *,
+        dx_SH: Tensor,
+    ) -> tuple[Tensor, list[WeightWork]]:
+        """(d s (S,), each expert's ``WeightWork``); writes d x into ``dx_SH``. Otherwise as ``backward_many``.
+
+        The work refers to ``x_SH`` and ``kept``: leave them alone until it is done.
+        """
+        self._check(weights, counts, x_SH, s_S)
+        ds_S = torch.empty_like(s_S)
+        chunks = list(self._chunks(counts, x_SH.dtype, recomputes=True))
+        scratch = _Scratch.of(self.spec, self.pre_size, max((c.num_rows for c in chunks), default=0), x_SH)
+        rows = _Rows.of(counts, x_SH, s_S, g_SH, dx_SH, ds_S)
+        works: list[WeightWork] = []
+        for chunk in chunks:
+            buffers = scratch.rows(chunk.num_rows).keeping(kept, chunk.rows)
+            works += [work for _, work in self._input_gradients(chunk, weights, rows, None, buffers)]
+        return ds_S, works
+
+    @torch.no_grad()
+    def weight_gradients(self, work: WeightWork, gradients: dict[str, Tensor], *, accumulate: bool) -> None:
+        """Writes one expert's weight gradients into ``gradients``, or adds them."""
+        self._weight_gradient("down_proj", work.act_NI, work.sg_NH, gradients, accumulate)
+        self._weight_gradient(self.up_name, work.x_NH, work.dpre_NP, gradients, accumulate)
+
+    def weight_rows(self, num_rows: int, take: Callable[[tuple[int, int]], Tensor]) -> WeightRows:
+        """Buffers for ``backward_inputs``, from ``take(shape)``."""
+        widths = (self.pre_size, self.spec.intermediate_size, self.spec.hidden_size)
+        return WeightRows(*(take((num_rows, width)) for width in widths))
+
+    def _input_gradients(
+        self,
+        chunk: _Chunk,
+        weights: Sequence[dict[str, Tensor]],
+        rows: _Rows,
+        saved: Sequence[Tensor | None] | None,
+        buffers: _Scratch,
+    ) -> Iterator[tuple[int, WeightWork]]:
+        """Computes d x and d s of the chunk's rows, then yields (expert, its weight gradients to be computed)."""
+        pre_NP = self._restore(chunk, weights, rows.x_parts, saved, buffers.pre)
+        pullback = self.activation.linearize(pre_NP, buffers.act, buffers.inner)
+        s_N = rows.s_S[chunk.rows]
+        scale_rows(rows.g_SH[chunk.rows], s_N, buffers.sg)
+        for expert, u in zip(chunk.experts, buffers.u.split(chunk.counts), strict=True):
+            torch.mm(rows.g_parts[expert], self._down_IH(weights[expert]).t(), out=u)
+        rows.ds_S[chunk.rows] = torch.mul(buffers.act, buffers.u, out=buffers.spare).sum(dim=1)
+        if self.spec.has_bias:
+            for expert in chunk.experts:
+                rows.ds_parts[expert].add_(torch.mv(rows.g_parts[expert], weights[expert]["down_proj_bias"]))
+        buffers.u.mul_(s_N.to(buffers.u.dtype).unsqueeze(1))
+        dpre_NP = pullback(buffers.u, buffers.spare)
+        pieces = (rows_N.split(chunk.counts) for rows_N in (dpre_NP, buffers.act, buffers.sg))
+        for expert, dpre, act, sg in zip(chunk.experts, *pieces, strict=True):
+            torch.mm(dpre, self._up_HP(weights[expert]).t(), out=rows.dx_parts[expert])
+            yield expert, WeightWork(rows.x_parts[expert], act, sg, dpre)
 
     def _pre_activations(
         self, chunk: _Chunk, weights: Sequence[dict[str, Tensor]], x_parts: Sequence[Tensor], pre_NP: Tensor

@@ -68,14 +68,15 @@ class CpuWorker:
                 if self._closed:
                     return
                 _, _, task, future, (lane, name, kind, num_tokens) = heapq.heappop(self._heap)
-            start_s = self.recorder.now_s()
+            start_s, busy_s = self.recorder.now_s(), time.thread_time()
             try:
                 result = task()
             except BaseException as error:
                 future.set_exception(error)
             else:
                 if self.speed < 1.0 and lane == "cpu_experts":
-                    time.sleep((self.recorder.now_s() - start_s) * (1.0 / self.speed - 1.0))
+                    busy_s = time.thread_time() - busy_s
+                    time.sleep(max(0.0, start_s + busy_s / self.speed - self.recorder.now_s()))
                 future.set_result(result)
             self.recorder.add(lane, name, start_s, self.recorder.now_s(), kind=kind, num_tokens=num_tokens)
 

@@ -8,6 +8,7 @@ APTMoE (section 4), one layer at a time, so that each expert is needed once per 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -213,6 +214,7 @@ class Engine:
                 work.start(merged)
                 yield
                 gradients = list(work.finish())
+                self.resources.deferred.run_before(layer)
             with self.resources.accelerator.compute(f"dense backward L{layer}", kind="dense"):
                 for segment, (hidden_gradient, weights_gradient) in zip(segments, gradients, strict=True):
                     segment.finish(hidden_gradient, weights_gradient)
@@ -221,10 +223,7 @@ class Engine:
                 self._leave(layer)
 
     def _leave(self, layer: int) -> None:
-        counts = self.counts.counts_LE.get(layer, [])
-        keys = [UnitKey(layer, expert) for expert, count in enumerate(counts) if count]
-        self.optimizer.expect(keys + self.dense.of_layer(layer))
-        self.resources.gradients.flush(layer)
+        self.optimizer.expect(self.dense.of_layer(layer))
         self.dense.flush(layer)
         self.policy.leave_backward(layer)
 
@@ -266,15 +265,28 @@ class Engine:
         loss = self._loss(groups)
         if not torch.isfinite(torch.tensor(loss)):
             return loss
+        self._expect_gradients(groups)
         self.policy.begin_backward(self.counts.counts_LE)
         self._entered = set()
         left = {layer: len(groups) for layer in range(self.model.spec.num_layers)}
         active = [self._backward_of(group, left) for group in groups]
         while active:
             active = [backward for backward in active if next(backward, self) is not self]
+        self.resources.deferred.run_all()
         self.optimizer.expect(self.dense.of_layer(OUTER_LAYER))
         self.dense.flush(OUTER_LAYER)
         return loss
+
+    def _expect_gradients(self, groups: list[Group]) -> None:
+        parts = Counter(
+            UnitKey(layer, expert)
+            for group in groups
+            for layer, wave in group.waves.items()
+            for expert, count in enumerate(wave.counts_E)
+            if count
+        )
+        self.resources.gradients.expect(parts)
+        self.optimizer.expect(parts)
 
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> float:

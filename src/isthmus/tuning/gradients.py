@@ -3,7 +3,8 @@ accelerator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from isthmus.tuning.protocols import Loader
 class GradientSink:
     """Collects each expert's gradient over the waves of one step.
 
-    A gradient that arises on the accelerator stays there until the layer's last wave, then leaves in one copy
-    (APTMoE, section 4.3: gradients leave the accelerator with the stage). ``on_complete(key)`` is called once per
-    expert and step when its whole gradient lies in the store: from the thread that calls ``flush``, or from a copy
-    engine's.
+    A gradient that arises on the accelerator stays there until the last wave has added its part, then leaves in one
+    copy (APTMoE, section 4.3: gradients leave the accelerator with the stage). ``on_complete(key)`` is called once per
+    expert and step when its whole gradient lies in the store: from the thread that calls ``close``, or from a copy
+    engine's. An expert is computed on one side for the whole step.
     """
 
     def __init__(
@@ -33,33 +34,43 @@ class GradientSink:
         self.loader = loader
         self.optimizer = optimizer
         self.on_complete = on_complete
-        self._in_place: dict[int, set[UnitKey]] = {}
-        self._slots: dict[int, dict[UnitKey, Tensor]] = {}
+        self._num_missing: dict[UnitKey, int] = {}
+        self._slots: dict[UnitKey, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, num_parts: Mapping[UnitKey, int]) -> None:
+        """How many waves will add to each expert's gradient in this step."""
+        with self._lock:
+            self._num_missing = dict(num_parts)
 
     def open(self, key: UnitKey, *, on_cpu: bool) -> tuple[Tensor, bool]:
         """(flat gradient (numel,), whether to add to it rather than overwrite it). May block until a slot is free."""
         if on_cpu or not self.accelerator.is_separate:
-            self._in_place.setdefault(key.layer, set()).add(key)
             return self.optimizer.gradient_destination(key)
-        slots = self._slots.setdefault(key.layer, {})
-        adds = key in slots
+        adds = key in self._slots
         if not adds:
-            slots[key] = self.loader.take_slot()
-        return slots[key][: self.optimizer.store.numel(key)], adds
+            self._slots[key] = self.loader.take_slot()
+        return self._slots[key][: self.optimizer.store.numel(key)], adds
 
-    def flush(self, layer: int) -> None:
-        """The layer's last wave has run: what lies on the accelerator leaves for the store. Does not block."""
-        for key in sorted(self._in_place.pop(layer, ())):
+    def close(self, key: UnitKey) -> None:
+        """A wave's part has been added. After the last one, what lies on the accelerator leaves for the store. Does not
+        block."""
+        with self._lock:
+            self._num_missing[key] -= 1
+            if self._num_missing[key]:
+                return
+        slot = self._slots.pop(key, None)
+        if slot is None:
             self.on_complete(key)
-        for key, slot in self._slots.pop(layer, {}).items():
-            destination, _ = self.optimizer.gradient_destination(key)
-            event = self.accelerator.copy(
-                destination,
-                slot[: destination.numel()],
-                "d2h",
-                name=f"gradient L{key.layer} E{key.expert}",
-                kind="gradient",
-                after=self.accelerator.record(),
-                on_done=lambda key=key: self.on_complete(key),
-            )
-            self.loader.give_slot(slot, event)
+            return
+        destination, _ = self.optimizer.gradient_destination(key)
+        event = self.accelerator.copy(
+            destination,
+            slot[: destination.numel()],
+            "d2h",
+            name=f"gradient L{key.layer} E{key.expert}",
+            kind="gradient",
+            after=self.accelerator.record(),
+            on_done=lambda: self.on_complete(key),
+        )
+        self.loader.give_slot(slot, event)

@@ -25,6 +25,7 @@ from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.cpu_worker import CpuWorker
 from isthmus.tuning.data import MicroBatch, keep_documents_apart
+from isthmus.tuning.deferred import DeferredWork
 from isthmus.tuning.dense import DenseUnits, dense_bytes
 from isthmus.tuning.engine import Engine, StepCounts
 from isthmus.tuning.gradients import GradientSink
@@ -196,6 +197,7 @@ class Session:
             math={
                 layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers
             },
+            deferred=DeferredWork(),
             keep_activations=not accelerator.is_separate,
         )
 

@@ -5,24 +5,27 @@ so that the pairs of one expert lie together: first the CPU's experts, then the 
 
 Tokens travel, weights of CPU experts do not: the CPU's rows of the hidden states go to the host, its results come back
 (APTMoE, section 4.1). Nothing but the hidden states, the routing and (optionally) the pre-activations is kept for
-backward; the rest is recomputed there.
+backward; the rest is recomputed there. With a separate accelerator, weight gradients are left for when a side has
+nothing more urgent to do: only the gradients of the inputs are waited for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from isthmus.models.expert_math import ExpertMath
+from isthmus.models.expert_math import ExpertMath, WeightWork
 from isthmus.models.routing import Routing, combine, gather, sort_by_expert
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
 from isthmus.tuning.accelerator.base import Accelerator, Event
 from isthmus.tuning.cpu_worker import CpuWorker
+from isthmus.tuning.deferred import DeferredWork
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.host_buffers import HostBuffers
 from isthmus.tuning.parameter_store import ParameterStore
@@ -42,6 +45,7 @@ class Resources:
     buffers: HostBuffers
     worker: CpuWorker | None
     math: dict[int, ExpertMath]
+    deferred: DeferredWork
     keep_activations: bool
     """Whether pre-activations are kept from forward for backward (else recomputed)."""
 
@@ -113,26 +117,34 @@ class WavePass:
     def key(self, expert: int) -> UnitKey:
         return UnitKey(self.wave.layer, expert)
 
-    def start_cpu(self, rows: Sequence[Tensor], task: Callable[..., list[tuple[Tensor, Tensor]]], *, kind: str) -> None:
-        """Brings ``rows`` to the host and, once they are there, runs ``task(*host rows)`` on the CPU.
+    def start_cpu(
+        self,
+        rows: Sequence[tuple[Tensor, Tensor]],
+        task: Callable[[], list[tuple[Tensor, Tensor]]],
+        *,
+        kind: str,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Brings ``rows``, (on the accelerator, host buffer) pairs, to the host and then runs ``task()`` on the CPU.
 
-        ``task`` returns (host result, its place on the accelerator) pairs, which then travel back. Does not block.
+        ``task`` returns (host result, its place on the accelerator) pairs, which then travel back; afterwards
+        ``then()`` runs. Does not block.
         """
         resources = self.resources
         worker, accelerator = resources.worker, resources.accelerator
         assert worker is not None
         free = accelerator.record()
-        hosts = [self.lend(tuple(part.shape), part.dtype) for part in rows]
         done = self._cpu = Future()
-        self._kept = list(rows)
+        self._kept = [part for part, _ in rows]
 
         def run() -> None:
             for event in arrived:
                 event.wait()
-            for host, place in task(*hosts):
+            for host, place in task():
                 self._landed = accelerator.copy(
                     place, host, "h2d", name=f"{self.name} results", kind="tokens", after=free, is_urgent=True
                 )
+            then()
 
         def submit() -> None:
             try:
@@ -146,7 +158,7 @@ class WavePass:
 
         arrived: list[Event] = []
         # Copies of one direction end in order: the last one's end says that all have arrived.
-        for number, (host, part) in enumerate(zip(hosts, rows, strict=True)):
+        for number, (part, host) in enumerate(rows):
             is_last = number == len(rows) - 1
             event = accelerator.copy(
                 host,
@@ -160,6 +172,18 @@ class WavePass:
             )
             arrived.append(event)
 
+    def rows_of(self, experts: list[int]) -> slice:
+        """The rows of neighbours."""
+        return slice(self.rows[experts[0]].start, self.rows[experts[-1]].stop)
+
+    def neighbours(self, experts: list[int]) -> list[list[int]]:
+        """All in one group where their rows lie together, else each by itself."""
+        if not experts:
+            return []
+        rows = self.rows_of(experts)
+        is_whole = rows.stop - rows.start == sum(self.wave.counts_E[expert] for expert in experts)
+        return [experts] if is_whole else [[expert] for expert in experts]
+
     def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A host buffer until the pass is joined."""
         buffer = self.resources.buffers.take(shape, dtype)
@@ -167,10 +191,11 @@ class WavePass:
         return buffer
 
     def join_cpu(self) -> None:
-        """Makes compute wait for the CPU's part. Blocks until the CPU has ended."""
+        """Makes compute wait for the CPU's part. Blocks until the CPU has ended; does deferred work meanwhile."""
         if self._cpu is None:
             return
         resources = self.resources
+        resources.deferred.run_until(self._cpu.done)
         recorder = resources.accelerator.recorder
         start_s = recorder.now_s()
         self._cpu.result()
@@ -195,27 +220,20 @@ class ForwardPass(WavePass):
             rows = slice(0, self.num_cpu_rows)
             pair_weights = self.weights_S[rows].to("cpu")
             place = self.outputs_SH[rows]
-            result = self.lend(tuple(place.shape), place.dtype)
+            inputs, result = (self.lend(tuple(place.shape), place.dtype) for _ in range(2))
 
-            def task(inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+            def task() -> list[tuple[Tensor, Tensor]]:
                 self._compute(self.on_cpu, inputs, pair_weights, result, on_cpu=True)
                 return [(result, place)]
 
-            self.start_cpu([self.inputs_SH[rows]], task, kind="expert_forward")
+            self.start_cpu([(self.inputs_SH[rows], inputs)], task, kind="expert_forward")
         ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
         self._on_accelerator(ready)
         self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
 
     def _on_accelerator(self, experts: list[int]) -> None:
-        if not experts:
-            return
-        start, stop = self.rows[experts[0]].start, self.rows[experts[-1]].stop
-        if stop - start == sum(self.wave.counts_E[expert] for expert in experts):
-            groups = [experts]
-        else:
-            groups = [[expert] for expert in experts]
-        for group in groups:
-            rows = slice(self.rows[group[0]].start, self.rows[group[-1]].stop)
+        for group in self.neighbours(experts):
+            rows = self.rows_of(group)
             self._compute(group, self.inputs_SH[rows], self.weights_S[rows], self.outputs_SH[rows], on_cpu=False)
 
     def _compute(
@@ -261,70 +279,117 @@ class BackwardPass(WavePass):
         self.input_gradients_SH = torch.empty_like(self.inputs_SH)
         self.weight_gradients_S = torch.empty_like(self.weights_S)
         if self.on_cpu:
-            rows = slice(0, self.num_cpu_rows)
-            pair_weights = self.weights_S[rows].to("cpu")
-            places = self.input_gradients_SH[rows], self.weight_gradients_S[rows]
-            result, result_weights = (self.lend(tuple(place.shape), place.dtype) for place in places)
-
-            def task(inputs: Tensor, gradients: Tensor) -> list[tuple[Tensor, Tensor]]:
-                self._compute(self.on_cpu, inputs, gradients, pair_weights, result, result_weights, on_cpu=True)
-                return [(result, places[0]), (result_weights, places[1])]
-
-            self.start_cpu([self.inputs_SH[rows], self.gradients_SH[rows]], task, kind="expert_backward")
+            self._start_cpu()
         ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
-        for expert in ready:
-            self._on_accelerator(expert)
+        self._on_accelerator(ready)
         self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
 
-    def _on_accelerator(self, expert: int) -> None:
-        rows = self.rows[expert]
-        self._compute(
-            [expert],
-            self.inputs_SH[rows],
-            self.gradients_SH[rows],
-            self.weights_S[rows],
-            self.input_gradients_SH[rows],
-            self.weight_gradients_S[rows],
-            on_cpu=False,
+    def _start_cpu(self) -> None:
+        """The CPU's rows: input gradients as soon as they are on the host, weight gradients when nothing is more
+        urgent."""
+        rows, buffers = slice(0, self.num_cpu_rows), self.resources.buffers
+        counts = [self.wave.counts_E[expert] for expert in self.on_cpu]
+        pair_weights = self.weights_S[rows].to("cpu")
+        places = self.input_gradients_SH[rows], self.weight_gradients_S[rows]
+        result, result_weights = (self.lend(tuple(place.shape), place.dtype) for place in places)
+        shape, dtype = tuple(places[0].shape), places[0].dtype
+        gradients, inputs = self.lend(shape, dtype), buffers.take(shape, dtype)
+        kept = self.math.weight_rows(self.num_cpu_rows, lambda shape: buffers.take(shape, dtype))
+        works: list[WeightWork] = []
+
+        def task() -> list[tuple[Tensor, Tensor]]:
+            weights = [self.resources.store.named(self.key(expert)) for expert in self.on_cpu]
+            ds, found = self.math.backward_inputs(weights, counts, inputs, pair_weights, gradients, kept, dx_SH=result)
+            result_weights.copy_(ds)
+            works.extend(found)
+            return [(result, places[0]), (result_weights, places[1])]
+
+        def defer() -> None:
+            for expert, work in zip(self.on_cpu, works, strict=True):
+                self._submit(lambda expert=expert, work=work: self._weight_gradient(expert, work, on_cpu=True), work)
+            self._submit(lambda: [buffers.give(part) for part in (inputs, kept.pre_SP, kept.act_SI, kept.sg_SH)], None)
+
+        moving = [(self.inputs_SH[rows], inputs), (self.gradients_SH[rows], gradients)]
+        self.start_cpu(moving, task, kind="expert_backward", then=defer)
+
+    def _submit(self, task: Callable[[], object], work: WeightWork | None) -> None:
+        """After the next layer's input gradients, before those of the layer after that."""
+        worker = self.resources.worker
+        assert worker is not None
+        num_tokens = 0 if work is None else work.x_NH.shape[0]
+        worker.submit(
+            task,
+            priority=self.priority + 1.5,
+            name=f"{self.name} weights",
+            kind="expert_backward",
+            num_tokens=num_tokens,
         )
 
-    def _compute(
-        self,
-        experts: list[int],
-        inputs: Tensor,
-        gradients: Tensor,
-        pair_weights: Tensor,
-        result: Tensor,
-        result_weights: Tensor,
-        *,
-        on_cpu: bool,
-    ) -> None:
+    def _weight_gradient(self, expert: int, work: WeightWork, *, on_cpu: bool) -> None:
+        gradients, key = self.resources.gradients, self.key(expert)
+        flat, adds = gradients.open(key, on_cpu=on_cpu)
+        self.math.weight_gradients(work, self.math.views(flat), accumulate=adds)
+        gradients.close(key)
+
+    def _on_accelerator(self, experts: list[int]) -> None:
+        compute = self._with_deferred_weights if self.resources.accelerator.is_separate else self._in_place
+        for group in self.neighbours(experts):
+            compute(group, self.rows_of(group))
+
+    def _with_deferred_weights(self, experts: list[int], rows: slice) -> None:
+        resources, math = self.resources, self.math
+        counts = [self.wave.counts_E[expert] for expert in experts]
+        flats = [resources.loader.acquire(self.key(expert)) for expert in experts]
+        resources.accelerator.require_resident(*flats)
+        x_SH = self.inputs_SH[rows]
+        with self._compute(sum(counts)):
+            self.weight_gradients_S[rows], works = math.backward_inputs(
+                [math.views(flat) for flat in flats],
+                counts,
+                x_SH,
+                self.weights_S[rows],
+                self.gradients_SH[rows],
+                math.weight_rows(x_SH.shape[0], x_SH.new_empty),
+                dx_SH=self.input_gradients_SH[rows],
+            )
+        for expert, work in zip(experts, works, strict=True):
+            resources.loader.release(self.key(expert))
+            resources.deferred.add(self.wave.layer, lambda expert=expert, work=work: self._deferred(expert, work))
+
+    def _deferred(self, expert: int, work: WeightWork) -> None:
+        with self._compute(work.x_NH.shape[0]):
+            self._weight_gradient(expert, work, on_cpu=False)
+
+    def _compute(self, num_tokens: int) -> AbstractContextManager[None]:
+        return self.resources.accelerator.compute(self.name, kind="expert_backward", num_tokens=num_tokens)
+
+    def _in_place(self, experts: list[int], rows: slice) -> None:
+        """All at once, from what forward kept: nobody else could compute meanwhile."""
         wave, resources, math = self.wave, self.resources, self.math
-        counts = [wave.counts_E[expert] for expert in experts]
         keys = [self.key(expert) for expert in experts]
-        places = [resources.gradients.open(key, on_cpu=on_cpu) for key in keys]
-        saved = [wave.saved.pop((expert, on_cpu), None) for expert in experts]
-        arguments = (counts, inputs, pair_weights, gradients, saved, [math.views(flat) for flat, _ in places])
-        accumulate = [adds for _, adds in places]
-        if on_cpu:
-            weights = [resources.store.named(key) for key in keys]
-            _, ds = math.backward_many(weights, *arguments, accumulate=accumulate, dx_SH=result)
-        else:
-            flats = [resources.loader.acquire(key) for key in keys]
-            if resources.accelerator.is_separate:
-                resources.accelerator.require_resident(*flats, *(flat for flat, _ in places))
-            with resources.accelerator.compute(self.name, kind="expert_backward", num_tokens=sum(counts)):
-                _, ds = math.backward_many(
-                    [math.views(flat) for flat in flats], *arguments, accumulate=accumulate, dx_SH=result
-                )
-            for key in keys:
-                resources.loader.release(key)
-        result_weights.copy_(ds)
+        places = [resources.gradients.open(key, on_cpu=False) for key in keys]
+        with self._compute(rows.stop - rows.start):
+            _, self.weight_gradients_S[rows] = math.backward_many(
+                [math.views(resources.loader.acquire(key)) for key in keys],
+                [wave.counts_E[expert] for expert in experts],
+                self.inputs_SH[rows],
+                self.weights_S[rows],
+                self.gradients_SH[rows],
+                [wave.saved.pop((expert, False), None) for expert in experts],
+                [math.views(flat) for flat, _ in places],
+                accumulate=[adds for _, adds in places],
+                dx_SH=self.input_gradients_SH[rows],
+            )
+        for key in keys:
+            resources.loader.release(key)
+            resources.gradients.close(key)
 
     def finish(self) -> list[tuple[Tensor, Tensor]]:
         """(d hidden (T, H), d weights (T, k)) per call. Blocks like ``ForwardPass.finish``."""
+        resources = self.resources
         for expert in self._late:
-            self._on_accelerator(expert)
+            resources.deferred.run_until(lambda expert=expert: resources.loader.is_resident(self.key(expert)))
+            self._on_accelerator([expert])
         self.join_cpu()
         wave = self.wave
         hidden_gradient_TH = combine(self.input_gradients_SH, self.routing, *wave.weights_Tk.shape)
