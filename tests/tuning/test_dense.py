@@ -75,8 +75,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def make_bench(num_buffers: int, *, less_bytes: int = 0) -> Iterator[Bench]:
-    model = MoeModel.build(tiny_config("deepseek_v3", num_hidden_layers=NUM_LAYERS), "fp32")
+def make_bench(num_buffers: int, *, less_bytes: int = 0, model: MoeModel | None = None) -> Iterator[Bench]:
+    model = model or MoeModel.build(tiny_config("deepseek_v3", num_hidden_layers=NUM_LAYERS), "fp32")
     store = ParameterStore(model.layouts, lambda shape, dtype: torch.zeros(shape, dtype=dtype))
     for key in store.keys:
         store.weight(key).fill_(key.layer)
@@ -173,6 +173,15 @@ def test_a_pass_may_start_again_after_any_other(num_layers: int, bench: Bench) -
     bench.upload_all()
     for _ in range(3):
         bench.forward(range(num_layers))
+
+
+def test_units_of_either_dtype_pass_through() -> None:
+    config = tiny_config("nllb-moe", encoder_layers=4, decoder_layers=4)
+    with make_bench(NUM_BUFFERS, model=MoeModel.build(config, "bf16")) as bench:
+        assert {parameter.dtype for parameter in bench.parameters(7)} == {torch.bfloat16, torch.float32}
+        assert bench.accelerator.allocated_bytes == bench.accelerator.budget_bytes
+        bench.upload_all()
+        bench.forward()
 
 
 def test_weights_are_those_of_the_last_step(bench: Bench) -> None:

@@ -120,17 +120,8 @@ def place(
     if not accelerator.is_separate:
         return _in_place(model, store, measured)
     profile = at_cpu_speed(measured, cpu_speed)
-    plan = fit(
-        model,
-        accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes,
-        policy=policy,
-        num_stages=num_stages,
-        num_waves=num_waves or min(2, len(example)),
-        dense_bytes=accelerator.allocated_bytes,
-        activation_bytes=activation_bytes,
-        copy_window=profile.copy_window,
-        is_dense_resident=dense.is_resident,
-    )
+    num_waves = num_waves or min(2, len(example))
+    plan = fit(model, accelerator, dense, activation_bytes, profile.copy_window, policy, num_stages, num_waves)
     seat = PolicySeat()
     loader = _make_loader(model, store, accelerator, plan, seat)
     setup = PolicySetup(
@@ -186,18 +177,18 @@ def _in_place(model: MoeModel, store: ParameterStore, profile: Profile) -> Place
 
 def fit(
     model: MoeModel,
-    free_bytes: int,
-    *,
+    accelerator: Accelerator,
+    dense: DenseUnits,
+    activation_bytes: int,
+    copy_window: int,
     policy: str,
     num_stages: int | None,
     num_waves: int,
-    dense_bytes: int,
-    activation_bytes: int,
-    copy_window: int,
-    is_dense_resident: bool,
 ) -> Plan:
-    """The plan that fills the ``free_bytes`` which dense part and activations leave with slots of one expert."""
+    """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
+    expert."""
     slot_bytes = _slot_numel(model) * torch_dtype(model.dtype).itemsize
+    free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
     experts = [layer.num_experts for layer in model.spec.layers if layer is not None]
     num_slots = min(free_bytes // slot_bytes, sum(experts) + max(experts))
     return Plan(
@@ -205,11 +196,11 @@ def fit(
         stages=map_stages(model.spec, num_slots=num_slots - max(experts), num_stages=num_stages),
         num_slots=num_slots,
         slot_bytes=slot_bytes,
-        dense_bytes=dense_bytes,
+        dense_bytes=accelerator.allocated_bytes,
         activation_bytes=activation_bytes,
         copy_window=copy_window,
         num_waves=num_waves,
-        is_dense_resident=is_dense_resident,
+        is_dense_resident=dense.is_resident,
     )
 
 
