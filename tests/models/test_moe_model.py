@@ -125,6 +125,29 @@ def test_rebinding_keeps_parameter_objects_and_ties(checkpoint, load):
     assert module.lm_head.weight is module.encoder.embed_tokens.weight is after["shared.weight"]
 
 
+def test_what_several_layers_share_lies_outside_every_layer():
+    model = MoeModel.build(tiny_config("mixtral"), "fp32")
+    layers = model.module.model.layers
+    layers[1].input_layernorm.weight = layers[0].input_layernorm.weight
+    layers[1].mlp.gate = layers[0].mlp.gate
+    shared = MoeModel(model.module, "fp32").layouts
+    outer = {tensor.name for tensor in shared[UnitKey(OUTER_LAYER, DENSE)].tensors}
+    assert {"model.layers.0.input_layernorm.weight", "model.layers.0.mlp.gate.weight"} <= outer
+    names = [tensor.name for key, layout in shared.items() if not key.is_expert for tensor in layout.tensors]
+    assert len(names) == len(set(names)) and "model.layers.1.mlp.gate.weight" not in names
+
+
+def test_bound_memory_may_be_written_and_restored_between_forward_and_backward(checkpoint, load, batch):
+    loaded = load(checkpoint("mixtral"), "fp32")
+    loss = loaded.forward(batch).loss
+    for key, flat in loaded.flats.items():
+        if not key.is_expert:
+            before = flat.clone()
+            flat.zero_()
+            flat.copy_(before)
+    loss.backward()
+
+
 def test_wrapped_logits_reach_the_auxiliary_loss_and_nothing_else(family, checkpoint, load, batch):
     loaded = load(checkpoint(family), "fp32")
     plain = loaded.forward(batch)

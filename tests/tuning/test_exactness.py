@@ -73,12 +73,19 @@ def with_budget(case: Case, options: SessionOptions, *, more_slots: int) -> Sess
     return replace(options, accelerator_memory_bytes=error.value.minimum_bytes + more_slots * expert_bytes)
 
 
-def compare(case: Case, output: Path, options: SessionOptions, copy_delay: Callable[[], float] | None = None) -> None:
+def compare(
+    case: Case,
+    output: Path,
+    options: SessionOptions,
+    copy_delay: Callable[[], float] | None = None,
+    before_step: Callable[[Session, int], None] = lambda session, step: None,
+) -> None:
     """FP32: losses within 1e-5, final weights within 1e-4 of the size of the update."""
     losses = []
     recorder = Recorder(keep_spans=False)
     with Session(case.path, options, case.steps[0], recorder, copy_delay=copy_delay) as session:
         for number, batches in enumerate(case.steps, start=1):
+            before_step(session, number)
             losses.append(session.train_step(batches, step=number, learning_rate=LEARNING_RATE).loss)
         output.mkdir()
         write_final(session, output, case.path)

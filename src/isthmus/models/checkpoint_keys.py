@@ -24,10 +24,10 @@ from transformers.core_model_loading import (
     apply_renamings,
 )
 
-from isthmus.models.layouts import expert_names, layer_of
+from isthmus.models.layouts import expert_names
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
-from isthmus.spec.model import DENSE, DENSE_FP32, TensorSpec, UnitKey
+from isthmus.spec.model import TensorSpec, UnitKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +96,14 @@ class CheckpointKeys:
             for layer, parts in model.moe_parts.items()
             for name, (expert, tensor) in expert_names(parts).items()
         }
+        dense = {t.name: key for key, layout in model.layouts.items() if not key.is_expert for t in layout.tensors}
         for name, parameter in model.module.named_parameters():
             if name in experts:
                 layer, expert, tensor = experts[name]
                 numbers = range(parameter.shape[0]) if expert is None else (expert,)
                 units = [UnitKey(layer, number) for number in numbers]
             else:
-                layer, tensor = layer_of(name, model.layer_names), name
-                units = [_dense_unit(model, layer, name)]
+                tensor, units = name, [dense[name]]
             spec = next(t for t in model.layouts[units[0]].tensors if t.name == tensor)
             yield CheckpointTensor(
                 key=name,
@@ -149,12 +149,6 @@ def persistent_buffers(model: MoeModel) -> dict[str, torch.Tensor]:
 
 def _whole(unit: UnitKey | None, spec: TensorSpec) -> Piece:
     return Piece(unit=unit, tensor=spec.name, first_row=0, num_rows=spec.shape[0] if spec.shape else 1)
-
-
-def _dense_unit(model: MoeModel, layer: int, name: str) -> UnitKey:
-    fp32 = UnitKey(layer, DENSE_FP32)
-    is_fp32 = fp32 in model.layouts and any(tensor.name == name for tensor in model.layouts[fp32].tensors)
-    return fp32 if is_fp32 else UnitKey(layer, DENSE)
 
 
 def _require_stacked_experts(converter: WeightConverter, model: MoeModel, fused: CheckpointTensor) -> None:

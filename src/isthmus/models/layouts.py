@@ -37,15 +37,19 @@ def unit_layouts(
     module: PreTrainedModel, layer_names: tuple[str, ...], moe_parts: Mapping[int, MoeParts], dtype: str
 ) -> dict[UnitKey, UnitLayout]:
     """The layout of every unit, in execution order with ``OUTER_LAYER`` first. Each parameter is in exactly one unit,
-    tied ones once, under the first of their names."""
+    tied ones once, under the first of their names; those that several layers share lie outside every layer."""
     expert_parameter_names = {name for parts in moe_parts.values() for name in expert_names(parts)}
     fp32_parameters = fp32_router_parameters(module) if dtype == "bf16" else set()
+    layers_of: dict[nn.Parameter, set[int]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        layers_of.setdefault(parameter, set()).add(layer_of(name, layer_names))
     dense: dict[UnitKey, list[TensorSpec]] = {}
     for name, parameter in module.named_parameters():
         if name in expert_parameter_names:
             continue
         is_fp32 = dtype == "bf16" and (parameter in fp32_parameters or is_kept_in_fp32(module, name))
-        key = UnitKey(layer_of(name, layer_names), DENSE_FP32 if is_fp32 else DENSE)
+        layer = min(layers_of[parameter]) if len(layers_of[parameter]) == 1 else OUTER_LAYER
+        key = UnitKey(layer, DENSE_FP32 if is_fp32 else DENSE)
         dense.setdefault(key, []).append(TensorSpec(name=name, shape=tuple(parameter.shape)))
 
     layouts: dict[UnitKey, UnitLayout] = {}

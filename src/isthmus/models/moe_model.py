@@ -99,7 +99,9 @@ class MoeModel:
             raise ValueError(
                 f"flat: got {tuple(flat.shape)} {flat.dtype} for unit {key}, wanted ({layout.numel},) {wanted}"
             )
-        for name, view in unit_views(layout, flat.detach()).items():
+        # Not detach(): that shares the version counter, and a copy into ``flat`` between forward and backward (which
+        # brings the same weights back) would look like a change of what autograd saved.
+        for name, view in unit_views(layout, flat.data).items():
             if name in self._bound:
                 self._bound[name].data = view
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.spec.errors import IsthmusError
@@ -27,9 +28,27 @@ class AcceleratorMemory:
         return self.dense_bytes + self.activation_bytes + self.num_slots * self.slot_bytes
 
 
-def dense_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Accelerator bytes of everything that is not a routed expert: weights and gradients, which stay resident."""
-    return 2 * (sum(spec.dense_numel) + spec.outer_numel) * BYTES_PER_VALUE[dtype]
+def num_dense_buffers(spec: ModelSpec) -> int:
+    """Layers whose dense parts have to be on the accelerator at once where they do not all stay, layer ``l`` in buffer
+    ``l`` mod this number.
+
+    Micro-batches stop at routed experts only: while one is still in an MoE layer, the others are there, in the next MoE
+    layer, or on the way. So many layers are in use at once; one more can arrive meanwhile.
+    """
+    stops = spec.moe_layers
+    if not stops:
+        return spec.num_layers
+    spans = [stops[0] + 1, spec.num_layers - stops[-1], *(after - before + 1 for before, after in pairwise(stops))]
+    return min(spec.num_layers, max(spans) + 1)
+
+
+def dense_bytes(spec: ModelSpec, dtype: str, num_buffers: int | None = None) -> int:
+    """Accelerator bytes of everything that is not a routed expert, weights and gradients. ``num_buffers``: layers share
+    that many buffers (None: all stay); what lies outside every layer stays in any case."""
+    layers = spec.dense_numel
+    if num_buffers is not None:
+        layers = [max(layers[first::num_buffers]) for first in range(min(num_buffers, len(layers)))]
+    return 2 * (sum(layers) + spec.outer_numel) * BYTES_PER_VALUE[dtype]
 
 
 def slot_bytes(spec: ModelSpec, dtype: str) -> int:
@@ -41,8 +60,9 @@ def slot_bytes(spec: ModelSpec, dtype: str) -> int:
 
 
 def minimum_budget_bytes(spec: ModelSpec, dtype: str, *, activation_bytes: int, min_slots: int = MIN_SLOTS) -> int:
-    """The least budget with which a step runs. ``min_slots``: what the policy needs at least."""
-    return dense_bytes(spec, dtype) + activation_bytes + min_slots * slot_bytes(spec, dtype)
+    """The least budget with which a step runs, the layers' dense parts passing through a few buffers. ``min_slots``:
+    what the policy needs at least."""
+    return dense_bytes(spec, dtype, num_dense_buffers(spec)) + activation_bytes + min_slots * slot_bytes(spec, dtype)
 
 
 def accelerator_memory(
@@ -50,11 +70,13 @@ def accelerator_memory(
 ) -> AcceleratorMemory:
     """Divides ``budget_bytes``. ``activation_bytes``: the caller's measurement of one step's activations.
 
-    No more slots than weights and gradients of all experts fill. Raises ``IsthmusError`` stating the minimum when the
-    budget is below it.
+    All dense parts stay if that leaves ``min_slots``. No more slots than weights and gradients of all experts fill.
+    Raises ``IsthmusError`` stating the minimum when the budget is below it.
     """
     minimum = minimum_budget_bytes(spec, dtype, activation_bytes=activation_bytes, min_slots=min_slots)
     dense, slot = dense_bytes(spec, dtype), slot_bytes(spec, dtype)
+    if dense + activation_bytes + min_slots * slot > budget_bytes:
+        dense = dense_bytes(spec, dtype, num_dense_buffers(spec))
     if budget_bytes < minimum:
         raise IsthmusError(
             f"accelerator_memory: got {_mib(budget_bytes)}, wanted at least {_mib(minimum)}: dense weights and "

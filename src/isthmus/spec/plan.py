@@ -36,9 +36,10 @@ class Plan:
     """Slots of one expert each (weights or gradients) in accelerator memory."""
     slot_bytes: int
     dense_bytes: int
-    """Accelerator bytes of what stays resident: dense weights and their gradients."""
+    """Accelerator bytes for dense weights and their gradients: of all layers, or of as many as are there at once."""
     activation_bytes: int
     copy_window: int
     num_waves: int
     """Micro-batches that reach a layer's experts together form a wave; the next wave's dense part runs meanwhile."""
     is_dense_resident: bool = True
+    """Whether every layer's dense part stays on the accelerator; else the layers pass through a few buffers."""

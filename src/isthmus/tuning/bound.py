@@ -14,9 +14,7 @@ class StepBounds:
     def __init__(self, session: Session) -> None:
         self.session = session
         dense = [key for key in session.store.keys if not key.is_expert]
-        self._dense_bytes = sum(
-            session.store.weight(key).numel() * session.store.weight(key).element_size() for key in dense
-        )
+        self._dense_bytes = sum(session.store.gradient(key).nbytes for key in dense)
         self._num_parameters = sum(session.store.numel(key) for key in session.store.keys)
 
     def bound(self, outcome: StepOutcome) -> StepBound:
@@ -30,7 +28,8 @@ class StepBounds:
             num_tokens=outcome.num_tokens,
             num_slots=session.plan.num_slots,
             num_optimizer_parameters=self._num_parameters,
-            dense_h2d_bytes=self._dense_bytes if is_separate else 0,
+            dense_h2d_bytes=session.dense.h2d_bytes(is_backward=False),
+            dense_backward_h2d_bytes=session.dense.h2d_bytes(is_backward=True),
             dense_d2h_bytes=self._dense_bytes if is_separate else 0,
         )
 

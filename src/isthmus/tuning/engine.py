@@ -86,6 +86,8 @@ class Engine:
         self._run: Run | None = None
         self._hub: greenlet.greenlet | None = None
         self._entered: set[int] = set()
+        self._left: dict[int, int] = {}
+        """How many micro-batches (in backward: groups) have yet to leave each layer."""
         self._arguments = model.forward_arguments()
         model.set_experts_function(self._experts)
         model.wrap_routers(lambda layer, logits: self._run.tape.cut_router_logits(logits) if self._run else logits)
@@ -103,13 +105,18 @@ class Engine:
                 self._entered.add(layer)
                 self._make_ready(layer)
                 self.policy.enter_forward(layer)
-            return run.tape.run_layer(layer, forward, args, kwargs)
+            self.dense.require(layer)
+            returned = run.tape.run_layer(layer, forward, args, kwargs)
+            self._left[layer] -= 1
+            if not self._left[layer]:
+                self.dense.leave_forward(layer)
+            return returned
 
         return run_layer
 
     def _make_ready(self, layer: int) -> None:
         self.optimizer.wait_dense(layer)
-        self.dense.wait(layer)
+        self.dense.enter_forward(layer)
 
     def _experts(self, layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         run, hub = self._run, self._hub
@@ -147,7 +154,9 @@ class Engine:
     def _forward(self, groups: list[Group]) -> None:
         self._hub = greenlet.getcurrent()
         self._entered = set()
+        self._left = dict.fromkeys(range(self.model.spec.num_layers), sum(len(group.runs) for group in groups))
         self.policy.begin_forward()
+        self.dense.begin_forward()
         self._make_ready(OUTER_LAYER)
         active = list(groups)
         while active:
@@ -185,7 +194,7 @@ class Engine:
 
     # --- backward --------------------------------------------------------------------------------------------------
 
-    def _backward_of(self, group: Group, left: dict[int, int]) -> Iterator[None]:
+    def _backward_of(self, group: Group) -> Iterator[None]:
         """Backward of one group, layer by layer; yields when a layer's experts have been queued."""
         for run in group.runs:
             with self.resources.accelerator.compute("head backward", kind="dense"):
@@ -195,6 +204,7 @@ class Engine:
             layer = segments[0].layer
             if layer not in self._entered:
                 self._entered.add(layer)
+                self.dense.enter_backward(layer)
                 self.policy.enter_backward(layer)
             wave = group.waves.pop(layer, None)
             gradients: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(segments)
@@ -215,16 +225,17 @@ class Engine:
                 yield
                 gradients = list(work.finish())
                 self.resources.deferred.run_before(layer)
+            self.dense.require(layer)
             with self.resources.accelerator.compute(f"dense backward L{layer}", kind="dense"):
                 for segment, (hidden_gradient, weights_gradient) in zip(segments, gradients, strict=True):
                     segment.finish(hidden_gradient, weights_gradient)
-            left[layer] -= 1
-            if not left[layer]:
+            self._left[layer] -= 1
+            if not self._left[layer]:
                 self._leave(layer)
 
     def _leave(self, layer: int) -> None:
         self.optimizer.expect(self.dense.of_layer(layer))
-        self.dense.flush(layer)
+        self.dense.leave_backward(layer)
         self.policy.leave_backward(layer)
 
     # --- whole passes ----------------------------------------------------------------------------------------------
@@ -261,20 +272,20 @@ class Engine:
         groups = self._groups(batches, seed, recording=True)
         self._forward(groups)
         self.optimizer.wait()
-        self.dense.zero_gradients()
         loss = self._loss(groups)
         if not torch.isfinite(torch.tensor(loss)):
             return loss
         self._expect_gradients(groups)
+        self.dense.begin_backward()
         self.policy.begin_backward(self.counts.counts_LE)
         self._entered = set()
-        left = {layer: len(groups) for layer in range(self.model.spec.num_layers)}
-        active = [self._backward_of(group, left) for group in groups]
+        self._left = dict.fromkeys(range(self.model.spec.num_layers), len(groups))
+        active = [self._backward_of(group) for group in groups]
         while active:
             active = [backward for backward in active if next(backward, self) is not self]
         self.resources.deferred.run_all()
         self.optimizer.expect(self.dense.of_layer(OUTER_LAYER))
-        self.dense.flush(OUTER_LAYER)
+        self.dense.leave_backward(OUTER_LAYER)
         return loss
 
     def _expect_gradients(self, groups: list[Group]) -> None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
+from isthmus.planning.memory import num_dense_buffers
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
@@ -19,6 +21,7 @@ from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
+from isthmus.tuning.dense import DenseUnits, dense_bytes
 from isthmus.tuning.loader import ExpertLoader, HostLoader
 from isthmus.tuning.measure import at_cpu_speed, measure_profile
 from isthmus.tuning.parameter_store import ParameterStore
@@ -48,12 +51,49 @@ class Placement:
     """What other policies would need to take this one's place; None where there is nothing to decide."""
 
 
-def place(
+def place_dense(
     model: MoeModel,
     store: ParameterStore,
     accelerator: Accelerator,
     example: list[MicroBatch],
+    policy: str,
+    make: Callable[[int], DenseUnits],
+) -> tuple[DenseUnits, int]:
+    """(the dense units, all resident if the budget allows, else streamed; activation bytes of steps like ``example``).
+
+    ``make(num_buffers)`` allocates them with weights to measure with. Raises ``BudgetError`` if even streamed they
+    leave no room for activations and the policy's fewest slots; the model's parameters then lie in the store.
+    """
+    spec, activation_bytes = model.spec, None
+    if not accelerator.is_separate:
+        return make(spec.num_layers), 0
+    slots_bytes = least_slots(model, policy) * _slot_numel(model) * torch_dtype(model.dtype).itemsize
+    for num_buffers in sorted({spec.num_layers, num_dense_buffers(spec)}, reverse=True):
+        needed_bytes = dense_bytes(store, num_buffers) + slots_bytes
+        if needed_bytes > accelerator.budget_bytes:
+            continue
+        dense = make(num_buffers)
+        activation_bytes = activations(model, example)
+        if needed_bytes + activation_bytes <= accelerator.budget_bytes:
+            return dense, activation_bytes
+        dense.free()
+    if activation_bytes is None:
+        # Not even the dense part fits: what autograd keeps is measured on the host.
+        model.move_buffers(torch.device("cpu"))
+        for key in (key for key in store.keys if not key.is_expert):
+            model.bind(key, store.weight(key))
+        activation_bytes = activations(model, example)
+    raise _budget_error(model, policy, accelerator.budget_bytes, activation_bytes, store)
+
+
+def place(
+    model: MoeModel,
+    store: ParameterStore,
+    accelerator: Accelerator,
+    dense: DenseUnits,
+    example: list[MicroBatch],
     *,
+    activation_bytes: int,
     policy: str,
     num_stages: int | None,
     num_waves: int | None,
@@ -61,9 +101,9 @@ def place(
     cpu_speed: float,
     progress: Callable[[str, float], None],
 ) -> Placement:
-    """Plans for steps like ``example``. The dense units must be bound. Blocks while measuring.
+    """Plans for steps like ``example``, given what ``place_dense`` found. Blocks while measuring.
 
-    Raises ``IsthmusError`` for an unknown policy, too many stages, or a budget under the minimum (which it states).
+    Raises ``IsthmusError`` for an unknown policy or too many stages.
     """
     if policy not in POLICIES:
         raise IsthmusError(f"policy: got {policy!r}, wanted one of {', '.join(sorted(POLICIES))}.")
@@ -80,7 +120,8 @@ def place(
     if not accelerator.is_separate:
         return _in_place(model, store, measured)
     profile = at_cpu_speed(measured, cpu_speed)
-    plan = fit(model, store, accelerator, example, profile, policy, num_stages, num_waves)
+    num_waves = num_waves or min(2, len(example))
+    plan = fit(model, accelerator, dense, activation_bytes, profile.copy_window, policy, num_stages, num_waves)
     seat = PolicySeat()
     loader = _make_loader(model, store, accelerator, plan, seat)
     setup = PolicySetup(
@@ -90,7 +131,7 @@ def place(
         loader=loader,
         num_tokens=num_tokens,
         recorder=accelerator.recorder,
-        predictor=make_predictor(model, accelerator),
+        predictor=make_predictor(model, store, accelerator),
     )
     seat.policy = POLICIES[policy](setup)
     return Placement(
@@ -136,33 +177,30 @@ def _in_place(model: MoeModel, store: ParameterStore, profile: Profile) -> Place
 
 def fit(
     model: MoeModel,
-    store: ParameterStore,
     accelerator: Accelerator,
-    example: list[MicroBatch],
-    profile: Profile,
+    dense: DenseUnits,
+    activation_bytes: int,
+    copy_window: int,
     policy: str,
     num_stages: int | None,
-    num_waves: int | None,
+    num_waves: int,
 ) -> Plan:
     """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
     expert."""
     slot_bytes = _slot_numel(model) * torch_dtype(model.dtype).itemsize
-    activation_bytes = activations(model, example)
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
-    largest_layer = max(layer.num_experts for layer in model.spec.layers if layer is not None)
-    num_slots = min(free_bytes // slot_bytes, sum(key.is_expert for key in store.keys) + largest_layer)
-    if num_slots < least_slots(model, policy):
-        raise budget_error(model, example, policy, accelerator.budget_bytes, dense_bytes=accelerator.allocated_bytes)
-    stages = map_stages(model.spec, num_slots=num_slots - largest_layer, num_stages=num_stages)
+    experts = [layer.num_experts for layer in model.spec.layers if layer is not None]
+    num_slots = min(free_bytes // slot_bytes, sum(experts) + max(experts))
     return Plan(
         policy=policy,
-        stages=stages,
+        stages=map_stages(model.spec, num_slots=num_slots - max(experts), num_stages=num_stages),
         num_slots=num_slots,
         slot_bytes=slot_bytes,
         dense_bytes=accelerator.allocated_bytes,
         activation_bytes=activation_bytes,
-        copy_window=profile.copy_window,
-        num_waves=num_waves or min(2, len(example)),
+        copy_window=copy_window,
+        num_waves=num_waves,
+        is_dense_resident=dense.is_resident,
     )
 
 
@@ -177,16 +215,18 @@ def least_slots(model: MoeModel, policy: str) -> int:
     }.get(policy, 2)
 
 
-def budget_error(
-    model: MoeModel, example: list[MicroBatch], policy: str, budget_bytes: int, *, dense_bytes: int
+def _budget_error(
+    model: MoeModel, policy: str, budget_bytes: int, activation_bytes: int, store: ParameterStore
 ) -> BudgetError:
-    """The error that says what the least budget is and what it is made of. The dense units must be bound (anywhere)."""
+    """The error that says what the least budget is and what it is made of."""
     slot_bytes, num_slots = _slot_numel(model) * torch_dtype(model.dtype).itemsize, least_slots(model, policy)
-    activation_bytes = activations(model, example)
-    minimum = dense_bytes + activation_bytes + num_slots * slot_bytes
+    num_layers, num_buffers = model.spec.num_layers, num_dense_buffers(model.spec)
+    least_bytes = dense_bytes(store, num_buffers)
+    minimum = least_bytes + activation_bytes + num_slots * slot_bytes
+    at_once = f" (of {num_buffers} of the {num_layers} layers at a time)" if num_buffers < num_layers else ""
     return BudgetError(
         f"accelerator_memory: {budget_bytes} bytes are under the minimum of {minimum} ({minimum / 2**20:.1f} MiB) for "
-        f"policy {policy}: dense weights and gradients {dense_bytes / 2**20:.1f} MiB, activations "
+        f"policy {policy}: dense weights and gradients {least_bytes / 2**20:.1f} MiB{at_once}, activations "
         f"{activation_bytes / 2**20:.1f} MiB, {num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise "
         "--accelerator-memory to at least the minimum, lower --seq-len, --micro-batch-size or --micro-batches, or take "
         "a policy that loads less.",
@@ -205,12 +245,15 @@ def activations(model: MoeModel, example: list[MicroBatch]) -> int:
     return saved + kept + num_tokens * widest * item
 
 
-def make_predictor(model: MoeModel, accelerator: Accelerator) -> PopularityPredictor:
-    """Starts from the routers' own weights (APTMoE, section 4.2)."""
+def make_predictor(model: MoeModel, store: ParameterStore, accelerator: Accelerator) -> PopularityPredictor:
+    """Starts from the routers' own weights (APTMoE, section 4.2): the store's, since on the accelerator there may be
+    another layer's in their place."""
+    tensors = {name: tensor for key in store.keys if not key.is_expert for name, tensor in store.named(key).items()}
+    names = {parameter: name for name, parameter in model.module.named_parameters()}
     routers: dict[int, tuple[Tensor, int]] = {}
     for layer in model.spec.moe_layers[1:]:
         weights = [parameter for parameter in model.routers[layer].parameters() if parameter.dim() == 2]
-        routers[layer] = (weights[0], model.moe_parts[layer].spec.top_k)
+        routers[layer] = (tensors[names[weights[0]]], model.moe_parts[layer].spec.top_k)
     return PopularityPredictor(routers, device=accelerator.device)
 
 

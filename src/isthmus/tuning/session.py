@@ -26,14 +26,14 @@ from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.cpu_worker import CpuWorker
 from isthmus.tuning.data import MicroBatch, keep_documents_apart
 from isthmus.tuning.deferred import DeferredWork
-from isthmus.tuning.dense import DenseUnits, dense_bytes
+from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.engine import Engine, StepCounts
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.host_buffers import HostBuffers
 from isthmus.tuning.measure import at_cpu_speed
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
-from isthmus.tuning.placement import Placement, budget_error, place
+from isthmus.tuning.placement import Placement, place, place_dense
 from isthmus.tuning.policies import POLICIES, PolicySeat
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.wave import Resources
@@ -132,16 +132,21 @@ class Session:
             self.store.keys,
             self._worker,
             self.recorder,
-            on_step=lambda: self.placement.policy.begin_step(),
+            on_step=self._begin_step,
             on_dense_stepped=lambda layer: self.dense.upload(layer),
             on_layer_stepped=lambda layer: self.placement.policy.layer_ready(layer),
         )
-        self._place_dense(example)
+        model.move_buffers(accelerator.device)
+        self.dense, activation_bytes = place_dense(
+            model, self.store, accelerator, example, options.policy, self._dense_units
+        )
         self.placement: Placement = place(
             model,
             self.store,
             accelerator,
+            self.dense,
             example,
+            activation_bytes=activation_bytes,
             policy=options.policy,
             num_stages=options.num_stages,
             num_waves=options.num_waves,
@@ -170,20 +175,15 @@ class Session:
         for key in self.store.keys:
             self.store.publish(key)
 
-    def _place_dense(self, example: list[MicroBatch]) -> None:
-        """Brings all but the routed experts to the accelerator. Raises ``BudgetError`` if even that does not fit."""
-        accelerator, model = self.accelerator, self.model
-        needed_bytes = dense_bytes(self.store)
-        if accelerator.is_separate and needed_bytes > accelerator.budget_bytes:
-            for key in (key for key in self.store.keys if not key.is_expert):
-                model.bind(key, self.store.weight(key))
-            policy, budget_bytes = self.options.policy, accelerator.budget_bytes
-            raise budget_error(model, example, policy, budget_bytes, dense_bytes=needed_bytes)
-        model.move_buffers(accelerator.device)
-        self.dense = DenseUnits(model, self.store, accelerator, self.optimizer, self.steps.complete)
-        for layer in range(OUTER_LAYER, model.spec.num_layers):
-            self.dense.upload(layer)
-            self.dense.wait(layer)
+    def _dense_units(self, num_buffers: int) -> DenseUnits:
+        """Everything but the routed experts, on the accelerator with as many weights as fit there. Blocks."""
+        dense = DenseUnits(
+            self.model, self.store, self.accelerator, self.optimizer, self.steps.complete, num_buffers=num_buffers
+        )
+        for layer in range(OUTER_LAYER, self.model.spec.num_layers):
+            dense.upload(layer)
+        self.accelerator.synchronize()
+        return dense
 
     def _resources(self) -> Resources:
         accelerator, model, loader = self.accelerator, self.model, self.placement.loader
@@ -224,10 +224,14 @@ class Session:
         """To be called after the masters in the store were written from outside (a checkpoint was loaded)."""
         for key in self.store.keys:
             self.store.publish(key)
-        self.placement.policy.begin_step()
+        self._begin_step()
         for layer in range(OUTER_LAYER, self.model.spec.num_layers):
             self.dense.upload(layer)
             self.placement.policy.layer_ready(layer)
+
+    def _begin_step(self) -> None:
+        self.placement.policy.begin_step()
+        self.dense.begin_step()
 
     @property
     def plan(self) -> Plan:
