@@ -304,3 +304,27 @@ def test_rows_that_do_not_fit_the_counts_are_refused() -> None:
     experts = ExpertMath(case.spec)
     with pytest.raises(ValueError, match="counts: got 1 counts that add up to 3"):
         experts.forward_many([experts.views(case.flats[0])], [3], torch.randn(4, HIDDEN), torch.rand(4), save=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_weight_gradients_may_be_computed_later(kind: str, accumulate: bool) -> None:
+    case = make_case(kind)
+    experts = ExpertMath(case.spec, case.module)
+    weights = [experts.views(flat) for flat in case.flats[:3]]
+    counts = [5, 0, 7]
+    x, g, s = torch.randn(12, HIDDEN), torch.randn(12, HIDDEN), torch.rand(12)
+    start = torch.randn(2, 3, case.spec.numel)
+    start[1] = start[0]
+    wanted, got = ([experts.views(flat) for flat in flats] for flats in start)
+    wanted_dx, wanted_ds = experts.backward_many(weights, counts, x, s, g, None, wanted, accumulate=[accumulate] * 3)
+    dx, kept = torch.empty_like(x), experts.weight_rows(12, x.new_empty)
+    ds, works = experts.backward_inputs(weights, counts, x, s, g, kept, dx_SH=dx)
+    torch.testing.assert_close((dx, ds), (wanted_dx, wanted_ds))
+    assert torch.equal(start[1], torch.cat([view.flatten() for views in got for view in views.values()]).view(3, -1))
+    g.fill_(torch.nan)
+    for flat in case.flats:
+        flat.fill_(torch.nan)
+    for work, gradients in reversed(list(zip(works, got, strict=True))):
+        experts.weight_gradients(work, gradients, accumulate=accumulate)
+    torch.testing.assert_close(start[1], start[0])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.planning.pass_simulator import simulate_pass
+from tests.planning.pass_simulator import simulate_backward, simulate_forward_on_cpu, simulate_pass
 from tests.planning.strategies import layer_problems
 
 from isthmus.planning.horizon import plan_pass
-from isthmus.planning.pass_model import PassLayer, advance, begin, keep
+from isthmus.planning.pass_model import STEPS_AHEAD, PassLayer, advance, begin, keep
 from isthmus.planning.problem import LayerProblem
 
 passes = st.lists(layer_problems(max_experts=5, full=True), min_size=1, max_size=4)
@@ -20,10 +20,12 @@ num_slots = st.integers(2, 12)
 
 
 def end_s(problems: list[LayerProblem], choices: list[tuple[int, int]], slots: int, waves: int = 1) -> float:
-    layers = [PassLayer(p, kept=kept) for p, kept in zip(problems, keep(problems, slots), strict=True)]
+    kept = keep(problems, slots)
+    layers = [PassLayer(problem, kept=kept[at], position=at) for at, problem in enumerate(problems)]
+    steps_s = [problem.optimizer_s for problem in problems]
     state = begin(layers, choices, slots)
     for layer, choice in zip(layers, choices, strict=True):
-        state = advance(state, layer, choice, waves)
+        state = advance(state, layer, choice, waves, steps_s if any(steps_s) else [])
     return state.end_s
 
 
@@ -66,6 +68,27 @@ def test_a_plan_places_and_loads_only_what_it_may(problems: list[LayerProblem], 
 @given(any_passes, num_slots)
 def test_the_same_pass_gives_the_same_plan(problems: list[LayerProblem], slots: int) -> None:
     assert plan_pass(problems, num_slots=slots) == plan_pass(list(problems), num_slots=slots)
+
+
+@given(passes, st.floats(1e-4, 1.0))
+def test_optimizer_steps_fill_the_idle_time_of_the_cpu(problems: list[LayerProblem], step_s: float) -> None:
+    problems = [dataclasses.replace(p, optimizer_s=step_s * (1 + at % 3)) for at, p in enumerate(problems)]
+    got_s = end_s(problems, [(0, 0)] * len(problems), 2)
+    assert got_s == pytest.approx(simulate_forward_on_cpu(problems, STEPS_AHEAD))
+    without_s = end_s([dataclasses.replace(p, optimizer_s=0.0) for p in problems], [(0, 0)] * len(problems), 2)
+    assert without_s <= got_s <= without_s + sum(p.optimizer_s for p in problems) + 1e-9
+
+
+@given(passes, st.floats(0.0, 0.9), st.data())
+def test_weight_gradients_fill_idle_time_on_both_sides(
+    problems: list[LayerProblem], deferrable: float, data: st.DataObject
+) -> None:
+    free = {"load_s": 0.0, "unload_s": 0.0, "token_h2d_s": 0.0, "token_d2h_s": 0.0}
+    problems = [dataclasses.replace(p, deferrable=deferrable, **free) for p in problems]
+    numbers = [data.draw(st.integers(0, problem.num_experts)) for problem in problems]
+    chosen = [by_popularity(problem)[:number] for problem, number in zip(problems, numbers, strict=True)]
+    got_s = end_s(problems, [(0, number) for number in numbers], 100)
+    assert got_s == pytest.approx(simulate_backward(problems, chosen))
 
 
 def skewed_pass(seed: int, *, num_layers: int, num_experts: int, is_backward: bool = False) -> list[LayerProblem]:

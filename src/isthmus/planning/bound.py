@@ -192,7 +192,7 @@ def bound_from_seconds(constant_R: Floats, seconds_EAR: Floats, load_s_E: Floats
 def _cheapest_loads(
     prices_R: Floats, constant_R: Floats, seconds_EAR: Floats, load_s_E: Floats, num_kept: int
 ) -> Floats:
-    """(R,) seconds of the assignment with the least price: each expert its cheapest; weights stay where that saves most."""
+    """(R,) seconds of the least price: per expert the cheapest assignment, weights kept where that saves most."""
     cost_EA = seconds_EAR @ prices_R
     chosen_E = cost_EA.argmin(axis=1)
     experts = np.arange(len(chosen_E))

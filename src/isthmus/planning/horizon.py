@@ -51,9 +51,8 @@ def plan_pass(problems: Sequence[LayerProblem], *, num_slots: int, num_waves: in
         raise ValueError(f"num_waves: got {num_waves}, wanted 1 or more")
     if not problems:
         return PassPlan(on_accelerator=(), load_order=(), link_price=0.0, predicted_s=0.0)
-    layers = [
-        PassLayer(problem, kept=kept) for problem, kept in zip(problems, keep(list(problems), num_slots), strict=True)
-    ]
+    kept = keep(list(problems), num_slots)
+    layers = [PassLayer(problem, kept=kept[at], position=at) for at, problem in enumerate(problems)]
     search = _Search(layers, num_slots, num_waves)
     search.offer([(0, 0)] * len(layers))
     search.offer([layer.most for layer in layers])
@@ -81,6 +80,8 @@ class _Search:
         self.best: list[Choice] = []
         self.best_s = float("inf")
         self._states: list[PassState] = []
+        steps_s = [layer.problem.optimizer_s for layer in layers]
+        self._steps_s = steps_s if any(steps_s) else []
         self._num_steps = 0
 
     def offer(self, choices: list[Choice]) -> bool:
@@ -95,7 +96,7 @@ class _Search:
         states = self._states[:first]
         for layer, choice in zip(self.layers[first:], choices[first:], strict=True):
             states.append(state)
-            state = advance(state, layer, choice, self.num_waves)
+            state = advance(state, layer, choice, self.num_waves, self._steps_s)
             self._num_steps += 1 + sum(choice)
         if not self.best or state.end_s < self.best_s * (1 - 1e-9):
             self.best, self.best_s, self._states = choices, state.end_s, states

@@ -9,6 +9,9 @@ from isthmus.planning.curves import evaluate
 from isthmus.spec.model import ExpertSpec, ModelSpec
 from isthmus.spec.profile import ExpertTimes, Profile
 
+WEIGHT_GRADIENT_SHARE = 3 / 8
+"""Of an expert's backward: the products W_down and W_up (1 + 2 of a gated expert) against those two again for the
+inputs' gradients and W_up recomputed."""
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2}
 
 
@@ -35,6 +38,11 @@ class LayerProblem:
     """Experts on their way: seconds from now until they have landed."""
     dense_s: float = 0.0
     """Accelerator seconds of the layer's dense part before its experts start. Only whole-pass planning counts it."""
+    optimizer_s: float = 0.0
+    """CPU seconds of the optimizer step that must be done before the layer's weights can be loaded or used. Only
+    whole-pass planning counts it."""
+    deferrable: float = 0.0
+    """Share of every expert's seconds that nothing in the pass waits for. Only whole-pass planning counts it."""
     dense_load_s: float = 0.0
     """Seconds to load attention and gate: the denominator's constant in Equation 1. 0 where they are resident."""
     cpu_backlog_s: float = 0.0
@@ -120,6 +128,7 @@ def layer_problem(
         resident=resident,
         arriving_s={} if arriving_s is None else arriving_s,
         dense_s=dense_s_per_token * sum(counts_E) / expert.top_k,
+        deferrable=WEIGHT_GRADIENT_SHARE if is_backward else 0.0,
         cpu_backlog_s=cpu_backlog_s,
         accelerator_backlog_s=accelerator_backlog_s,
         link_backlog_s=link_backlog_s,
@@ -133,6 +142,12 @@ class CostModel:
 
     profile: Profile
     spec: ModelSpec
+
+    def optimizer_s(self, layer: int) -> float:
+        """CPU seconds of the optimizer step of all the layer's parameters."""
+        expert = self.spec.layers[layer]
+        num_parameters = self.spec.dense_numel[layer] + (expert.num_experts * expert.numel if expert else 0)
+        return num_parameters * self.profile.optimizer_s_per_parameter
 
     def problem(
         self,

@@ -73,15 +73,12 @@ class Engine:
         dense: DenseUnits,
         policy: Policy,
         optimizer: StepOptimizer,
-        *,
-        num_waves: int,
     ) -> None:
         self.model = model
         self.resources = resources
         self.dense = dense
         self.policy = policy
         self.optimizer = optimizer
-        self.num_waves = num_waves
         self.counts = StepCounts()
         self._run: Run | None = None
         self._hub: greenlet.greenlet | None = None
@@ -251,7 +248,7 @@ class Engine:
             )
             for i, batch in enumerate(batches)
         ]
-        num_waves = min(self.num_waves, len(runs))
+        num_waves = min(self.policy.num_waves, len(runs))
         return [Group(runs=runs[i::num_waves]) for i in range(num_waves)]
 
     @staticmethod

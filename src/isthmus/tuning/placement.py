@@ -235,13 +235,14 @@ def _budget_error(
 
 
 def activations(model: MoeModel, example: list[MicroBatch]) -> int:
-    """Accelerator bytes of one step's activations: what the dense part saves, and the experts' inputs and results."""
+    """Accelerator bytes of one step's activations: what the dense part saves, the experts' inputs and results, and the
+    rows of weight gradients that one layer leaves to the next."""
     spec, item = model.spec, torch_dtype(model.dtype).itemsize
     saved = max(measure_saved_bytes(model, batch.inputs) for batch in example) * len(example)
     num_tokens = sum(batch.num_tokens for batch in example)
     experts = [layer for layer in spec.layers if layer is not None]
     kept = sum(num_tokens * layer.hidden_size * item for layer in experts)
-    widest = max(layer.top_k * (6 * layer.hidden_size + 4 * layer.intermediate_size) for layer in experts)
+    widest = max(layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in experts)
     return saved + kept + num_tokens * widest * item
 
 

@@ -41,6 +41,9 @@ class Policy(ABC):
     """
 
     name: str
+    num_waves: int = 1
+    """Into how many groups the next step's micro-batches are to be split whose experts run together; while one group's
+    experts run on the CPU, another group's dense part can run on the accelerator."""
 
     @abstractmethod
     def begin_step(self) -> None:

@@ -160,7 +160,6 @@ class Session:
             self.dense,
             self.placement.policy,
             self.steps,
-            num_waves=self.placement.plan.num_waves,
         )
         self.weights_changed()
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
+from isthmus.planning.pass_model import STEPS_AHEAD
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.cpu_worker import CpuWorker
@@ -17,8 +18,6 @@ from isthmus.tuning.optimizer import StoreOptimizer
 
 EXPERTS_AT_ONCE = 4
 """Experts that one task steps: few enough that more urgent work need not wait long, enough to spread over the cores."""
-LAYERS_AHEAD = 3
-"""How far optimizer steps run ahead of CPU experts: nothing of a layer can be loaded before it was stepped."""
 SHORTEST_WAIT_S = 50e-6
 NORM_PRIORITY = 1e6
 """Norms of gradients wait behind experts' backward, which the accelerator waits for."""
@@ -118,7 +117,7 @@ class StepOptimizer:
                 on_stepped(layer)
 
         if self.worker is not None:
-            priority = forward_priority(layer) - 0.5 - LAYERS_AHEAD
+            priority = forward_priority(layer) - 0.5 - STEPS_AHEAD
             return self.worker.submit(
                 task, priority=priority, lane="optimizer", name=f"AdamW L{layer}", kind="optimizer"
             )

@@ -39,6 +39,7 @@ class StagedPolicy(Policy):
 
     def __init__(self, setup: PolicySetup) -> None:
         self.setup = setup
+        self.num_waves = setup.plan.num_waves
         self.spec = setup.spec
         self.loader = setup.loader
         self.layers = setup.spec.moe_layers
@@ -92,7 +93,7 @@ class StagedPolicy(Policy):
         Each holds a slot for its gradient until the layer's last wave, while the first wave may be in the next layer
         already; one more slot holds weights.
         """
-        num_layers = 1 if self.setup.plan.num_waves == 1 else 2
+        num_layers = 1 if self.num_waves == 1 else 2
         return min(self.num_experts(layer), (self.setup.plan.num_slots - 1) // num_layers)
 
     def expected_counts(self, layer: int) -> list[int]:
@@ -125,6 +126,12 @@ class StagedPolicy(Policy):
         ready."""
         with self._lock:
             self._wanted = list(keys)
+            self._queue_wanted()
+
+    def passed(self, layer: int) -> None:
+        """Where the layer's experts run in this pass has been decided: what is still queued for it comes too late."""
+        with self._lock:
+            self._wanted = [key for key in self._wanted if key.layer != layer]
             self._queue_wanted()
 
     def _queue_wanted(self) -> None:

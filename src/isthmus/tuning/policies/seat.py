@@ -19,6 +19,10 @@ class PolicySeat(Policy):
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.policy.name
 
+    @property
+    def num_waves(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.policy.num_waves
+
     def begin_step(self) -> None:
         self.policy.begin_step()
 

@@ -7,13 +7,17 @@ from torch import Tensor
 
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
-from isthmus.tuning.policies.base import StagedPolicy
+from isthmus.tuning.policies.base import PolicySetup, StagedPolicy
 
 
 class Mobius(StagedPolicy):
     """Loads the next stage, all its experts, while the present one runs (Feng et al., ASPLOS 2023)."""
 
     name = "mobius"
+
+    def __init__(self, setup: PolicySetup) -> None:
+        super().__init__(setup)
+        self.num_waves = 1  # the CPU computes nothing that could be overlapped
 
     def stage_keys(self, stage: int) -> list[UnitKey]:
         layers = reversed(self.stages[stage]) if self._is_backward else self.stages[stage]
