@@ -10,18 +10,19 @@ backward; the rest is recomputed there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from isthmus.models.expert_math import ExpertMath
-from isthmus.models.routing import Routing, combine, gather, sort_by_expert
+from isthmus.models.routing import Routing, combine, count_by_expert, gather, sort_by_expert
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
-from isthmus.tuning.accelerator.base import Accelerator, Event
+from isthmus.tuning.accelerator.base import Accelerator
+from isthmus.tuning.cpu_part import CpuPart
 from isthmus.tuning.cpu_worker import CpuWorker
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.host_buffers import HostBuffers
@@ -61,21 +62,20 @@ class Wave:
 
     @classmethod
     def of(cls, calls: list[ExpertsCall], num_experts: int) -> Wave:
-        """Merges the calls. Blocks on a GPU until the routing is known on the host."""
+        """Merges the calls. Blocks on a GPU until the routing is known on the host: nothing else of a wave does."""
 
         def merge(parts: list[Tensor]) -> Tensor:
             parts = [part.detach() for part in parts]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         index_Tk = merge([call.index for call in calls])
-        counts_E = torch.bincount(index_Tk.reshape(-1), minlength=num_experts + 1)[:num_experts].tolist()
         return cls(
             layer=calls[0].layer,
             calls=calls,
             hidden_TH=merge([call.hidden for call in calls]),
             index_Tk=index_Tk,
             weights_Tk=merge([call.weights for call in calls]),
-            counts_E=counts_E,
+            counts_E=count_by_expert(index_Tk, num_experts),
         )
 
     def part(self, rows_T: Tensor) -> list[Tensor]:
@@ -84,13 +84,12 @@ class Wave:
 
 
 class WavePass:
-    """What forward and backward share: who computes which rows, and the way of the CPU's rows to the host and back."""
+    """What forward and backward share: who computes which rows."""
 
     def __init__(self, resources: Resources, wave: Wave, split: LayerSplit, *, priority: float, name: str) -> None:
         self.resources = resources
         self.wave = wave
         self.math = resources.math[wave.layer]
-        self.priority = priority
         self.name = name
         counts = wave.counts_E
         self.on_cpu = [expert for expert in split.on_cpu if counts[expert]]
@@ -98,90 +97,37 @@ class WavePass:
         order = self.on_cpu + self.on_accelerator
         rank = torch.full((len(counts) + 1,), len(order), dtype=torch.int64)
         rank[order] = torch.arange(len(order))
-        self.routing: Routing = sort_by_expert(rank.to(wave.index_Tk.device)[wave.index_Tk], len(order))
+        rank_Tk = rank.to(wave.index_Tk.device, non_blocking=True)[wave.index_Tk]
+        self.routing: Routing = sort_by_expert(rank_Tk, len(order), [counts[expert] for expert in order])
         self.num_cpu_rows = sum(counts[expert] for expert in self.on_cpu)
         bounds = [0]
         for expert in order:
             bounds.append(bounds[-1] + counts[expert])
         self.rows = {expert: slice(bounds[i], bounds[i + 1]) for i, expert in enumerate(order)}
         self.weights_S = wave.weights_Tk.reshape(-1)[self.routing.order_S]
-        self._cpu: Future | None = None
-        self._landed: Event | None = None
-        self._lent: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        accelerator, worker = resources.accelerator, resources.worker
+        self.cpu = CpuPart(accelerator, worker, resources.buffers, priority=priority, name=name)
 
     def key(self, expert: int) -> UnitKey:
         return UnitKey(self.wave.layer, expert)
 
-    def start_cpu(self, rows: Sequence[Tensor], task: Callable[..., list[tuple[Tensor, Tensor]]], *, kind: str) -> None:
-        """Brings ``rows`` to the host and, once they are there, runs ``task(*host rows)`` on the CPU.
+    def resident(self) -> list[int]:
+        """The accelerator's experts that are there already."""
+        return [expert for expert in self.on_accelerator if self.resources.loader.is_resident(self.key(expert))]
 
-        ``task`` returns (host result, its place on the accelerator) pairs, which then travel back. Does not block.
-        """
-        resources = self.resources
-        worker, accelerator = resources.worker, resources.accelerator
-        assert worker is not None
-        free = accelerator.record()
-        hosts = [self.lend(tuple(part.shape), part.dtype) for part in rows]
-        done = self._cpu = Future()
-        self._kept = list(rows)
+    def without(self, done: list[int]) -> list[int]:
+        """The accelerator's other experts."""
+        computed = set(done)
+        return [expert for expert in self.on_accelerator if expert not in computed]
 
-        def run() -> None:
-            for event in arrived:
-                event.wait()
-            for host, place in task(*hosts):
-                self._landed = accelerator.copy(
-                    place, host, "h2d", name=f"{self.name} results", kind="tokens", after=free, is_urgent=True
-                )
+    def rows_of(self, experts: Sequence[int]) -> slice:
+        """The rows of neighbouring experts."""
+        return slice(self.rows[experts[0]].start, self.rows[experts[-1]].stop)
 
-        def submit() -> None:
-            try:
-                inner = worker.submit(
-                    run, priority=self.priority, name=self.name, kind=kind, num_tokens=self.num_cpu_rows
-                )
-                inner.add_done_callback(lambda future: _pass_on(future, done))
-            except BaseException as error:
-                done.set_exception(error)
-                raise
-
-        arrived: list[Event] = []
-        # Copies of one direction end in order: the last one's end says that all have arrived.
-        for number, (host, part) in enumerate(zip(hosts, rows, strict=True)):
-            is_last = number == len(rows) - 1
-            event = accelerator.copy(
-                host,
-                part,
-                "d2h",
-                name=f"{self.name} tokens",
-                kind="tokens",
-                after=free,
-                is_urgent=True,
-                on_done=submit if is_last else None,
-            )
-            arrived.append(event)
-
-    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A host buffer until the pass is joined."""
-        buffer = self.resources.buffers.take(shape, dtype)
-        self._lent.append(buffer)
-        return buffer
-
-    def join_cpu(self) -> None:
-        """Makes compute wait for the CPU's part. Blocks until the CPU has ended."""
-        if self._cpu is None:
-            return
-        resources = self.resources
-        recorder = resources.accelerator.recorder
-        start_s = recorder.now_s()
-        self._cpu.result()
-        if recorder.now_s() - start_s > 50e-6:
-            recorder.add("accelerator", f"{self.name}: CPU experts", start_s, recorder.now_s(), kind="wait")
-        assert self._landed is not None
-        resources.accelerator.wait_for(self._landed)
-        self._landed.wait()
-        for buffer in self._lent:
-            resources.buffers.give(buffer)
-        self._lent, self._kept, self._cpu = [], [], None
+    def computing(self, kind: str, experts: Sequence[int]) -> AbstractContextManager[None]:
+        """Marks compute of these experts on the accelerator's lane."""
+        num_tokens = sum(self.wave.counts_E[expert] for expert in experts)
+        return self.resources.accelerator.compute(self.name, kind=kind, num_tokens=num_tokens)
 
 
 class ForwardPass(WavePass):
@@ -193,29 +139,29 @@ class ForwardPass(WavePass):
         self.outputs_SH = torch.empty_like(self.inputs_SH)
         if self.on_cpu:
             rows = slice(0, self.num_cpu_rows)
-            pair_weights = self.weights_S[rows].to("cpu")
             place = self.outputs_SH[rows]
-            result = self.lend(tuple(place.shape), place.dtype)
+            result = self.cpu.lend(tuple(place.shape), place.dtype)
 
-            def task(inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+            def task(pair_weights: Tensor, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
                 self._compute(self.on_cpu, inputs, pair_weights, result, on_cpu=True)
                 return [(result, place)]
 
-            self.start_cpu([self.inputs_SH[rows]], task, kind="expert_forward")
-        ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
+            travelling = [self.weights_S[rows], self.inputs_SH[rows]]
+            self.cpu.start(travelling, task, kind="expert_forward", num_tokens=self.num_cpu_rows)
+        ready = self.resident()
         self._on_accelerator(ready)
-        self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
+        self._late = self.without(ready)
 
     def _on_accelerator(self, experts: list[int]) -> None:
         if not experts:
             return
-        start, stop = self.rows[experts[0]].start, self.rows[experts[-1]].stop
-        if stop - start == sum(self.wave.counts_E[expert] for expert in experts):
+        rows = self.rows_of(experts)
+        if rows.stop - rows.start == sum(self.wave.counts_E[expert] for expert in experts):
             groups = [experts]
         else:
             groups = [[expert] for expert in experts]
         for group in groups:
-            rows = slice(self.rows[group[0]].start, self.rows[group[-1]].stop)
+            rows = self.rows_of(group)
             self._compute(group, self.inputs_SH[rows], self.weights_S[rows], self.outputs_SH[rows], on_cpu=False)
 
     def _compute(
@@ -231,12 +177,10 @@ class ForwardPass(WavePass):
         else:
             flats = [resources.loader.acquire(key) for key in keys]
             weights = [self.math.views(flat) for flat in flats]
-            if resources.accelerator.is_separate:
-                resources.accelerator.require_resident(*flats)
-            with resources.accelerator.compute(self.name, kind="expert_forward", num_tokens=sum(counts)):
+            resources.accelerator.require_resident(*flats)
+            with self.computing("expert_forward", experts):
                 _, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep, out_SH=result)
-            for key in keys:
-                resources.loader.release(key)
+            resources.loader.release(*keys)
         if keep and saved is not None:
             for expert, kept in zip(experts, saved, strict=True):
                 wave.saved[expert, on_cpu] = kept
@@ -245,7 +189,7 @@ class ForwardPass(WavePass):
         """One output (T, H) per call. Blocks until the CPU's part and late loads are in."""
         for expert in self._late:
             self._on_accelerator([expert])
-        self.join_cpu()
+        self.cpu.join()
         wave = self.wave
         output_TH = combine(self.outputs_SH, self.routing, *wave.weights_Tk.shape)
         return wave.part(output_TH)
@@ -262,19 +206,19 @@ class BackwardPass(WavePass):
         self.weight_gradients_S = torch.empty_like(self.weights_S)
         if self.on_cpu:
             rows = slice(0, self.num_cpu_rows)
-            pair_weights = self.weights_S[rows].to("cpu")
             places = self.input_gradients_SH[rows], self.weight_gradients_S[rows]
-            result, result_weights = (self.lend(tuple(place.shape), place.dtype) for place in places)
+            result, result_weights = (self.cpu.lend(tuple(place.shape), place.dtype) for place in places)
 
-            def task(inputs: Tensor, gradients: Tensor) -> list[tuple[Tensor, Tensor]]:
+            def task(pair_weights: Tensor, inputs: Tensor, gradients: Tensor) -> list[tuple[Tensor, Tensor]]:
                 self._compute(self.on_cpu, inputs, gradients, pair_weights, result, result_weights, on_cpu=True)
                 return [(result, places[0]), (result_weights, places[1])]
 
-            self.start_cpu([self.inputs_SH[rows], self.gradients_SH[rows]], task, kind="expert_backward")
-        ready = [expert for expert in self.on_accelerator if resources.loader.is_resident(self.key(expert))]
+            travelling = [self.weights_S[rows], self.inputs_SH[rows], self.gradients_SH[rows]]
+            self.cpu.start(travelling, task, kind="expert_backward", num_tokens=self.num_cpu_rows)
+        ready = self.resident()
         for expert in ready:
             self._on_accelerator(expert)
-        self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
+        self._late = self.without(ready)
 
     def _on_accelerator(self, expert: int) -> None:
         rows = self.rows[expert]
@@ -311,21 +255,19 @@ class BackwardPass(WavePass):
             _, ds = math.backward_many(weights, *arguments, accumulate=accumulate, dx_SH=result)
         else:
             flats = [resources.loader.acquire(key) for key in keys]
-            if resources.accelerator.is_separate:
-                resources.accelerator.require_resident(*flats, *(flat for flat, _ in places))
-            with resources.accelerator.compute(self.name, kind="expert_backward", num_tokens=sum(counts)):
+            resources.accelerator.require_resident(*flats, *(flat for flat, _ in places))
+            with self.computing("expert_backward", experts):
                 _, ds = math.backward_many(
                     [math.views(flat) for flat in flats], *arguments, accumulate=accumulate, dx_SH=result
                 )
-            for key in keys:
-                resources.loader.release(key)
+            resources.loader.release(*keys)
         result_weights.copy_(ds)
 
     def finish(self) -> list[tuple[Tensor, Tensor]]:
         """(d hidden (T, H), d weights (T, k)) per call. Blocks like ``ForwardPass.finish``."""
         for expert in self._late:
             self._on_accelerator(expert)
-        self.join_cpu()
+        self.cpu.join()
         wave = self.wave
         hidden_gradient_TH = combine(self.input_gradients_SH, self.routing, *wave.weights_Tk.shape)
         weights_gradient = torch.zeros_like(wave.weights_Tk).reshape(-1)
@@ -333,11 +275,3 @@ class BackwardPass(WavePass):
         wave.saved.clear()
         parts = wave.part(weights_gradient.reshape(wave.weights_Tk.shape))
         return list(zip(wave.part(hidden_gradient_TH), parts, strict=True))
-
-
-def _pass_on(inner: Future, outer: Future) -> None:
-    error = CancelledError() if inner.cancelled() else inner.exception()
-    if error is not None:
-        outer.set_exception(error)
-    else:
-        outer.set_result(None)
