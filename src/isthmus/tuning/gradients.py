@@ -47,10 +47,15 @@ class GradientSink:
             slots[key] = self.loader.take_slot()
         return slots[key][: self.optimizer.store.numel(key)], adds
 
+    def is_open(self, key: UnitKey) -> bool:
+        """Whether a part of the expert's gradient lies on the accelerator: ``open`` takes no further slot then."""
+        return key in self._slots.get(key.layer, {})
+
     def flush(self, layer: int) -> None:
         """The layer's last wave has run: what lies on the accelerator leaves for the store. Does not block."""
         for key in sorted(self._in_place.pop(layer, ())):
             self.on_complete(key)
+        computed = self.accelerator.record()
         for key, slot in self._slots.pop(layer, {}).items():
             destination, _ = self.optimizer.gradient_destination(key)
             event = self.accelerator.copy(
@@ -59,7 +64,7 @@ class GradientSink:
                 "d2h",
                 name=f"gradient L{key.layer} E{key.expert}",
                 kind="gradient",
-                after=self.accelerator.record(),
+                after=computed,
                 on_done=lambda key=key: self.on_complete(key),
             )
             self.loader.give_slot(slot, event)

@@ -14,11 +14,11 @@ from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
+from isthmus.tuning.grouped import scratch_bytes, should_group
 from isthmus.tuning.loader import ExpertLoader, HostLoader
 from isthmus.tuning.measure import at_cpu_speed, measure_profile
 from isthmus.tuning.parameter_store import ParameterStore
@@ -111,7 +111,7 @@ def _make_loader(
     return ExpertLoader(
         accelerator,
         num_slots=plan.num_slots,
-        slot_numel=_slot_numel(model),
+        slot_numel=model.slot_numel,
         dtype=torch_dtype(model.dtype),
         source=store.weight,
         window=plan.copy_window,
@@ -146,13 +146,13 @@ def fit(
 ) -> Plan:
     """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
     expert."""
-    slot_bytes = _slot_numel(model) * torch_dtype(model.dtype).itemsize
-    activation_bytes = activations(model, example)
+    slot_bytes = model.slot_numel * torch_dtype(model.dtype).itemsize
+    activation_bytes = activations(model, example, accelerator)
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
     largest_layer = max(layer.num_experts for layer in model.spec.layers if layer is not None)
     num_slots = min(free_bytes // slot_bytes, sum(key.is_expert for key in store.keys) + largest_layer)
     if num_slots < least_slots(model, policy):
-        raise budget_error(model, example, policy, accelerator.budget_bytes, dense_bytes=accelerator.allocated_bytes)
+        raise budget_error(model, example, policy, accelerator, dense_bytes=accelerator.allocated_bytes)
     stages = map_stages(model.spec, num_slots=num_slots - largest_layer, num_stages=num_stages)
     return Plan(
         policy=policy,
@@ -178,31 +178,36 @@ def least_slots(model: MoeModel, policy: str) -> int:
 
 
 def budget_error(
-    model: MoeModel, example: list[MicroBatch], policy: str, budget_bytes: int, *, dense_bytes: int
+    model: MoeModel, example: list[MicroBatch], policy: str, accelerator: Accelerator, *, dense_bytes: int
 ) -> BudgetError:
     """The error that says what the least budget is and what it is made of. The dense units must be bound (anywhere)."""
-    slot_bytes, num_slots = _slot_numel(model) * torch_dtype(model.dtype).itemsize, least_slots(model, policy)
-    activation_bytes = activations(model, example)
+    slot_bytes, num_slots = model.slot_numel * torch_dtype(model.dtype).itemsize, least_slots(model, policy)
+    activation_bytes = activations(model, example, accelerator)
     minimum = dense_bytes + activation_bytes + num_slots * slot_bytes
     return BudgetError(
-        f"accelerator_memory: {budget_bytes} bytes are under the minimum of {minimum} ({minimum / 2**20:.1f} MiB) for "
-        f"policy {policy}: dense weights and gradients {dense_bytes / 2**20:.1f} MiB, activations "
-        f"{activation_bytes / 2**20:.1f} MiB, {num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise "
+        f"accelerator_memory: {accelerator.budget_bytes} bytes are under the minimum of {minimum} "
+        f"({minimum / 2**20:.1f} MiB) for policy {policy}: dense weights and gradients {dense_bytes / 2**20:.1f} MiB, "
+        f"activations {activation_bytes / 2**20:.1f} MiB, {num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise "
         "--accelerator-memory to at least the minimum, lower --seq-len, --micro-batch-size or --micro-batches, or take "
         "a policy that loads less.",
         minimum,
     )
 
 
-def activations(model: MoeModel, example: list[MicroBatch]) -> int:
-    """Accelerator bytes of one step's activations: what the dense part saves, and the experts' inputs and results."""
+def activations(model: MoeModel, example: list[MicroBatch], accelerator: Accelerator) -> int:
+    """Accelerator bytes of one step's activations: what the dense part saves, and the experts' inputs, results and
+    intermediate values."""
     spec, item = model.spec, torch_dtype(model.dtype).itemsize
     saved = max(measure_saved_bytes(model, batch.inputs) for batch in example) * len(example)
     num_tokens = sum(batch.num_tokens for batch in example)
     experts = [layer for layer in spec.layers if layer is not None]
     kept = sum(num_tokens * layer.hidden_size * item for layer in experts)
-    widest = max(layer.top_k * (6 * layer.hidden_size + 4 * layer.intermediate_size) for layer in experts)
-    return saved + kept + num_tokens * widest * item
+    widest = max(
+        layer.top_k * (6 * layer.hidden_size + (5 if layer.has_gate else 4) * layer.intermediate_size)
+        for layer in experts
+    )
+    scratch = scratch_bytes(model) if should_group(model, accelerator) else 0
+    return saved + kept + num_tokens * widest * item + scratch
 
 
 def make_predictor(model: MoeModel, accelerator: Accelerator) -> PopularityPredictor:
@@ -212,7 +217,3 @@ def make_predictor(model: MoeModel, accelerator: Accelerator) -> PopularityPredi
         weights = [parameter for parameter in model.routers[layer].parameters() if parameter.dim() == 2]
         routers[layer] = (weights[0], model.moe_parts[layer].spec.top_k)
     return PopularityPredictor(routers, device=accelerator.device)
-
-
-def _slot_numel(model: MoeModel) -> int:
-    return max(model.layouts[UnitKey(layer, 0)].numel for layer in model.spec.moe_layers)

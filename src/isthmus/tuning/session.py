@@ -28,7 +28,9 @@ from isthmus.tuning.data import MicroBatch, keep_documents_apart
 from isthmus.tuning.dense import DenseUnits, dense_bytes
 from isthmus.tuning.engine import Engine, StepCounts
 from isthmus.tuning.gradients import GradientSink
+from isthmus.tuning.grouped import GroupedExperts, should_group
 from isthmus.tuning.host_buffers import HostBuffers
+from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.measure import at_cpu_speed
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
@@ -176,8 +178,7 @@ class Session:
         if accelerator.is_separate and needed_bytes > accelerator.budget_bytes:
             for key in (key for key in self.store.keys if not key.is_expert):
                 model.bind(key, self.store.weight(key))
-            policy, budget_bytes = self.options.policy, accelerator.budget_bytes
-            raise budget_error(model, example, policy, budget_bytes, dense_bytes=needed_bytes)
+            raise budget_error(model, example, self.options.policy, accelerator, dense_bytes=needed_bytes)
         model.move_buffers(accelerator.device)
         self.dense = DenseUnits(model, self.store, accelerator, self.optimizer, self.steps.complete)
         for layer in range(OUTER_LAYER, model.spec.num_layers):
@@ -186,6 +187,9 @@ class Session:
 
     def _resources(self) -> Resources:
         accelerator, model, loader = self.accelerator, self.model, self.placement.loader
+        grouped = None
+        if isinstance(loader, ExpertLoader) and should_group(model, accelerator):
+            grouped = GroupedExperts.of(model, loader)
         return Resources(
             accelerator=accelerator,
             loader=loader,
@@ -197,6 +201,7 @@ class Session:
                 layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers
             },
             keep_activations=not accelerator.is_separate,
+            grouped=grouped,
         )
 
     def use(self, policy: str, *, cpu_speed: float = 1.0) -> None:

@@ -25,6 +25,7 @@ from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.cpu_part import CpuPart
 from isthmus.tuning.cpu_worker import CpuWorker
 from isthmus.tuning.gradients import GradientSink
+from isthmus.tuning.grouped import GroupedExperts
 from isthmus.tuning.host_buffers import HostBuffers
 from isthmus.tuning.parameter_store import ParameterStore
 from isthmus.tuning.protocols import Loader
@@ -45,6 +46,8 @@ class Resources:
     math: dict[int, ExpertMath]
     keep_activations: bool
     """Whether pre-activations are kept from forward for backward (else recomputed)."""
+    grouped: GroupedExperts | None = None
+    """Computes experts that are on the accelerator already, all at once; None: one after the other."""
 
 
 @dataclass(slots=True)
@@ -94,6 +97,8 @@ class WavePass:
         counts = wave.counts_E
         self.on_cpu = [expert for expert in split.on_cpu if counts[expert]]
         self.on_accelerator = [expert for expert in split.on_accelerator if counts[expert]]
+        if resources.grouped is not None:
+            self.on_accelerator = resources.grouped.in_slot_order(wave.layer, self.on_accelerator)
         order = self.on_cpu + self.on_accelerator
         rank = torch.full((len(counts) + 1,), len(order), dtype=torch.int64)
         rank[order] = torch.arange(len(order))
@@ -148,9 +153,23 @@ class ForwardPass(WavePass):
 
             travelling = [self.weights_S[rows], self.inputs_SH[rows]]
             self.cpu.start(travelling, task, kind="expert_forward", num_tokens=self.num_cpu_rows)
-        ready = self.resident()
-        self._on_accelerator(ready)
+        if resources.grouped is not None:
+            ready = self._in_groups(resources.grouped)
+        else:
+            ready = self.resident()
+            self._on_accelerator(ready)
         self._late = self.without(ready)
+
+    def _in_groups(self, grouped: GroupedExperts) -> list[int]:
+        """Computes the experts that have landed; returns them."""
+        layer, done = self.wave.layer, []
+        for run in grouped.runs(layer, self.on_accelerator, self.wave.counts_E):
+            rows = self.rows_of(run.experts)
+            self.resources.accelerator.require_resident(*grouped.weights(layer, run))
+            with self.computing("expert_forward", run.experts):
+                grouped.forward(layer, run, self.inputs_SH[rows], self.weights_S[rows], self.outputs_SH[rows])
+            done += run.experts
+        return done
 
     def _on_accelerator(self, experts: list[int]) -> None:
         if not experts:
@@ -215,10 +234,35 @@ class BackwardPass(WavePass):
 
             travelling = [self.weights_S[rows], self.inputs_SH[rows], self.gradients_SH[rows]]
             self.cpu.start(travelling, task, kind="expert_backward", num_tokens=self.num_cpu_rows)
-        ready = self.resident()
-        for expert in ready:
-            self._on_accelerator(expert)
+        if resources.grouped is not None:
+            ready = self._in_groups(resources.grouped)
+        else:
+            ready = self.resident()
+            for expert in ready:
+                self._on_accelerator(expert)
         self._late = self.without(ready)
+
+    def _in_groups(self, grouped: GroupedExperts) -> list[int]:
+        """Computes the experts that have landed; returns them."""
+        layer, gradients, done = self.wave.layer, self.resources.gradients, []
+        takes_slot = [not gradients.is_open(self.key(expert)) for expert in self.on_accelerator]
+        for run in grouped.runs(layer, self.on_accelerator, self.wave.counts_E, takes_slot=takes_slot):
+            places = [gradients.open(self.key(expert), on_cpu=False) for expert in run.experts]
+            rows = self.rows_of(run.experts)
+            self.resources.accelerator.require_resident(*grouped.weights(layer, run), *(flat for flat, _ in places))
+            with self.computing("expert_backward", run.experts):
+                self.weight_gradients_S[rows] = grouped.backward(
+                    layer,
+                    run,
+                    self.inputs_SH[rows],
+                    self.weights_S[rows],
+                    self.gradients_SH[rows],
+                    [self.math.views(flat) for flat, _ in places],
+                    accumulate=[adds for _, adds in places],
+                    dx_SH=self.input_gradients_SH[rows],
+                )
+            done += run.experts
+        return done
 
     def _on_accelerator(self, expert: int) -> None:
         rows = self.rows[expert]
