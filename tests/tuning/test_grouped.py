@@ -21,6 +21,7 @@ from isthmus.spec.model import UnitKey
 from isthmus.tuning.accelerator.emulated import EmulatedAccelerator
 from isthmus.tuning.grouped import GroupedExperts, scratch_bytes, should_group
 from isthmus.tuning.loader import ExpertLoader
+from isthmus.tuning.random_state import random_state, restore_random_state
 
 NUM_EXPERTS, NUMEL = 8, 4
 
@@ -109,3 +110,19 @@ def test_experts_are_grouped_on_gpus_with_a_kernel_only(make_model: Any, monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert not should_group(model, gpu)
     assert scratch_bytes(model) == 4 * 2 * 48 * 32 * 2
+
+
+def test_a_micro_batch_has_its_own_random_numbers_on_the_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator()  # stands in for the device's
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generator.get_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generator.set_state(state))
+
+    def draw() -> list[float]:
+        return [torch.rand(()).item(), torch.rand((), generator=generator).item()]
+
+    device = torch.device("cuda", 0)
+    before = random_state(device)
+    wanted = draw()
+    draw()
+    restore_random_state(device, before)
+    assert draw() == wanted
