@@ -43,6 +43,8 @@ from isthmus.spec.units import parse_bytes, parse_emulate
 from isthmus.tuning.bench import make_batches, measure, routing_logits
 from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.data import MicroBatch, standard_library_text, train_tokenizer
+from isthmus.tuning.grouped import GroupedExperts
+from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.placement import BudgetError
 from isthmus.tuning.session import Session, SessionOptions
 
@@ -50,6 +52,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXACTNESS_STEPS = 10
 EXACTNESS_TOLERANCE = 1e-5
 EXACTNESS_POLICIES = ("affinity", "paper", "mobius")
+GROUPED_TOLERANCE = 1e-2
+"""Of bf16 losses: grouped GEMMs round their sums elsewhere."""
 TINY_EXPERTS_BYTES = 4 * 24 * 1024
 """Memory for about four experts of the tiny models beyond the least that a policy accepts."""
 
@@ -69,7 +73,8 @@ def check_conformance(plan: Plan, save: Save) -> None:
 
 
 def check_exactness(plan: Plan, save: Save) -> None:
-    """Tiny models in FP32 on the accelerator against plain transformers and AdamW on the CPU."""
+    """Tiny models on the accelerator: in FP32 against plain transformers and AdamW on the CPU, and in bf16 with experts
+    in groups against one after the other."""
     rows: list[dict[str, Any]] = []
     for family in FAMILIES[:2] if plan.is_rehearsal else FAMILIES:
         path = plan.directory / f"tiny-{family}"
@@ -89,14 +94,31 @@ def check_exactness(plan: Plan, save: Save) -> None:
                 worst = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
                 rows.append(row | {"passed": worst <= EXACTNESS_TOLERANCE, "worst_relative_difference": worst})
             save({"passed": all(row["passed"] for row in rows), "tolerance": EXACTNESS_TOLERANCE, "rows": rows})
+        row = {"family": family, "policy": "mobius, bf16 in groups"}
+        try:
+            plain, grouped = (tiny_losses(plan, path, "mobius", steps, in_groups=choice) for choice in (False, True))
+        except Exception as error:
+            rows.append(row | {"passed": False, "error": f"{type(error).__name__}: {error}"})
+        else:
+            worst = max(abs(a - b) / abs(b) for a, b in zip(grouped, plain, strict=True))
+            rows.append(row | {"passed": worst <= GROUPED_TOLERANCE, "worst_relative_difference": worst})
+        save({"passed": all(row["passed"] for row in rows), "tolerance": EXACTNESS_TOLERANCE, "rows": rows})
 
 
-def tiny_losses(plan: Plan, path: Path, policy: str, steps: list[list[MicroBatch]]) -> list[float]:
-    """With a little more than the least memory, so that experts are computed on both sides and evicted."""
-    wanted = replace(session_options(plan), dtype="fp32", policy=policy)
+def tiny_losses(
+    plan: Plan, path: Path, policy: str, steps: list[list[MicroBatch]], *, in_groups: bool | None = None
+) -> list[float]:
+    """With a little more than the least memory, so that experts are computed on both sides and evicted. ``in_groups``:
+    in bf16, resident experts by grouped GEMMs or one after the other; None: in FP32."""
+    wanted = replace(session_options(plan), dtype="fp32" if in_groups is None else "bf16", policy=policy)
     options = with_least_memory(path, steps[0], wanted, more_bytes=TINY_EXPERTS_BYTES)
     with Session(path, options, steps[0], Recorder(enabled=False)) as session:
-        return [session.train_step(step, step=i, learning_rate=1e-3).loss for i, step in enumerate(steps, start=1)]
+        loader = session.placement.loader
+        if in_groups is not None and isinstance(loader, ExpertLoader):
+            session.engine.resources.grouped = GroupedExperts.of(session.model, loader) if in_groups else None
+        # In bf16 and at 1e-3, a tiny router flips choices on rounding alone.
+        rate = 1e-3 if in_groups is None else 3e-4
+        return [session.train_step(step, step=i, learning_rate=rate).loss for i, step in enumerate(steps, start=1)]
 
 
 def session_options(plan: Plan) -> SessionOptions:

@@ -13,9 +13,9 @@ from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from isthmus.models import expert_math
+from isthmus.models import expert_math, expert_math_grouped
 from isthmus.models.expert_math import ExpertMath
-from isthmus.models.expert_math_grouped import GroupedExpertMath
+from isthmus.models.expert_math_grouped import GroupedExpertMath, can_group, gradient_chunk_bytes
 from isthmus.models.routing import combine, gather, sort_by_expert
 from isthmus.spec.model import ExpertSpec, TensorSpec
 
@@ -244,45 +244,74 @@ def test_results_land_in_given_rows_and_inputs_stay() -> None:
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("chunk_experts", [1, 2, 99])
 @pytest.mark.parametrize("kind", KINDS)
-def test_grouped_equals_one_expert_after_another(kind: str) -> None:
+def test_grouped_equals_one_expert_after_another(
+    kind: str, chunk_experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case(kind)
+    largest = max(tensor.numel for tensor in case.spec.tensors) * 4
+    monkeypatch.setattr(expert_math_grouped, "GRADIENT_CHUNK_BYTES", chunk_experts * largest)
     grouped, routing = GroupedExpertMath(case.spec, case.module), sort_by_expert(case.index_Tk, NUM_EXPERTS)
-    slots, gradient_buffer = torch.stack(case.flats), torch.full((NUM_EXPERTS, case.spec.numel), 0.5)
-    accumulate = [expert % 2 == 0 for expert in range(NUM_EXPERTS)]
-    gradient_buffer[1::2] = math.nan
-    offsets = torch.tensor(routing.counts_E).cumsum(0).to(torch.int32)
+    # A slot without rows lies between the others; neither it nor the end of any slot may be read.
+    slots = torch.full((NUM_EXPERTS, case.spec.numel + 8), math.nan)
+    used = [expert for expert in range(NUM_EXPERTS) if routing.counts_E[expert]]
+    assert used[-1] > EMPTY_EXPERT and EMPTY_EXPERT not in used
+    for expert in used:
+        slots[expert, : case.spec.numel] = case.flats[expert]
+    adds = [expert % 2 == 0 for expert in used]
+    flats = [torch.full((case.spec.numel,), 0.5 if is_sum else math.nan) for is_sum in adds]
+    gradients = [ExpertMath(case.spec, case.module).views(flat) for flat in flats]
     x_SH, s_S, g_SH = gather(case.x_TH, routing), case.s_Tk.reshape(-1)[routing.order_S], gather(case.g_TH, routing)
-    views, gradient_views = grouped.views(slots), grouped.views(gradient_buffer)
-    out_SH, saved = grouped.forward_grouped(views, offsets, x_SH, s_S, save=kind != "relu")
-    dx_SH, ds_S = grouped.backward_grouped(
-        views, offsets, x_SH, s_S, g_SH, saved, gradient_views, accumulate=accumulate
-    )
+    rows = grouped.views(slots[:, : case.spec.numel]), routing.counts_E, x_SH, s_S
+    out_SH, dx_SH = torch.empty_like(x_SH), torch.empty_like(x_SH)
+    grouped.forward_grouped(*rows, out_SH)
+    ds_S = grouped.backward_grouped(*rows, g_SH, gradients, accumulate=adds, dx_SH=dx_SH)
     assert_near(combine(out_SH, routing, NUM_TOKENS, TOP_K), case.out, 1e-5)
     assert_near(combine(dx_SH, routing, NUM_TOKENS, TOP_K), case.dx, 1e-5)
     assert_near(ds_S, case.ds.reshape(-1)[routing.order_S], 1e-5)
-    for got, wanted, adds in zip(gradient_buffer, case.dflats, accumulate, strict=True):
-        assert_near(got - 0.5 if adds else got, wanted, 1e-5)
+    for expert, got, is_sum in zip(used, flats, adds, strict=True):
+        assert_near(got - 0.5 if is_sum else got, case.dflats[expert], 1e-5)
 
 
-def test_grouped_gradient_of_an_empty_slot_is_zero_whatever_the_gemm_leaves_there(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("change", "dtype", "capability", "wanted"),
+    [
+        (dict(), torch.bfloat16, (9, 0), True),
+        (dict(), torch.bfloat16, (10, 0), True),
+        (dict(), torch.bfloat16, (8, 0), False),
+        (dict(), torch.bfloat16, (12, 0), False),
+        (dict(), torch.float32, (9, 0), False),
+        (dict(), torch.float32, None, True),
+        (dict(hidden_size=20), torch.bfloat16, (9, 0), False),
+        (dict(hidden_size=20), torch.bfloat16, None, False),
+        (dict(hidden_size=20), torch.float32, None, True),
+        (dict(intermediate_size=28), torch.bfloat16, (9, 0), False),
+        (dict(slot_numel=2004), torch.bfloat16, (9, 0), False),
+        (dict(slot_numel=2004), torch.bfloat16, None, True),
+        (dict(up_numel=772), torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_experts_are_grouped_only_where_a_kernel_takes_them(
+    change: dict[str, int], dtype: torch.dtype, capability: tuple[int, int] | None, wanted: bool
 ) -> None:
-    def poisoned(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
-        result = grouped_mm(left, right, offs=offs)
-        if result.dim() == 3:
-            result[offs == torch.cat([offs.new_zeros(1), offs[:-1]])] = math.nan
-        return result
+    change = dict(hidden_size=16, intermediate_size=24, slot_numel=2000, up_numel=768) | change
+    slot_numel, up_numel = change.pop("slot_numel"), change.pop("up_numel")
+    tensors = (TensorSpec(name="gate_up_proj", shape=(up_numel,)), TensorSpec(name="down_proj", shape=(384,)))
+    spec = replace(make_spec("silu_glu", make_module("silu_glu")), tensors=tensors, **change)
+    assert can_group(spec, dtype, slot_numel=slot_numel, cuda_capability=capability) == wanted
 
-    grouped_mm = F.grouped_mm
-    monkeypatch.setattr(F, "grouped_mm", poisoned)
-    case = make_case("silu_glu")
-    grouped = GroupedExpertMath(case.spec)
-    x, offsets = torch.randn(9, HIDDEN), torch.tensor([4, 4, 9], dtype=torch.int32)
-    views, gradients = grouped.views(torch.stack(case.flats[:3])), torch.zeros(3, case.spec.numel)
-    adds = [False, True, True]
-    grouped.backward_grouped(views, offsets, x, torch.rand(9), x, None, grouped.views(gradients), accumulate=adds)
-    assert not gradients[1].any() and gradients[0].any() and gradients[2].any()
+
+def test_gradients_under_way_are_bounded_by_a_chunk_but_one_tensor_always_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec("silu_glu", make_module("silu_glu"))
+    largest_bytes = 2 * HIDDEN * INTERMEDIATE * 2
+    for chunk_bytes, wanted in (
+        (1, largest_bytes),
+        (3 * largest_bytes, 3 * largest_bytes),
+        (1 << 30, 6 * largest_bytes),
+    ):
+        monkeypatch.setattr(expert_math_grouped, "GRADIENT_CHUNK_BYTES", chunk_bytes)
+        assert gradient_chunk_bytes(spec, torch.bfloat16) == wanted
 
 
 @pytest.mark.parametrize(

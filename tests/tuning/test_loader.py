@@ -163,7 +163,7 @@ def land_once(b: Bench, is_waiting: Callable[[], bool]) -> Iterator[None]:
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["queue", "clear", "acquire", "release", "take", "give", "change", "use"]),
+        st.sampled_from(["queue", "clear", "acquire", "run", "release", "take", "give", "change", "use"]),
         st.integers(0, 10_000),
     ),
     max_size=60,
@@ -221,6 +221,8 @@ class Held:
         elif action == "acquire":
             self.asked.add(key)
             self._acquire(key)
+        elif action == "run":
+            self._acquire_run(choice.sample(KEYS, choice.randrange(6)), choice.randrange(1, 5))
         elif action == "release" and self.pins:
             b.loader.release(self.pins.pop(choice.randrange(len(self.pins)))[0])
         elif action == "take":
@@ -245,6 +247,13 @@ class Held:
             return
         self.pins.append((key, self.b.loader.acquire(key)))
 
+    def _acquire_run(self, keys: list[UnitKey], most_slots: int) -> None:
+        loader = self.b.loader
+        numbers = loader.acquire_run(keys, most_slots=most_slots)
+        assert numbers == sorted(set(numbers)) and (not numbers or numbers[-1] - numbers[0] < most_slots)
+        assert numbers == loader.landed_slots(keys)[: len(numbers)]
+        self.pins += [(key, loader.buffer[number]) for key, number in zip(keys, numbers, strict=False)]
+
     def _take(self, mark: float) -> None:
         if self.num_held() == self.num_slots:
             with pytest.raises(NoSlotError, match="wanted one more for a gradient"):
@@ -264,6 +273,7 @@ class Held:
         for mark, slot in self.lent:
             assert (slot == mark).all()
         loader = self.b.loader
+        assert loader.num_unheld == self.num_slots - self.num_held()
         assert len(loader.resident_keys()) + len(self.lent) <= self.num_slots
 
 
@@ -493,6 +503,25 @@ def test_a_slot_is_taken_ahead_of_loads_that_are_still_queued() -> None:
         with land_once(b, lambda: b.loader._is_slot_awaited):
             b.loader.take_slot()
         assert len(b.accelerator.launched) == 1
+
+
+def test_a_run_ends_where_slots_do_not_ascend_or_an_expert_is_not_there() -> None:
+    with bench(num_slots=4) as b:
+        for key in KEYS[:4]:
+            b.loader.acquire(key)
+        b.loader.release(*KEYS[:4])
+        assert b.loader.landed_slots(KEYS[:5]) == [0, 1, 2, 3, None]
+        for wanted, keys, most_slots in (
+            ([0, 1, 3], [KEYS[0], KEYS[1], KEYS[3], KEYS[4]], 4),
+            ([1, 2], [KEYS[1], KEYS[2], KEYS[0]], 4),
+            ([0, 1, 2], KEYS[:4], 3),
+            ([], [KEYS[4], KEYS[0]], 4),
+            ([], [], 4),
+        ):
+            assert b.loader.acquire_run(keys, most_slots=most_slots) == wanted
+            assert b.loader.num_unheld == 4 - len(wanted)
+            b.loader.release(*keys[: len(wanted)])
+        assert b.accelerator.launched == [name(key) for key in KEYS[:4]]
 
 
 def test_misuse_of_slots_and_pins_is_refused() -> None:

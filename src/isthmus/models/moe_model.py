@@ -86,6 +86,11 @@ class MoeModel:
         model._warn_of_expert_dropout()
         return model
 
+    @property
+    def slot_numel(self) -> int:
+        """Parameters of the largest routed expert."""
+        return max(self.layouts[UnitKey(layer, 0)].numel for layer in self.spec.moe_layers)
+
     def bind(self, key: UnitKey, flat: torch.Tensor) -> None:
         """Makes the parameters of dense unit ``key`` views of ``flat`` (one-dimensional, the layout's numel and
         dtype, any device).

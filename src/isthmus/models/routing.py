@@ -30,35 +30,49 @@ class Routing:
     """Pairs of each expert; they add up to S."""
 
 
-def sort_by_expert(top_k_index_Tk: Tensor, num_experts: int) -> Routing:
+def count_by_expert(top_k_index_Tk: Tensor, num_experts: int) -> list[int]:
+    """Pairs of each expert. Blocks, once, until the indices are known on the host. Raises ``ValueError`` as
+    ``sort_by_expert`` does, on CPUs."""
+    index = top_k_index_Tk.reshape(-1)
+    if not index.is_cuda:
+        counts = torch.bincount(index, minlength=num_experts + 1).tolist()
+        if len(counts) > num_experts + 1:
+            raise ValueError(
+                f"top_k_index_Tk: got expert {len(counts) - 1}, wanted 0 to {num_experts - 1}, "
+                f"or {num_experts} for no expert"
+            )
+    else:
+        # bincount looks for the least and the largest index first, and waits for each of them.
+        counts = index.new_zeros(num_experts + 1).scatter_add_(0, index, torch.ones_like(index)).tolist()
+    return counts[:num_experts]
+
+
+def sort_by_expert(top_k_index_Tk: Tensor, num_experts: int, counts_E: list[int] | None = None) -> Routing:
     """Sorts the routed pairs by expert, stably. ``top_k_index_Tk``: integers 0 … ``num_experts``.
 
-    An index equal to ``num_experts`` means "no expert": the pair is dropped. Blocks until the indices are known on the
-    host. Raises ``ValueError`` for other indices.
+    An index equal to ``num_experts`` means "no expert": the pair is dropped. ``counts_E``: the pairs of each expert
+    where they are known already; nothing blocks then, and the indices must be right. Otherwise blocks until the indices
+    are known on the host, and raises ``ValueError`` for other indices.
     """
     num_tokens, top_k = top_k_index_Tk.shape
     index = top_k_index_Tk.reshape(-1)
-    sorted_index, order = torch.sort(index, stable=True)
-    counts = torch.bincount(sorted_index, minlength=num_experts + 1).tolist()
-    if len(counts) > num_experts + 1:
-        raise ValueError(
-            f"top_k_index_Tk: got expert {len(counts) - 1}, wanted 0 to {num_experts - 1}, "
-            f"or {num_experts} for no expert"
-        )
-    num_rows = len(order) - counts[-1]
+    counts_E = count_by_expert(top_k_index_Tk, num_experts) if counts_E is None else counts_E
+    order = torch.sort(index, stable=True).indices
+    num_rows = sum(counts_E)
     order_S = order[:num_rows]
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
+    rows = torch.arange(num_rows, device=order.device)
     if num_rows == len(order):
-        row_S = inverse
+        row_S = torch.empty_like(order).scatter_(0, order, rows)
         bag_T = torch.arange(0, num_rows, top_k, device=order.device) if top_k else order.new_zeros(num_tokens)
     else:
         is_kept = index != num_experts
-        row_S = inverse[is_kept]
+        # inverse[is_kept], but a mask as an index would wait for the number of its ones.
+        place_among_kept = is_kept.cumsum(dim=0) - 1
+        row_S = torch.empty_like(order_S).scatter_(0, place_among_kept[order_S], rows)
         kept_T = is_kept.view(num_tokens, top_k).sum(dim=1)
         bag_T = kept_T.cumsum(dim=0) - kept_T
     token_S = order_S.div(top_k, rounding_mode="floor") if top_k else order_S
-    return Routing(order_S=order_S, token_S=token_S, row_S=row_S, bag_T=bag_T, counts_E=counts[:num_experts])
+    return Routing(order_S=order_S, token_S=token_S, row_S=row_S, bag_T=bag_T, counts_E=counts_E)
 
 
 def gather(rows_TH: Tensor, routing: Routing) -> Tensor:

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel, on_device
 from isthmus.spec.model import OUTER_LAYER, UnitKey
+from isthmus.tuning.backward_pass import BackwardPass
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
+from isthmus.tuning.forward_pass import ForwardPass
 from isthmus.tuning.protocols import Policy
+from isthmus.tuning.random_state import random_state, restore_random_state
 from isthmus.tuning.step_optimizer import StepOptimizer, backward_priority, forward_priority
 from isthmus.tuning.tape import ExpertsCall, Tape
-from isthmus.tuning.wave import BackwardPass, ForwardPass, Resources, Wave
+from isthmus.tuning.wave import Resources, Wave
 
 
 @dataclass(slots=True)
@@ -36,7 +39,7 @@ class Run:
     tape: Tape
     seed: int
     greenlet: greenlet.greenlet | None = None
-    random_state: Tensor | None = None
+    random_state: list[Tensor] | None = None
     layer: int = OUTER_LAYER
 
 
@@ -138,13 +141,13 @@ class Engine:
             argument: object = run
         else:
             assert run.random_state is not None
-            torch.set_rng_state(run.random_state)
+            restore_random_state(self.resources.accelerator.device, run.random_state)
             argument = output
         with self.resources.accelerator.compute(
             f"dense L{run.layer + 1}", kind="dense", num_tokens=run.batch.num_tokens
         ):
             call = run.greenlet.switch(argument)
-        run.random_state = torch.get_rng_state()
+        run.random_state = random_state(self.resources.accelerator.device)
         self._run = None
         return call
 

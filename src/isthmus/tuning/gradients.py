@@ -52,6 +52,10 @@ class GradientSink:
             self._slots[key] = self.loader.take_slot()
         return self._slots[key][: self.optimizer.store.numel(key)], adds
 
+    def is_open(self, key: UnitKey) -> bool:
+        """Whether a part of the expert's gradient lies on the accelerator: ``open`` takes no further slot then."""
+        return key in self._slots
+
     def close(self, key: UnitKey) -> None:
         """A wave's part has been added. After the last one, what lies on the accelerator leaves for the store. Does not
         block."""

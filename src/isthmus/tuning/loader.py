@@ -13,26 +13,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from isthmus.spec.model import UnitKey
 from isthmus.tuning.accelerator.base import Accelerator, Event
-from isthmus.tuning.loading import HostLoader, LoaderStats, NoSlotError, NotLoadableError, Phase, Source
+from isthmus.tuning.loading import Flights, HostLoader, LoaderStats, NoSlotError, NotLoadableError, Phase, Source
 from isthmus.tuning.slots import Slot, SlotTable
 
 __all__ = ["ExpertLoader", "HostLoader", "LoaderStats", "NoSlotError", "NotLoadableError", "Phase"]
-
-_FORGETTING = 0.9
-"""Weight of all earlier copies against the latest in the estimate of the link's rate."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    num_bytes: int
-    launched_s: float
 
 
 class ExpertLoader:
@@ -70,12 +61,12 @@ class ExpertLoader:
         self._accelerator = accelerator
         self._source = source
         self._next_use = next_use
-        self._buffer = accelerator.allocate((num_slots, slot_numel), dtype)
-        self._table = SlotTable(self._buffer, next_use)
+        self.buffer = accelerator.allocate((num_slots, slot_numel), dtype)
+        """(num_slots, slot_numel): to be read where the caller has acquired what is in a slot, and nowhere else."""
+        self._table = SlotTable(self.buffer, next_use)
         self._changed = threading.Condition()
         self._queues: dict[Phase, OrderedDict[UnitKey, None]] = {phase: OrderedDict() for phase in Phase}
-        self._flights: dict[Slot, _Flight] = {}
-        """In the order of their launch."""
+        self._flights = Flights()
         self._demanded: UnitKey | None = None
         """What the computing thread blocks on in ``acquire``."""
         self._is_slot_awaited = False
@@ -83,8 +74,6 @@ class ExpertLoader:
         self._error: BaseException | None = None  # raised when something is next acquired or taken
         self._stats = LoaderStats()
         self._idle_since_s: float | None = None
-        self._last_landing_s = 0.0
-        self._seconds, self._bytes = 0.0, 0.0
 
     # --- queues ----------------------------------------------------------------------------------------------------
 
@@ -116,9 +105,13 @@ class ExpertLoader:
 
     def is_resident(self, key: UnitKey) -> bool:
         """Whether the expert's current weights are on the accelerator, whole."""
+        return self.landed_slots([key]) != [None]
+
+    def landed_slots(self, keys: Sequence[UnitKey]) -> list[int | None]:
+        """The number of the slot in which each expert's current weights are; None: they are not there, or not whole."""
         with self._changed:
-            slot = self._table.of(key)
-            return slot is not None and slot.loading is None
+            slots = [self._table.of(key) for key in keys]
+            return [slot.number if slot is not None and slot.loading is None else None for slot in slots]
 
     def is_in_flight(self, key: UnitKey) -> bool:
         with self._changed:
@@ -136,12 +129,13 @@ class ExpertLoader:
     def estimated_wait_s(self, key: UnitKey) -> float:
         """Seconds until an expert in flight lands, at the rate of the latest loads; 0 if it is not in flight."""
         with self._changed:
-            slot = self._table.of(key)
-            if slot is None or slot not in self._flights or not self._bytes:
-                return 0.0
-            in_order = list(self._flights)
-            ahead = sum(self._flights[other].num_bytes for other in in_order[: in_order.index(slot) + 1])
-            return ahead * self._seconds / self._bytes
+            return self._flights.wait_s(self._table.of(key))
+
+    @property
+    def num_unheld(self) -> int:
+        """Slots that the computing thread could still get, by and by, with what it holds at present."""
+        with self._changed:
+            return self._table.num_unheld
 
     @property
     def stats(self) -> LoaderStats:
@@ -169,29 +163,39 @@ class ExpertLoader:
                     self._wait(f"load L{key.layer} E{key.expert}")
             finally:
                 self._demanded = None
-            slot.num_pins += 1
-            self._table.changed(slot)
+            self._table.pin(slot)
             loading = slot.loading
         if loading is not None:
             try:
                 self._accelerator.wait_for(loading)
             except BaseException as error:
                 with self._changed:
-                    slot.num_pins -= 1
+                    self._table.unpin(slot)
                     self._fail(slot, error)
                 raise
         return slot.memory[: slot.numel]
 
-    def release(self, key: UnitKey) -> None:
-        """Undoes one ``acquire``. The slot is not overwritten before the compute issued so far has ended."""
+    def acquire_run(self, keys: Sequence[UnitKey], *, most_slots: int) -> list[int]:
+        """Acquires the first of ``keys``, as many as are there, whole, in slots of ascending numbers, the last fewer
+        than ``most_slots`` from the first. Returns these numbers; none where the first is not there. Never blocks."""
         with self._changed:
-            slot = self._table.of(key)
-            if slot is None or not slot.num_pins:
-                raise ValueError(f"key: got {key}, which is not acquired; wanted one release per acquire.")
-            slot.num_pins -= 1
-            if not slot.num_pins:
-                slot.busy_until = self._accelerator.record()
-                self._table.used(slot)
+            self._check_open()
+            run = self._table.landed_run(keys, most_slots=most_slots)
+            for slot in run:
+                self._table.pin(slot)
+            return [slot.number for slot in run]
+
+    def release(self, *keys: UnitKey) -> None:
+        """Undoes one ``acquire`` of each. The slots are not overwritten before the compute issued so far has ended."""
+        with self._changed:
+            event = self._accelerator.record()
+            for key in keys:
+                slot = self._table.of(key)
+                if slot is None or not slot.num_pins:
+                    raise ValueError(f"key: got {key}, which is not acquired; wanted one release per acquire.")
+                self._table.unpin(slot)
+                if not slot.num_pins:
+                    self._table.used(slot, busy_until=event)
             self._refill()
 
     def take_slot(self) -> Tensor:
@@ -252,7 +256,7 @@ class ExpertLoader:
                 queue.clear()
             while self._flights:
                 self._changed.wait()
-        self._accelerator.free(self._buffer)
+        self._accelerator.free(self.buffer)
 
     # --- under the lock --------------------------------------------------------------------------------------------
 
@@ -275,7 +279,7 @@ class ExpertLoader:
             raise RuntimeError("the loader is closed")
 
     def _check_slots(self, purpose: str) -> None:
-        if self._table.are_all_held:
+        if not self._table.num_unheld:
             raise NoSlotError(
                 f"num_slots: got {self.num_slots}, all of them acquired or taken by the caller, wanted one more "
                 f"{purpose}: release or give back some first, or raise --accelerator-memory."
@@ -365,23 +369,18 @@ class ExpertLoader:
         )
         # on_done may be on its way already: it waits for the lock that we hold.
         self._table.occupy(slot, key, numel, event, is_urgent=phase is Phase.EXPERT)
-        self._flights[slot] = _Flight(numel * weights.element_size(), time.perf_counter())
+        self._flights.launched(slot, numel * weights.element_size())
 
     def _landed(self, slot: Slot) -> None:
         """A copy has ended. Called from a copy engine's thread."""
         with self._changed:
-            flight = self._flights.pop(slot)
+            num_bytes = self._flights.landed(slot)
             loading, slot.loading = slot.loading, None
-            now_s = time.perf_counter()
-            elapsed_s = now_s - max(flight.launched_s, self._last_landing_s)
-            self._last_landing_s = now_s
-            self._seconds = _FORGETTING * self._seconds + elapsed_s
-            self._bytes = _FORGETTING * self._bytes + flight.num_bytes
             try:
                 assert loading is not None
                 loading.wait()
                 is_stale = slot.key is None
-                self._count(loaded_bytes=flight.num_bytes, num_loads=1, num_stale_loads=is_stale)
+                self._count(loaded_bytes=num_bytes, num_loads=1, num_stale_loads=is_stale)
                 if is_stale:
                     self._table.forget(slot)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from isthmus.spec.model import UnitKey
 from isthmus.tuning.accelerator.base import Event
+from isthmus.tuning.slots import Slot
+
+_FORGETTING = 0.9
+"""Weight of all earlier copies against the latest in the estimate of the link's rate."""
 
 Source = Callable[[UnitKey], Tensor | None]
 """The flat host weights of an expert, (numel,); None: there are none to load at present."""
@@ -54,6 +59,45 @@ class LoaderStats:
     """Time in which nothing was in flight although a queue held something: no slot was to be had."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    num_bytes: int
+    launched_s: float
+
+
+class Flights:
+    """The copies under way into slots, in the order of their launch, and how fast they land. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._flights: dict[Slot, _Flight] = {}
+        self._last_landing_s = 0.0
+        self._seconds, self._bytes = 0.0, 0.0
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def launched(self, slot: Slot, num_bytes: int) -> None:
+        self._flights[slot] = _Flight(num_bytes, time.perf_counter())
+
+    def landed(self, slot: Slot) -> int:
+        """Returns the bytes that have landed."""
+        flight = self._flights.pop(slot)
+        now_s = time.perf_counter()
+        elapsed_s = now_s - max(flight.launched_s, self._last_landing_s)
+        self._last_landing_s = now_s
+        self._seconds = _FORGETTING * self._seconds + elapsed_s
+        self._bytes = _FORGETTING * self._bytes + flight.num_bytes
+        return flight.num_bytes
+
+    def wait_s(self, slot: Slot | None) -> float:
+        """Seconds until the slot's copy lands, at the rate of the latest ones; 0 where none is under way."""
+        if slot is None or slot not in self._flights or not self._bytes:
+            return 0.0
+        in_order = list(self._flights)
+        ahead = sum(self._flights[other].num_bytes for other in in_order[: in_order.index(slot) + 1])
+        return ahead * self._seconds / self._bytes
+
+
 class HostLoader:
     """Stands in for ``ExpertLoader`` where there is no separate memory: every expert is always where it is computed."""
 
@@ -83,7 +127,7 @@ class HostLoader:
             raise NotLoadableError(f"key: {key} has no weights at present, wanted one that the source knows.")
         return weights
 
-    def release(self, key: UnitKey) -> None:
+    def release(self, *keys: UnitKey) -> None:
         """Nothing was pinned."""
 
     def invalidate(self, keys: Sequence[UnitKey] | None = None) -> None:

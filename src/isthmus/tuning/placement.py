@@ -16,12 +16,12 @@ from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits, dense_bytes
+from isthmus.tuning.grouped import scratch_bytes, should_group
 from isthmus.tuning.loader import ExpertLoader, HostLoader
 from isthmus.tuning.measure import at_cpu_speed, measure_profile
 from isthmus.tuning.parameter_store import ParameterStore
@@ -67,13 +67,13 @@ def place_dense(
     spec, activation_bytes = model.spec, None
     if not accelerator.is_separate:
         return make(spec.num_layers), 0
-    slots_bytes = least_slots(model, policy) * _slot_numel(model) * torch_dtype(model.dtype).itemsize
+    slots_bytes = least_slots(model, policy) * model.slot_numel * torch_dtype(model.dtype).itemsize
     for num_buffers in sorted({spec.num_layers, num_dense_buffers(spec)}, reverse=True):
         needed_bytes = dense_bytes(store, num_buffers) + slots_bytes
         if needed_bytes > accelerator.budget_bytes:
             continue
         dense = make(num_buffers)
-        activation_bytes = activations(model, example)
+        activation_bytes = activations(model, example, accelerator)
         if needed_bytes + activation_bytes <= accelerator.budget_bytes:
             return dense, activation_bytes
         dense.free()
@@ -82,7 +82,7 @@ def place_dense(
         model.move_buffers(torch.device("cpu"))
         for key in (key for key in store.keys if not key.is_expert):
             model.bind(key, store.weight(key))
-        activation_bytes = activations(model, example)
+        activation_bytes = activations(model, example, accelerator)
     raise _budget_error(model, policy, accelerator.budget_bytes, activation_bytes, store)
 
 
@@ -152,7 +152,7 @@ def _make_loader(
     return ExpertLoader(
         accelerator,
         num_slots=plan.num_slots,
-        slot_numel=_slot_numel(model),
+        slot_numel=model.slot_numel,
         dtype=torch_dtype(model.dtype),
         source=store.weight,
         window=plan.copy_window,
@@ -187,7 +187,7 @@ def fit(
 ) -> Plan:
     """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
     expert."""
-    slot_bytes = _slot_numel(model) * torch_dtype(model.dtype).itemsize
+    slot_bytes = model.slot_numel * torch_dtype(model.dtype).itemsize
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
     experts = [layer.num_experts for layer in model.spec.layers if layer is not None]
     num_slots = min(free_bytes // slot_bytes, sum(experts) + max(experts))
@@ -219,7 +219,7 @@ def _budget_error(
     model: MoeModel, policy: str, budget_bytes: int, activation_bytes: int, store: ParameterStore
 ) -> BudgetError:
     """The error that says what the least budget is and what it is made of."""
-    slot_bytes, num_slots = _slot_numel(model) * torch_dtype(model.dtype).itemsize, least_slots(model, policy)
+    slot_bytes, num_slots = model.slot_numel * torch_dtype(model.dtype).itemsize, least_slots(model, policy)
     num_layers, num_buffers = model.spec.num_layers, num_dense_buffers(model.spec)
     least_bytes = dense_bytes(store, num_buffers)
     minimum = least_bytes + activation_bytes + num_slots * slot_bytes
@@ -234,16 +234,17 @@ def _budget_error(
     )
 
 
-def activations(model: MoeModel, example: list[MicroBatch]) -> int:
-    """Accelerator bytes of one step's activations: what the dense part saves, the experts' inputs and results, and the
-    rows of weight gradients that one layer leaves to the next."""
+def activations(model: MoeModel, example: list[MicroBatch], accelerator: Accelerator) -> int:
+    """Accelerator bytes of one step's activations: what the dense part saves, the experts' inputs, results and
+    intermediate values, and the rows of weight gradients that one layer leaves to the next."""
     spec, item = model.spec, torch_dtype(model.dtype).itemsize
     saved = max(measure_saved_bytes(model, batch.inputs) for batch in example) * len(example)
     num_tokens = sum(batch.num_tokens for batch in example)
     experts = [layer for layer in spec.layers if layer is not None]
     kept = sum(num_tokens * layer.hidden_size * item for layer in experts)
     widest = max(layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in experts)
-    return saved + kept + num_tokens * widest * item
+    scratch = scratch_bytes(model) if should_group(model, accelerator) else 0
+    return saved + kept + num_tokens * widest * item + scratch
 
 
 def make_predictor(model: MoeModel, store: ParameterStore, accelerator: Accelerator) -> PopularityPredictor:
@@ -256,7 +257,3 @@ def make_predictor(model: MoeModel, store: ParameterStore, accelerator: Accelera
         weights = [parameter for parameter in model.routers[layer].parameters() if parameter.dim() == 2]
         routers[layer] = (tensors[names[weights[0]]], model.moe_parts[layer].spec.top_k)
     return PopularityPredictor(routers, device=accelerator.device)
-
-
-def _slot_numel(model: MoeModel) -> int:
-    return max(model.layouts[UnitKey(layer, 0)].numel for layer in model.spec.moe_layers)

@@ -6,10 +6,13 @@ Legend: ``T`` tokens, ``H`` hidden size, ``E`` experts, ``k`` choices per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from isthmus.models.routing import count_by_expert
 
 
 @dataclass(slots=True)
@@ -49,7 +52,7 @@ class PopularityPredictor:
         }
         self._top_k = {layer: k for layer, (_, k) in routers.items()}
         self._learning_rate = learning_rate
-        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._seen: dict[int, list[tuple[Tensor, Tensor, list[int]]]] = {}
         self.quality = PredictorQuality()
 
     @torch.no_grad()
@@ -57,8 +60,9 @@ class PopularityPredictor:
         """Predicted tokens per expert of ``layer``, from the hidden states that the previous MoE layer's router saw."""
         inputs_TH = _inputs(previous_hidden_TH)
         choice_Tk = (inputs_TH @ self._weights[layer].T).topk(self._top_k[layer], dim=-1).indices
-        self._seen.setdefault(layer, []).append((inputs_TH, choice_Tk))
-        return torch.bincount(choice_Tk.reshape(-1), minlength=self._weights[layer].shape[0]).tolist()
+        counts_E = count_by_expert(choice_Tk, self._weights[layer].shape[0])
+        self._seen.setdefault(layer, []).append((inputs_TH, choice_Tk, counts_E))
+        return list(counts_E)
 
     @torch.no_grad()
     def learn(self, layer: int, index_Tk: Tensor) -> None:
@@ -67,23 +71,25 @@ class PopularityPredictor:
         seen = self._seen.get(layer)
         if not seen:
             return
-        inputs_TH, choice_Tk = seen.pop(0)
+        inputs_TH, choice_Tk, predicted_E = seen.pop(0)
         weight_EH = self._weights[layer]
         num_experts = weight_EH.shape[0]
         real_TE = torch.zeros(len(inputs_TH), num_experts + 1, device=weight_EH.device)
         real_TE = real_TE.scatter_(1, index_Tk, 1.0)[:, :num_experts]
-        quality = self.quality
-        quality.right_choices += int(real_TE.gather(1, choice_Tk).sum())
-        quality.choices += int(real_TE.sum())
-        quarter = max(1, num_experts // 4)
-        predicted_E = torch.bincount(choice_Tk.reshape(-1), minlength=num_experts)
-        least = set(real_TE.sum(0).argsort(stable=True)[:quarter].tolist())
-        quality.right_quarter += len(least & set(predicted_E.argsort(stable=True)[:quarter].tolist()))
-        quality.quarter += quarter
+        # All that the host wants to know in one transfer: each would wait for the device.
+        *real_E, right = torch.cat([real_TE.sum(0), real_TE.gather(1, choice_Tk).sum().view(1)]).tolist()
+        self._score(predicted_E, real_E, int(right))
         target_TE = real_TE / real_TE.sum(1, keepdim=True).clamp_min(1.0)
         error_TE = torch.softmax(inputs_TH @ weight_EH.T, dim=-1) - target_TE
         step = self._learning_rate / inputs_TH.shape[1] * num_experts / len(inputs_TH)
         weight_EH -= step * (error_TE.T @ inputs_TH)
+
+    def _score(self, predicted_E: list[int], real_E: list[float], num_right: int) -> None:
+        quality, quarter = self.quality, max(1, len(real_E) // 4)
+        quality.right_choices += num_right
+        quality.choices += int(sum(real_E))
+        quality.right_quarter += len(_least(predicted_E, quarter) & _least(real_E, quarter))
+        quality.quarter += quarter
 
     def state_dict(self) -> dict[str, Tensor]:
         return {str(layer): weight for layer, weight in self._weights.items()}
@@ -91,6 +97,11 @@ class PopularityPredictor:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for layer, weight in state.items():
             self._weights[int(layer)].copy_(weight)
+
+
+def _least(counts_E: Sequence[float], num: int) -> set[int]:
+    """The ``num`` least popular experts, of equals those of lower number."""
+    return set(sorted(range(len(counts_E)), key=counts_E.__getitem__)[:num])
 
 
 def _inputs(hidden_TH: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ def profile(
         for key, layout in blocks.layouts.items():
             if not key.is_expert:
                 blocks.bind(key, device.allocate((layout.numel,), torch_dtype(layout.dtype)).normal_(std=0.02))
+        blocks.move_buffers(device.device)
         measured = measure_profile(
             blocks,
             device,

@@ -29,7 +29,9 @@ from isthmus.tuning.deferred import DeferredWork
 from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.engine import Engine, StepCounts
 from isthmus.tuning.gradients import GradientSink
+from isthmus.tuning.grouped import GroupedExperts, should_group
 from isthmus.tuning.host_buffers import HostBuffers
+from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.measure import at_cpu_speed
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
@@ -186,6 +188,9 @@ class Session:
 
     def _resources(self) -> Resources:
         accelerator, model, loader = self.accelerator, self.model, self.placement.loader
+        grouped = None
+        if isinstance(loader, ExpertLoader) and should_group(model, accelerator):
+            grouped = GroupedExperts.of(model, loader)
         return Resources(
             accelerator=accelerator,
             loader=loader,
@@ -198,6 +203,7 @@ class Session:
             },
             deferred=DeferredWork(),
             keep_activations=not accelerator.is_separate,
+            grouped=grouped,
         )
 
     def use(self, policy: str, *, cpu_speed: float = 1.0) -> None:

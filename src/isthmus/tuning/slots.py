@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,8 @@ class SlotTable:
         self._next_use = next_use
         self._known_uses = np.full(len(self._slots), _NOT_A_VICTIM)
         self._hand = 0
+        self.num_unheld = len(self._slots)
+        """Slots that the computing thread does not hold."""
         self._urgent: set[int] = set()
         """Slots whose expert the present layer asked for and has not used yet."""
 
@@ -81,9 +83,18 @@ class SlotTable:
         """Keys that are resident or on their way."""
         return list(self._by_key)
 
-    @property
-    def are_all_held(self) -> bool:
-        return all(slot.is_held for slot in self._slots)
+    def landed_run(self, keys: Sequence[UnitKey], *, most_slots: int) -> list[Slot]:
+        """The slots of the first of ``keys``, as many as are there, whole, in slots of ascending numbers of which the
+        last is fewer than ``most_slots`` from the first."""
+        run: list[Slot] = []
+        for key in keys:
+            slot = self._by_key.get(key)
+            if slot is None or slot.loading is not None:
+                break
+            if run and not run[-1].number < slot.number < run[0].number + most_slots:
+                break
+            run.append(slot)
+        return run
 
     def free_slot(self, *, is_drained: bool) -> Slot | None:
         """The slot that has been free the longest; ``is_drained``: only one that can be overwritten at once."""
@@ -98,9 +109,19 @@ class SlotTable:
         if is_urgent:
             self._urgent.add(slot.number)
 
-    def used(self, slot: Slot) -> None:
+    def pin(self, slot: Slot) -> None:
+        """The computing thread has acquired the expert in the slot once more."""
+        self.num_unheld -= not slot.is_held
+        slot.num_pins += 1
+        self.changed(slot)
+
+    def unpin(self, slot: Slot) -> None:
+        slot.num_pins -= 1
+        self.num_unheld += not slot.is_held
+
+    def used(self, slot: Slot, busy_until: Event) -> None:
         """The computing thread is done with the expert, for now."""
-        slot.was_used = True
+        slot.was_used, slot.busy_until = True, busy_until
         self._urgent.discard(slot.number)
         self.changed(slot)
 
@@ -110,11 +131,13 @@ class SlotTable:
     def lend(self, slot: Slot) -> None:
         del self._free[slot]
         slot.is_lent = True
+        self.num_unheld -= 1
 
     def forget(self, slot: Slot) -> None:
         """What is in the slot is of no use any more. It becomes free once nothing is on its way into it."""
         if slot.key is not None:
             del self._by_key[slot.key]
+        self.num_unheld += slot.is_lent
         slot.key, slot.is_lent = None, False
         self._urgent.discard(slot.number)
         if slot.loading is None:
