@@ -3,18 +3,22 @@
     python benchmarks/in_place.py [--dtypes fp32,bf16] [--repeats 5]
 
 Both train the same random Qwen3-MoE checkpoint on the same tokens with the same dtype; transformers with its
-``grouped_mm`` experts and ``torch.optim.AdamW(fused=True)``. Prints the bound (GEMM floating-point operations at the
-rate a plain GEMM of an expert's size reaches in this very run), then medians and spread, then the share of the bound;
-the last line is JSON.
+``grouped_mm`` experts and ``torch.optim.AdamW(fused=True)``. Each lives in a process of its own, as it would in use (in
+one process they would evict one another's compiled GEMMs from oneDNN's cache), and only one computes at a time. Prints
+the bound (GEMM floating-point operations at the rate a plain GEMM of an expert's size reaches in this very run), then
+medians and spread, then the share of the bound; the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -28,6 +32,9 @@ from isthmus.tuning.session import Session, SessionOptions
 
 NUM_LAYERS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 8, 512, 1024, 16, 2
 SEQUENCES, SEQ_LEN, VOCABULARY = 4, 512, 2048
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUM_WARM_STEPS = 4
+"""Every batch once: memory is touched, GEMMs of the sizes that the routing makes are compiled."""
 
 
 def config() -> Qwen3MoeConfig:
@@ -81,33 +88,61 @@ def step_flops() -> float:
     return 3 * 2 * tokens * (NUM_LAYERS * (attention + experts) + HIDDEN * VOCABULARY)
 
 
-def compare(path: Path, dtype_name: str, repeats: int) -> dict[str, object]:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(0, VOCABULARY, (SEQUENCES, SEQ_LEN), generator=generator) for _ in range(4)]
-    tokens = SEQUENCES * SEQ_LEN
-    micro = [
-        [MicroBatch(inputs={"input_ids": ids, "labels": ids}, num_tokens=tokens, num_label_tokens=tokens - SEQUENCES)]
-        for ids in batches
-    ]
-    plain = Transformers(path, dtype)
-    seconds: dict[str, list[float]] = {"transformers": [], "isthmus": []}
-    rates = []
-    with Session(
-        path, SessionOptions(accelerator="host", dtype=dtype_name), micro[0], Recorder(enabled=False)
-    ) as session:
+TOKENS = SEQUENCES * SEQ_LEN
 
-        def ours(number: int) -> None:
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, VOCABULARY, (SEQUENCES, SEQ_LEN), generator=generator) for _ in range(4)]
+
+
+def serve_transformers(path: Path, dtype_name: str, connection: Connection) -> None:
+    """A step for every number that comes in; answers with its seconds. Ends at None."""
+    plain, ids = Transformers(path, DTYPES[dtype_name]), batches()
+    answer(connection, lambda number: plain.step(ids[number]))
+
+
+def serve_isthmus(path: Path, dtype_name: str, connection: Connection) -> None:
+    micro = [
+        [MicroBatch(inputs={"input_ids": ids, "labels": ids}, num_tokens=TOKENS, num_label_tokens=TOKENS - SEQUENCES)]
+        for ids in batches()
+    ]
+    options = SessionOptions(accelerator="host", dtype=dtype_name)
+    with Session(path, options, micro[0], Recorder(enabled=False)) as session:
+
+        def step(number: int) -> None:
             session.train_step(micro[number], step=session.num_steps + 1, learning_rate=1e-6)
             session.finish()
 
-        for number in range(repeats + 1):
-            for name, step in (("transformers", lambda n: plain.step(batches[n])), ("isthmus", ours)):
-                start_s = time.perf_counter()
-                step(number % 4)
-                if number:
-                    seconds[name].append(time.perf_counter() - start_s)
-            rates.append(gemm_flops_per_s(dtype))
+        answer(connection, step)
+
+
+def answer(connection: Connection, step: Callable[[int], None]) -> None:
+    while (number := connection.recv()) is not None:
+        start_s = time.perf_counter()
+        step(number)
+        connection.send(time.perf_counter() - start_s)
+
+
+def compare(path: Path, dtype_name: str, repeats: int) -> dict[str, object]:
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {"transformers": [], "isthmus": []}
+    rates, connections, processes = [], {}, []
+    for name, serve in (("transformers", serve_transformers), ("isthmus", serve_isthmus)):
+        connections[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(path, dtype_name, theirs), daemon=True))
+        processes[-1].start()
+    for number in range(NUM_WARM_STEPS + repeats):
+        for name, connection in connections.items():
+            connection.send(number % 4)
+            elapsed_s = connection.recv()
+            if number >= NUM_WARM_STEPS:
+                seconds[name].append(elapsed_s)
+        rates.append(gemm_flops_per_s(DTYPES[dtype_name]))
+    for connection in connections.values():
+        connection.send(None)
+    for process in processes:
+        process.join(timeout=60)
     bound_s = step_flops() / statistics.median(rates)
     print(f"\n{dtype_name}: bound {bound_s:.2f} s a step ({statistics.median(rates) / 1e9:.0f} GFLOP/s plain GEMM)")
     result: dict[str, object] = {"dtype": dtype_name, "bound_s": bound_s, "gemm_flops_per_s": statistics.median(rates)}
@@ -115,9 +150,9 @@ def compare(path: Path, dtype_name: str, repeats: int) -> dict[str, object]:
         median_s = statistics.median(values)
         print(
             f"{name:13s} median {median_s:.2f} s (min {min(values):.2f}, max {max(values):.2f})  "
-            f"{tokens / median_s:7.0f} tokens/s  {bound_s / median_s:.2f} of the bound"
+            f"{TOKENS / median_s:7.0f} tokens/s  {bound_s / median_s:.2f} of the bound"
         )
-        result[f"{name}_tokens_per_s"] = tokens / median_s
+        result[f"{name}_tokens_per_s"] = TOKENS / median_s
     ratios = [a / b for a, b in zip(seconds["transformers"], seconds["isthmus"], strict=True)]
     result["ratio"] = statistics.median(ratios)
     print(f"isthmus ÷ transformers {statistics.median(ratios):.2f} (paired; {min(ratios):.2f} … {max(ratios):.2f})")

@@ -6,7 +6,7 @@ were not dropped, sorted by expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ class Routing:
     bag_T: Tensor
     """Where each token's pairs begin in ``row_S``."""
     counts_E: list[int]
-    """Pairs of each expert; they add up to S."""
+    """Rows of each expert: its pairs and, after ``pad_rows``, rows of no pair. They add up to S."""
+    place_S: Tensor | None = None
+    """The row of each pair in ``order_S``; None: pair ``i`` has row ``i``."""
 
 
 def count_by_expert(top_k_index_Tk: Tensor, num_experts: int) -> list[int]:
@@ -73,6 +75,39 @@ def sort_by_expert(top_k_index_Tk: Tensor, num_experts: int, counts_E: list[int]
         bag_T = kept_T.cumsum(dim=0) - kept_T
     token_S = order_S.div(top_k, rounding_mode="floor") if top_k else order_S
     return Routing(order_S=order_S, token_S=token_S, row_S=row_S, bag_T=bag_T, counts_E=counts_E)
+
+
+def pad_rows(routing: Routing, multiple: int) -> Routing:
+    """The same pairs, each expert's rows filled up to a multiple of ``multiple`` with rows of no pair.
+
+    Those repeat token 0; their weight is 0 (``weights_of``), so that they add nothing to any gradient. On CPUs a bf16
+    GEMM of a size that was not met before is compiled first, about 1 ms: with few sizes that happens once each.
+    """
+    if multiple == 1:
+        return routing
+    counts = torch.tensor(routing.counts_E)
+    padded = (counts + multiple - 1).div(multiple, rounding_mode="floor") * multiple
+    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+    place_S = torch.arange(len(routing.order_S)) + shift.repeat_interleave(counts)
+    token_S = torch.zeros(int(padded.sum()), dtype=torch.int64)
+    token_S[place_S] = routing.token_S
+    return replace(routing, token_S=token_S, row_S=place_S[routing.row_S], counts_E=padded.tolist(), place_S=place_S)
+
+
+def weights_of(weights_Tk: Tensor, routing: Routing) -> Tensor:
+    """The weight (S,) of each row; 0 for rows of no pair."""
+    weights = weights_Tk.reshape(-1)[routing.order_S]
+    if routing.place_S is None:
+        return weights
+    return weights.new_zeros(len(routing.token_S)).index_copy_(0, routing.place_S, weights)
+
+
+def weight_gradients_of(gradients_S: Tensor, routing: Routing, num_tokens: int, top_k: int) -> Tensor:
+    """The transpose (T, k) of ``weights_of``."""
+    of_pairs = gradients_S if routing.place_S is None else gradients_S[routing.place_S]
+    gradients = of_pairs.new_zeros(num_tokens * top_k)
+    gradients[routing.order_S] = of_pairs
+    return gradients.view(num_tokens, top_k)
 
 
 def gather(rows_TH: Tensor, routing: Routing) -> Tensor:

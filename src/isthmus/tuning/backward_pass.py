@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from isthmus.models.expert_math import WeightWork
-from isthmus.models.routing import combine, gather
+from isthmus.models.routing import combine, gather, weight_gradients_of
 from isthmus.tuning.grouped import GroupedExperts
 from isthmus.tuning.wave import WavePass
 
@@ -42,7 +42,7 @@ class BackwardPass(WavePass):
 
     def _start_cpu(self) -> None:
         rows, buffers, lend = slice(0, self.num_cpu_rows), self.resources.buffers, self.cpu.lend
-        counts = [self.wave.counts_E[expert] for expert in self.on_cpu]
+        counts = self.counts(self.on_cpu)
         places = self.input_gradients_SH[rows], self.weight_gradients_S[rows]
         shape, dtype = tuple(places[0].shape), places[0].dtype
         result, gradients, inputs = lend(shape, dtype), lend(shape, dtype), buffers.take(shape, dtype)
@@ -125,7 +125,7 @@ class BackwardPass(WavePass):
         with self.computing("expert_backward", experts):
             self.weight_gradients_S[rows], works = math.backward_inputs(
                 [math.views(flat) for flat in flats],
-                [self.wave.counts_E[expert] for expert in experts],
+                self.counts(experts),
                 x_SH,
                 self.weights_S[rows],
                 self.gradients_SH[rows],
@@ -148,7 +148,7 @@ class BackwardPass(WavePass):
         with self.computing("expert_backward", experts):
             _, self.weight_gradients_S[rows] = math.backward_many(
                 [math.views(resources.loader.acquire(key)) for key in keys],
-                [wave.counts_E[expert] for expert in experts],
+                self.counts(experts),
                 self.inputs_SH[rows],
                 self.weights_S[rows],
                 self.gradients_SH[rows],
@@ -170,8 +170,7 @@ class BackwardPass(WavePass):
         self.join_cpu()
         wave = self.wave
         hidden_gradient_TH = combine(self.input_gradients_SH, self.routing, *wave.weights_Tk.shape)
-        weights_gradient = torch.zeros_like(wave.weights_Tk).reshape(-1)
-        weights_gradient[self.routing.order_S] = self.weight_gradients_S
+        weights_gradient_Tk = weight_gradients_of(self.weight_gradients_S, self.routing, *wave.weights_Tk.shape)
         wave.saved.clear()
-        parts = wave.part(weights_gradient.reshape(wave.weights_Tk.shape))
+        parts = wave.part(weights_gradient_Tk)
         return list(zip(wave.part(hidden_gradient_TH), parts, strict=True))

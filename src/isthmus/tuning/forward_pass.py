@@ -59,7 +59,7 @@ class ForwardPass(WavePass):
         self, experts: list[int], inputs: Tensor, pair_weights: Tensor, result: Tensor, *, on_cpu: bool
     ) -> None:
         wave, resources = self.wave, self.resources
-        counts = [wave.counts_E[expert] for expert in experts]
+        counts = self.counts(experts)
         keep = resources.keep_activations
         keys = [self.key(expert) for expert in experts]
         if on_cpu:

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from isthmus.models.expert_math import ExpertMath
-from isthmus.models.routing import Routing, count_by_expert, sort_by_expert
+from isthmus.models.routing import Routing, count_by_expert, pad_rows, sort_by_expert, weights_of
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
 from isthmus.tuning.accelerator.base import Accelerator
@@ -49,6 +50,8 @@ class Resources:
     deferred: DeferredWork
     keep_activations: bool
     """Whether pre-activations are kept from forward for backward (else recomputed)."""
+    row_multiple: int = 1
+    """Every expert's rows are filled up to a multiple of this."""
     grouped: GroupedExperts | None = None
     """Computes experts that are on the accelerator already, all at once; None: one after the other."""
 
@@ -107,12 +110,11 @@ class WavePass:
         rank[order] = torch.arange(len(order))
         rank_Tk = rank.to(wave.index_Tk.device, non_blocking=True)[wave.index_Tk]
         self.routing: Routing = sort_by_expert(rank_Tk, len(order), [counts[expert] for expert in order])
-        self.num_cpu_rows = sum(counts[expert] for expert in self.on_cpu)
-        bounds = [0]
-        for expert in order:
-            bounds.append(bounds[-1] + counts[expert])
+        self.routing = pad_rows(self.routing, resources.row_multiple)
+        bounds = [0, *accumulate(self.routing.counts_E)]
+        self.num_cpu_rows = bounds[len(self.on_cpu)]
         self.rows = {expert: slice(bounds[i], bounds[i + 1]) for i, expert in enumerate(order)}
-        self.weights_S = wave.weights_Tk.reshape(-1)[self.routing.order_S]
+        self.weights_S = weights_of(wave.weights_Tk, self.routing)
         accelerator, worker = resources.accelerator, resources.worker
         self.priority = priority
         self.cpu = CpuPart(accelerator, worker, resources.buffers, priority=priority, name=name)
@@ -133,12 +135,16 @@ class WavePass:
         """The rows of neighbouring experts."""
         return slice(self.rows[experts[0]].start, self.rows[experts[-1]].stop)
 
+    def counts(self, experts: Sequence[int]) -> list[int]:
+        """Rows of each of the experts."""
+        return [self.rows[expert].stop - self.rows[expert].start for expert in experts]
+
     def neighbours(self, experts: list[int]) -> list[list[int]]:
         """All in one group where their rows lie together, else each by itself."""
         if not experts:
             return []
         rows = self.rows_of(experts)
-        is_whole = rows.stop - rows.start == sum(self.wave.counts_E[expert] for expert in experts)
+        is_whole = rows.stop - rows.start == sum(self.counts(experts))
         return [experts] if is_whole else [[expert] for expert in experts]
 
     def join_cpu(self) -> None:
