@@ -9,7 +9,7 @@ SCRIPT = """
 import resource, torch
 from isthmus.tuning.heap import keep_freed_memory
 print(keep_freed_memory())
-for _ in range(3):
+for _ in range(20):
     torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

@@ -15,18 +15,19 @@ def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
     ``inputs``: a micro-batch with labels; dense units must be bound. Replaces the model's experts function. Blocks.
     """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in bound_parameters(model)}
-    saved: dict[int, int] = {}
+    # Held, not only counted: what part of the graph gives back at once must not lend its address to what comes next.
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage
         return tensor
 
     model.set_experts_function(no_experts)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         device = next(bound_parameters(model)).device
         loss = model.module(**on_device(inputs, device), **model.forward_arguments()).loss
-    total = sum(saved.values())
+    total = sum(storage.nbytes() for storage in saved.values())
     del loss
     return total
