@@ -40,6 +40,6 @@ class Plan:
     activation_bytes: int
     copy_window: int
     num_waves: int
-    """Micro-batches that reach a layer's experts together form a wave; the next wave's dense part runs meanwhile."""
+    """Most groups of micro-batches (waves) whose experts run one after the other; the policy may take fewer."""
     is_dense_resident: bool = True
     """Whether every layer's dense part stays on the accelerator; else the layers pass through a few buffers."""
