@@ -42,6 +42,16 @@ class Case:
     wanted: reference.Reference
 
 
+def make_case(family: str, path: Path, *, num_steps: int, **changes: Any) -> Case:
+    """A tiny checkpoint at ``path``, its config changed, with what plain training makes of it."""
+    write_tiny_checkpoint(family, path, 0, "fp32", **changes)
+    config = AutoConfig.from_pretrained(path)
+    steps = reference.random_steps(
+        num_steps, 3, vocab_size=config.vocab_size, is_encoder_decoder=config.is_encoder_decoder
+    )
+    return Case(path, steps, reference.train(path, steps, learning_rate=LEARNING_RATE, weight_decay=0.01))
+
+
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     """A tiny checkpoint by family, with what plain training makes of it. Made once per family."""
@@ -49,15 +59,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
     def get(family: str) -> Case:
         if family not in known:
-            path = tmp_path_factory.mktemp(family) / "model"
-            write_tiny_checkpoint(family, path, 0, "fp32")
-            config = AutoConfig.from_pretrained(path)
-            steps = reference.random_steps(
-                NUM_STEPS, 3, vocab_size=config.vocab_size, is_encoder_decoder=config.is_encoder_decoder
-            )
-            known[family] = Case(
-                path, steps, reference.train(path, steps, learning_rate=LEARNING_RATE, weight_decay=0.01)
-            )
+            known[family] = make_case(family, tmp_path_factory.mktemp(family) / "model", num_steps=NUM_STEPS)
         return known[family]
 
     return get

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import reference
-from tests.tuning.test_exactness import EMULATED, LEARNING_RATE, Case, compare
-from transformers import AutoConfig
+from tests.tuning.test_exactness import EMULATED, LEARNING_RATE, Case, compare, make_case
 
-from isthmus.models.tiny import write_tiny_checkpoint
 from isthmus.reporting.recorder import Recorder
 from isthmus.tuning.checkpoint import load_training_state, save_training_state
 from isthmus.tuning.placement import BudgetError
@@ -41,14 +38,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     def get(family: str) -> Case:
         if family not in known:
             path = tmp_path_factory.mktemp(family) / "model"
-            write_tiny_checkpoint(family, path, 0, "fp32", **LAYERS[family])
-            config = AutoConfig.from_pretrained(path)
-            steps = reference.random_steps(
-                NUM_STEPS, 3, vocab_size=config.vocab_size, is_encoder_decoder=config.is_encoder_decoder
-            )
-            known[family] = Case(
-                path, steps, reference.train(path, steps, learning_rate=LEARNING_RATE, weight_decay=0.01)
-            )
+            known[family] = make_case(family, path, num_steps=NUM_STEPS, **LAYERS[family])
         return known[family]
 
     return get

@@ -101,8 +101,8 @@ class _Rows:
     ds_parts: Sequence[Tensor]
 
     @classmethod
-    def of(cls, counts: Sequence[int], x_SH: Tensor, s_S: Tensor, g_SH: Tensor, dx_SH: Tensor, ds_S: Tensor) -> _Rows:
-        sizes = list(counts)
+    def of(cls, counts: Sequence[int], x_SH: Tensor, s_S: Tensor, g_SH: Tensor, dx_SH: Tensor) -> _Rows:
+        sizes, ds_S = list(counts), torch.empty_like(s_S)
         return cls(s_S, g_SH, ds_S, x_SH.split(sizes), g_SH.split(sizes), dx_SH.split(sizes), ds_S.split(sizes))
 
 
@@ -203,15 +203,13 @@ class ExpertMath:
         """
         self._check(weights, counts, x_SH, s_S)
         dx_SH = torch.empty_like(x_SH) if dx_SH is None else dx_SH
-        ds_S = torch.empty_like(s_S)
-        chunks = list(self._chunks(counts, x_SH.dtype, recomputes=saved is None or any(pre is None for pre in saved)))
-        longest = max((chunk.num_rows for chunk in chunks), default=0)
-        scratch = _Scratch.of(self.spec, self.pre_size, longest, x_SH)
-        rows = _Rows.of(counts, x_SH, s_S, g_SH, dx_SH, ds_S)
+        recomputes = saved is None or any(pre is None for pre in saved)
+        chunks, scratch = self._chunks_backward(counts, x_SH, recomputes=recomputes)
+        rows = _Rows.of(counts, x_SH, s_S, g_SH, dx_SH)
         for chunk in chunks:
             for expert, work in self._input_gradients(chunk, weights, rows, saved, scratch.rows(chunk.num_rows)):
                 self.weight_gradients(work, gradients[expert], accumulate=accumulate[expert])
-        return dx_SH, ds_S
+        return dx_SH, rows.ds_S
 
     @torch.no_grad()
     def backward_inputs(
@@ -230,15 +228,13 @@ class ExpertMath:
         The work refers to ``x_SH`` and ``kept``: leave them alone until it is done.
         """
         self._check(weights, counts, x_SH, s_S)
-        ds_S = torch.empty_like(s_S)
-        chunks = list(self._chunks(counts, x_SH.dtype, recomputes=True))
-        scratch = _Scratch.of(self.spec, self.pre_size, max((c.num_rows for c in chunks), default=0), x_SH)
-        rows = _Rows.of(counts, x_SH, s_S, g_SH, dx_SH, ds_S)
+        chunks, scratch = self._chunks_backward(counts, x_SH, recomputes=True)
+        rows = _Rows.of(counts, x_SH, s_S, g_SH, dx_SH)
         works: list[WeightWork] = []
         for chunk in chunks:
             buffers = scratch.rows(chunk.num_rows).keeping(kept, chunk.rows)
             works += [work for _, work in self._input_gradients(chunk, weights, rows, None, buffers)]
-        return ds_S, works
+        return rows.ds_S, works
 
     @torch.no_grad()
     def weight_gradients(self, work: WeightWork, gradients: dict[str, Tensor], *, accumulate: bool) -> None:
@@ -298,6 +294,14 @@ class ExpertMath:
             self._pre_activations(chunk, weights, x_parts, scratch_NP)
             return scratch_NP
         return kept[0] if len(kept) == 1 else torch.cat(kept, out=scratch_NP)
+
+    def _chunks_backward(
+        self, counts: Sequence[int], x_SH: Tensor, *, recomputes: bool
+    ) -> tuple[list[_Chunk], _Scratch]:
+        """The chunks, and buffers for the longest."""
+        chunks = list(self._chunks(counts, x_SH.dtype, recomputes=recomputes))
+        longest = max((chunk.num_rows for chunk in chunks), default=0)
+        return chunks, _Scratch.of(self.spec, self.pre_size, longest, x_SH)
 
     def _chunks(self, counts: Sequence[int], dtype: torch.dtype, *, recomputes: bool) -> Iterator[_Chunk]:
         """Cuts the experts into runs of neighbours, one expert or within the bounds on a chunk's bytes."""

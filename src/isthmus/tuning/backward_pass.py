@@ -59,24 +59,28 @@ class BackwardPass(WavePass):
 
         def defer() -> None:
             for expert, work in zip(self.on_cpu, works, strict=True):
-                self._submit(lambda expert=expert, work=work: self._weight_gradient(expert, work, on_cpu=True), work)
-            for buffer in (inputs, kept.pre_SP, kept.act_SI, kept.sg_SH):
-                self._submit(lambda buffer=buffer: buffers.give(buffer))
+                self._submit(lambda expert=expert, work=work: weight_gradient(expert, work), work)
+
+        def weight_gradient(expert: int, work: WeightWork) -> None:
+            self._weight_gradient(expert, work, on_cpu=True)
+            if expert == self.on_cpu[-1]:
+                for buffer in (inputs, kept.pre_SP, kept.act_SI, kept.sg_SH):
+                    buffers.give(buffer)
 
         moving = [(self.weights_S[rows], pair_weights), (self.inputs_SH[rows], inputs)]
         moving.append((self.gradients_SH[rows], gradients))
         self.cpu.start(moving, task, kind="expert_backward", num_tokens=self.num_cpu_rows, then=defer)
 
-    def _submit(self, task: Callable[[], object], work: WeightWork | None = None) -> None:
+    def _submit(self, task: Callable[[], object], work: WeightWork) -> None:
         """After the next layer's input gradients, before those of the layer after that."""
         worker = self.resources.worker
         assert worker is not None
         worker.submit(
             task,
-            priority=self.priority + 1.5,
+            priority=self.cpu.priority + 1.5,
             name=f"{self.name} weights",
             kind="expert_backward",
-            num_tokens=0 if work is None else work.x_NH.shape[0],
+            num_tokens=work.x_NH.shape[0],
         )
 
     def _weight_gradient(self, expert: int, work: WeightWork, *, on_cpu: bool) -> None:
@@ -152,7 +156,7 @@ class BackwardPass(WavePass):
                 self.inputs_SH[rows],
                 self.weights_S[rows],
                 self.gradients_SH[rows],
-                [wave.saved.pop((expert, False), None) for expert in experts],
+                [wave.saved.pop(expert, None) for expert in experts],
                 [math.views(flat) for flat, _ in places],
                 accumulate=[adds for _, adds in places],
                 dx_SH=self.input_gradients_SH[rows],

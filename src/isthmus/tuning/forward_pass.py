@@ -27,7 +27,9 @@ class ForwardPass(WavePass):
             pair_weights = self.cpu.lend((self.num_cpu_rows,), self.weights_S.dtype)
 
             def task() -> list[tuple[Tensor, Tensor]]:
-                self._compute(self.on_cpu, inputs, pair_weights, result, on_cpu=True)
+                weights = [resources.store.named(self.key(expert)) for expert in self.on_cpu]
+                counts = self.counts(self.on_cpu)
+                self.math.forward_many(weights, counts, inputs, pair_weights, save=False, out_SH=result)
                 return [(result, place)]
 
             travelling = [(self.weights_S[rows], pair_weights), (self.inputs_SH[rows], inputs)]
@@ -51,30 +53,24 @@ class ForwardPass(WavePass):
         return done
 
     def _on_accelerator(self, experts: list[int]) -> None:
+        wave, resources, math = self.wave, self.resources, self.math
+        save = not resources.accelerator.is_separate
         for group in self.neighbours(experts):
-            rows = self.rows_of(group)
-            self._compute(group, self.inputs_SH[rows], self.weights_S[rows], self.outputs_SH[rows], on_cpu=False)
-
-    def _compute(
-        self, experts: list[int], inputs: Tensor, pair_weights: Tensor, result: Tensor, *, on_cpu: bool
-    ) -> None:
-        wave, resources = self.wave, self.resources
-        counts = self.counts(experts)
-        keep = resources.keep_activations
-        keys = [self.key(expert) for expert in experts]
-        if on_cpu:
-            weights = [resources.store.named(key) for key in keys]
-            _, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep, out_SH=result)
-        else:
+            rows, keys = self.rows_of(group), [self.key(expert) for expert in group]
             flats = [resources.loader.acquire(key) for key in keys]
-            weights = [self.math.views(flat) for flat in flats]
             resources.accelerator.require_resident(*flats)
-            with self.computing("expert_forward", experts):
-                _, saved = self.math.forward_many(weights, counts, inputs, pair_weights, save=keep, out_SH=result)
+            with self.computing("expert_forward", group):
+                _, saved = math.forward_many(
+                    [math.views(flat) for flat in flats],
+                    self.counts(group),
+                    self.inputs_SH[rows],
+                    self.weights_S[rows],
+                    save=save,
+                    out_SH=self.outputs_SH[rows],
+                )
             resources.loader.release(*keys)
-        if keep and saved is not None:
-            for expert, kept in zip(experts, saved, strict=True):
-                wave.saved[expert, on_cpu] = kept
+            if saved is not None:
+                wave.saved.update(zip(group, saved, strict=True))
 
     def finish(self) -> list[Tensor]:
         """One output (T, H) per call. Blocks until the CPU's part and late loads are in."""

@@ -207,7 +207,6 @@ class Session:
                 layer: ExpertMath(model.moe_parts[layer].spec, model.experts[layer]) for layer in model.spec.moe_layers
             },
             deferred=DeferredWork(),
-            keep_activations=not accelerator.is_separate,
             row_multiple=1 if accelerator.is_separate or model.dtype == "fp32" else ROW_MULTIPLE,
             grouped=grouped,
         )

@@ -48,8 +48,6 @@ class Resources:
     worker: CpuWorker | None
     math: dict[int, ExpertMath]
     deferred: DeferredWork
-    keep_activations: bool
-    """Whether pre-activations are kept from forward for backward (else recomputed)."""
     row_multiple: int = 1
     """Every expert's rows are filled up to a multiple of this."""
     grouped: GroupedExperts | None = None
@@ -66,8 +64,8 @@ class Wave:
     index_Tk: Tensor
     weights_Tk: Tensor
     counts_E: list[int]
-    saved: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
-    """(expert, on CPU) -> what forward kept for backward."""
+    saved: dict[int, Tensor] = field(default_factory=dict)
+    """The pre-activations of each expert that forward kept for backward: in place only, else they are recomputed."""
 
     @classmethod
     def of(cls, calls: list[ExpertsCall], num_experts: int) -> Wave:
@@ -116,7 +114,6 @@ class WavePass:
         self.rows = {expert: slice(bounds[i], bounds[i + 1]) for i, expert in enumerate(order)}
         self.weights_S = weights_of(wave.weights_Tk, self.routing)
         accelerator, worker = resources.accelerator, resources.worker
-        self.priority = priority
         self.cpu = CpuPart(accelerator, worker, resources.buffers, priority=priority, name=name)
 
     def key(self, expert: int) -> UnitKey:
