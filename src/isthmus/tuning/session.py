@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from isthmus.models.attention import use_blocked_attention
 from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
@@ -120,6 +121,8 @@ class Session:
 
     def _build(self, example: list[MicroBatch], progress: Callable[[str, float], None]) -> None:
         options, accelerator, model = self.options, self.accelerator, self.model
+        if not accelerator.is_separate:
+            use_blocked_attention(model.module)
         self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation)
         torch.set_num_threads(num_threads)
