@@ -1,9 +1,10 @@
 """Softmax attention on a CPU as blocks of plain GEMMs: the fast path of models whose attention runs in host memory.
 
-PyTorch's fused attention walks rows with its own small kernels on a CPU; its forward and backward take about twice the
-time in bf16, and 1.4 times in FP32, of the same arithmetic given to the GEMM library a block of queries at a time. In long
-sequences, as in FlashAttention (Dao et al. 2022, algorithms 1 and 4), no more than one block of probabilities exists at a
-time and backward computes it again; unlike there a block spans all its keys, so the softmax needs no running maximum.
+PyTorch's fused attention walks rows with small kernels of its own on a CPU: forward and backward take about twice the
+time in bf16, and 1.4 times in FP32, of the same arithmetic given to the GEMM library a block of queries at a time. In
+long sequences, as in FlashAttention (Dao et al. 2022, algorithms 1 and 4), no more than one block of probabilities
+exists at a time and backward computes it again; unlike there a block spans all its keys, so the softmax needs no
+running maximum.
 
 Shapes: B batch, H query heads, G key/value heads, R = H / G, Q queries, K keys, D size of a query's and key's head, V
 of a value's. C queries make a block.
