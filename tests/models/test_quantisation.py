@@ -1,4 +1,4 @@
-"""Quantised checkpoints are read as transformers dequantises them, to the last bit; one expert is held twice at most."""
+"""Quantised checkpoints are read as transformers dequantises them, bit by bit; one expert is held twice at most."""
 
 from __future__ import annotations
 
@@ -279,6 +279,20 @@ def test_packed_weights_of_another_shape_are_named(broken, load, method):
     tensors[key] = torch.cat((tensors[key].view(torch.uint8),) * 2, dim=-1).view(tensors[key].dtype)
     save(path, tensors, SCALES[method])
     with pytest.raises(ValueError, match=rf"checkpoint: {key} in .*model-00002-of-00002.safetensors (is|has)"):
+        load(path, "fp32")
+
+
+@pytest.mark.parametrize("method", ["mxfp4"], indirect=True)
+def test_packed_weights_without_groups_and_scales_of_another_dtype_are_refused(broken, load):
+    path, tensors = broken
+    blocks, scales = WEIGHT["mxfp4"] + "_blocks", WEIGHT["mxfp4"] + "_scales"
+    save(path, tensors | {blocks: tensors[blocks].flatten(-2)}, SCALES["mxfp4"])
+    with pytest.raises(
+        ValueError, match=rf"{blocks} in .* is U8 of shape .*, wanted the shape \(experts, out, groups, 16"
+    ):
+        load(path, "fp32")
+    save(path, tensors | {scales: tensors[scales].view(torch.int8)}, SCALES["mxfp4"])
+    with pytest.raises(ValueError, match=rf"{scales} in .* is I8 of shape .*, wanted U8 of shape \(4, 32, 2\)"):
         load(path, "fp32")
 
 
