@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import huggingface_hub.constants
 import pytest
 from transformers import AutoConfig, LlamaConfig
@@ -61,13 +59,6 @@ def test_what_is_no_moe_model_is_refused(tmp_path):
         ValueError, match=r"LlamaForCausalLM \('llama'\) has no routed experts .* Mixtral, Qwen2-MoE, Qwen3"
     ):
         load_config(saved(dense, tmp_path))
-
-
-def test_quantised_checkpoints_are_refused(tmp_path):
-    config = tiny_config("gpt_oss").to_dict() | {"quantization_config": {"quant_method": "mxfp4"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"is quantised \(mxfp4\); wanted plain bf16, fp16 or fp32 weights"):
-        load_config(tmp_path)
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch):

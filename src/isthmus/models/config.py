@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from isthmus.models.moe_model import MoeModel
+from isthmus.models.quantisation import stored_weights
 from isthmus.spec.model import ModelSpec
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
@@ -16,16 +17,11 @@ def load_config(model: str | Path, *, num_layers: int | None = None) -> Pretrain
     """The configuration of a Mixture-of-Experts model: a directory with a ``config.json``, or a Hugging Face id.
 
     ``num_layers`` keeps only the first so many layers (of the encoder and of the decoder where there are both).
-    Raises ``FileNotFoundError`` if there is no such model, ``ValueError`` if it has no routed experts, is quantised, or
-    has fewer layers. May block on the network for a Hugging Face id.
+    Raises ``FileNotFoundError`` if there is no such model, ``ValueError`` if it has no routed experts, has
+    fewer layers, or is quantised with a method that is not read. May block on the network for a Hugging Face id.
     """
     config = _read_config(model)
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config.get("quant_method", "unknown")
-        raise ValueError(
-            f"model: {model} is quantised ({method}); wanted plain bf16, fp16 or fp32 weights. Dequantise it first: "
-            "load it with transformers (dequantize=True where its quantization config has it) and save_pretrained"
-        )
+    stored_weights((), getattr(config, "quantization_config", None))  # raises for a method that is not read
     if num_layers is not None:
         _truncate(config, num_layers)
     model_spec(config)

@@ -1,4 +1,5 @@
-"""Streams a Hugging Face checkpoint into the units' memory, without a second copy of the model."""
+"""Streams a Hugging Face checkpoint into the units' memory, without a second copy of the model. Quantised weights are
+dequantised on the way (``quantisation``)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from huggingface_hub import snapshot_download
 
 from isthmus.models.checkpoint_keys import CheckpointKeys, Piece, persistent_buffers
 from isthmus.models.moe_model import MoeModel
+from isthmus.models.quantisation import read_quantisation, stored_weights
+from isthmus.models.quantisation.base import StoredWeights
 from isthmus.models.safetensors_file import SafetensorsReader
 from isthmus.spec.model import UnitKey
 
@@ -84,8 +88,9 @@ def read_checkpoint(
     persistent buffers.
 
     ``destination(key)`` returns the unit's tensors by name: contiguous CPU views with the layout's shapes, FP32 or
-    bf16, which are overwritten (values are cast). Tensors of layers beyond the model's are skipped. ``progress``
-    gets the share of bytes done, 0 to 1.
+    bf16, which are overwritten (values are cast). Beside them, a chunk of one tensor is in memory at a time, or one
+    expert as it is stored. Tensors of layers beyond the model's are skipped. ``progress`` gets the share of bytes done,
+    0 to 1.
 
     Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a truncated or foreign one and for missing or
     wrong-shaped tensors; warns of tensors that the model has no place for. Blocks.
@@ -94,10 +99,13 @@ def read_checkpoint(
     files = checkpoint_files(path)
     state = _Progress(report=progress or (lambda share: None), total_bytes=sum(file.stat().st_size for file in files))
     buffers = persistent_buffers(model)
-    for file in files:
-        with SafetensorsReader(file) as reader:
+    with ExitStack() as stack:
+        # All are open at once: a quantised weight and its scales may lie in different files.
+        readers = [stack.enter_context(SafetensorsReader(file)) for file in files]
+        weights = stored_weights(readers, read_quantisation(path))
+        for reader in readers:
             for key in sorted(reader.tensors, key=lambda key: reader.tensors[key].begin_byte):
-                _read_tensor(reader, key, keys, model, destination, buffers, state)
+                _read_tensor(key, weights, keys, model, destination, buffers, state)
     _require_all(path, keys, state)
     if state.unexpected:
         warnings.warn(
@@ -132,22 +140,22 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def _read_tensor(
-    reader: SafetensorsReader,
     key: str,
+    weights: StoredWeights,
     keys: CheckpointKeys,
     model: MoeModel,
     destination: Destination,
     buffers: dict[str, torch.Tensor],
     state: _Progress,
 ) -> None:
-    stored = reader.tensors[key]
-    tensor = keys.find(key)
+    name = weights.weight_name(key)
+    tensor = None if name is None else keys.find(name)
     if tensor is None:
-        if not _is_left_out(key, keys, model):
+        if name is not None and not _is_left_out(name, keys, model):
             state.unexpected.append(key)
-    elif stored.shape != tensor.shape:
+    elif (shape := weights.shape(key)) != tensor.shape:
         raise ValueError(
-            f"checkpoint: {key} in {reader.path} has shape {stored.shape}, wanted {tensor.shape} "
+            f"checkpoint: {key} in {weights.file(key)} has shape {shape}, wanted {tensor.shape} "
             f"({model.spec.architecture} by its config.json)"
         )
     else:
@@ -156,10 +164,10 @@ def _read_tensor(
             owner = buffers if piece.unit is None else destination(piece.unit)
             whole = owner[piece.tensor]
             part = whole if whole.dim() == 0 else whole[piece.first_row : piece.first_row + piece.num_rows]
-            reader.read_into(key, part, first_element)
+            weights.read_into(key, part, first_element)
             first_element += part.numel()
             state.fill(piece)
-    state.advance(stored.num_bytes)
+    state.advance(weights.stored(key).num_bytes)
 
 
 def _is_left_out(key: str, keys: CheckpointKeys, model: MoeModel) -> bool:

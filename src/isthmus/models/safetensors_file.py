@@ -63,8 +63,8 @@ class SafetensorsReader:
         stored = self.tensors[key]
         if stored.dtype not in _DTYPES:
             raise ValueError(
-                f"checkpoint: {key} in {self.path} is stored as {stored.dtype}, wanted one of {', '.join(_DTYPES)}; "
-                "dequantise the checkpoint first"
+                f"checkpoint: {key} in {self.path} is stored as {stored.dtype}, wanted one of {', '.join(_DTYPES)}. "
+                "If it is quantised, its config.json must say how (quantization_config)."
             )
         source_dtype = _DTYPES[stored.dtype]
         self._file.seek(stored.begin_byte + first_element * source_dtype.itemsize)
@@ -76,6 +76,11 @@ class SafetensorsReader:
         for piece in flat.split(max(1, buffer.numel())):
             self._fill(key, buffer[: piece.numel()])
             piece.copy_(buffer[: piece.numel()])
+
+    def read_bytes_into(self, key: str, destination: torch.Tensor, first_byte: int = 0) -> None:
+        """Fills ``destination`` (contiguous uint8, on the CPU) with bytes of tensor ``key`` as they are stored."""
+        self._file.seek(self.tensors[key].begin_byte + first_byte)
+        self._fill(key, destination.view(-1))
 
     def _fill(self, key: str, flat: torch.Tensor) -> None:
         view = flat.view(torch.uint8).numpy().data

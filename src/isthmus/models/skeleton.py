@@ -28,10 +28,13 @@ def build_skeleton(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     """The causal or sequence-to-sequence language model that ``config`` describes.
 
     Parameters are on ``meta`` in ``dtype``; tied ones are the same object. Buffers are on the CPU with the values that
-    transformers initialises them to (persistent ones are then read from the checkpoint). ``config`` is not changed.
+    transformers initialises them to (persistent ones are then read from the checkpoint). ``config`` is not changed;
+    that it says how a checkpoint is quantised means nothing here.
     Raises ``ValueError`` where transformers has no such language model.
     """
     config = copy.deepcopy(config)
+    # How a checkpoint's weights are stored is the reader's matter: what is built, trained and written is not quantised.
+    vars(config).pop("quantization_config", None)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if type(config) not in auto_class._model_mapping:
         kind = "sequence-to-sequence" if config.is_encoder_decoder else "causal"
