@@ -31,8 +31,8 @@ class TestbedSpec:
     subnet: str | None = None
     """``10.213.4.0/24``. None: the first one that is free."""
     cpu_quota_s: float = 0.001
-    """How long a device may compute at full speed before it must pause; 1 ms is the kernel's least. The shorter, the
-    more like a slow CPU; but below its tick a kernel may give less CPU time than was asked for, see ``measured``."""
+    """How long a device of less than a core may compute before it must pause; 1 ms is the kernel's least. The shorter,
+    the more like a slow CPU; but below its tick a kernel may give less CPU time than was asked for, see ``measured``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class DeviceMeasurement:
     round_trip_s: float
     """Median of 64-byte messages to the next device and back, over TCP; to the host where there is one device only."""
     cpu_share: float
-    """CPU seconds a second that a thread which always wants to compute got."""
+    """CPU seconds a second that a process got which computes all the time on the device's threads."""
     gemm_flops: float
     """FP32 product of 512 × 512 matrices by PyTorch, floating-point operations per second, on the device's threads."""
 

@@ -15,6 +15,7 @@ KEYS = ("cpu", "bandwidth", "memory", "delay")
 _NAME = re.compile(r"[a-z][a-z0-9]{0,9}")
 # The kernel's shortest CPU quota is a millisecond, its longest period a second.
 _LEAST_QUOTA_S = 0.001
+_LONGEST_QUOTA_S = 0.1
 _LONGEST_PERIOD_S = 1.0
 
 
@@ -81,8 +82,8 @@ def parse_device_numbers(text: str) -> tuple[int, ...]:
 def check_spec(spec: TestbedSpec, num_cores: int) -> None:
     """Raises ``IsthmusError`` naming what of ``spec`` cannot be emulated on a host with ``num_cores`` cores."""
     check_name(spec.name)
-    if not _LEAST_QUOTA_S <= spec.cpu_quota_s <= _LONGEST_PERIOD_S:
-        raise IsthmusError(f"quota: got {spec.cpu_quota_s:g} s, wanted {_LEAST_QUOTA_S * 1e3:g} ms to 1 s")
+    if not _LEAST_QUOTA_S <= spec.cpu_quota_s <= _LONGEST_QUOTA_S:
+        raise IsthmusError(f"quota: got {spec.cpu_quota_s:g} s, wanted 1ms to 100ms")
     if not 1 <= len(spec.devices) <= MAX_DEVICES:
         raise IsthmusError(f"devices: got {len(spec.devices)}, wanted 1 to {MAX_DEVICES}")
     for number, device in enumerate(spec.devices):

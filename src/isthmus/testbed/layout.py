@@ -77,7 +77,7 @@ def is_our_link(link: str, mac: str, name: str) -> bool:
 
 def is_our_group(group: str, name: str) -> bool:
     """Whether a namespace or a control group is of the testbed ``name``."""
-    return bool(re.fullmatch(rf"isthmus\.{name}\.(\d+|probe)", group))
+    return bool(re.fullmatch(rf"isthmus\.{name}\.(probe)?\d+", group))
 
 
 def choose_subnet(wanted: str | None, taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Network:

@@ -8,15 +8,18 @@ from isthmus.spec.testbed import DeviceSpec
 
 
 def cpu_quota_us(cpu_share: float, quota_s: float) -> tuple[int, int]:
-    """(quota, period) in microseconds that give ``cpu_share`` cores: the shorter one of them is ``quota_s``.
+    """(quota, period) in microseconds that give ``cpu_share`` cores, a quota of ``quota_s`` below one core.
 
     Long quotas let a device compute at full speed for many milliseconds and then stand still while others run, which
     flatters everything that waits for messages.
     """
-    shorter_us = round(quota_s * 1e6)
+    quota_us = round(quota_s * 1e6)
     if cpu_share < 1:
-        return shorter_us, round(shorter_us / cpu_share)
-    return round(cpu_share * shorter_us), shorter_us
+        return quota_us, round(quota_us / cpu_share)
+    # With periods below the kernel's tick several threads get far less than their share, and one that never has to
+    # pause gains nothing from short ones.
+    period_us = 10 * quota_us
+    return round(cpu_share * period_us), period_us
 
 
 def num_threads(device: DeviceSpec) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import signal
 from pathlib import Path
 
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.testbed import DeviceSpec
 from isthmus.testbed.cgroups import signal_processes
 from isthmus.testbed.layout import DEVICE_LINK, Layout, is_our_group, is_our_link
@@ -92,5 +94,6 @@ def remove_link(link: str) -> None:
 
 def remove_namespace(namespace: str) -> None:
     """Kills what runs in the namespace and removes it."""
-    signal_processes(map(int, call("ip", "netns", "pids", namespace).split()), signal.SIGKILL)
+    with contextlib.suppress(IsthmusError):  # a crash while it was made leaves a name without a namespace
+        signal_processes(map(int, call("ip", "netns", "pids", namespace).split()), signal.SIGKILL)
     call("ip", "netns", "delete", namespace)

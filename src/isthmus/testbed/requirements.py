@@ -65,7 +65,7 @@ def _closed_groups(controllers: dict[ControllerName, Controller]) -> Iterator[st
 
 
 def _missing_features(spec: TestbedSpec) -> Iterator[str]:
-    namespace = f"isthmus.{spec.name}.probe"
+    namespace = f"isthmus.{spec.name}.probe{os.getpid()}"
     if words := fails("ip", "netns", "add", namespace):
         yield f"network namespaces: {words} (a container needs --privileged)"
         return
@@ -81,8 +81,8 @@ def _missing_features(spec: TestbedSpec) -> Iterator[str]:
         is_delayed = any(device.delay_s for device in spec.devices)
         if is_delayed and (words := fails(*limit, "netem", "delay", "1ms")):
             yield (
-                f"delays: the kernel has no netem ({words}); leave --delay out, or try modprobe sch_netem, which "
-                "Debian has in its own kernels and Ubuntu in linux-modules-extra; else a kernel with CONFIG_NET_SCH_NETEM"
+                f"delays: the kernel has no netem ({words}); leave --delay out, or try modprobe sch_netem, or a "
+                "kernel with CONFIG_NET_SCH_NETEM (Debian's own have it, on Ubuntu apt-get install linux-modules-extra)"
             )
 
 

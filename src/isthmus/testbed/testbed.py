@@ -63,8 +63,8 @@ class Testbed:
         something else of that name is there. What had been set up until then is removed again, on any error.
         """
         check_spec(spec, os.cpu_count() or 1)
+        controllers = check_host(spec)
         with only_one_changes():
-            controllers = check_host(spec)
             if _leftovers(spec.name):
                 if not replace:
                     raise IsthmusError(
