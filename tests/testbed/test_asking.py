@@ -69,13 +69,13 @@ def test_both_kinds_of_devices_and_none_are_refused(count: int | None, listed: l
 def test_device_numbers_keep_their_order() -> None:
     assert parse_device_numbers("2, 0") == (2, 0)
     for text in ("", "1,", "a", "-1", "1 2"):
-        with pytest.raises(IsthmusError, match="device: got .* such as 0,2"):
+        with pytest.raises(IsthmusError, match=r"device: got .* such as 0,2"):
             parse_device_numbers(text)
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e3", "", "0,5"])
 def test_what_is_no_number_of_cores_is_refused(text: str) -> None:
-    with pytest.raises(IsthmusError, match="cpu: got .* such as 0.45"):
+    with pytest.raises(IsthmusError, match=r"cpu: got .* such as 0.45"):
         parse_cpu(text)
 
 

@@ -9,6 +9,7 @@ import pytest
 from isthmus.spec.errors import IsthmusError
 from isthmus.testbed.cgroups import (
     Controller,
+    ControllerName,
     find_controllers,
     groups_of,
     limit_cpu,
@@ -42,8 +43,8 @@ def version_2(root: Path, inside: str = "/") -> str:
     return mountinfo(root, f"{inside} ROOT rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate")
 
 
-def controllers_in(mounts: str, own: str) -> dict[str, Controller]:
-    return dict(find_controllers(("cpu", "memory"), read_mounts(mounts), own))
+def controllers_in(mounts: str, own: str) -> dict[ControllerName, Controller]:
+    return find_controllers(("cpu", "memory"), read_mounts(mounts), own)
 
 
 def test_version_1_groups_are_made_beneath_the_caller_s(root: Path) -> None:

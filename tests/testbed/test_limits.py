@@ -34,7 +34,20 @@ def test_threads_are_cores_rounded_up(cpu_share: float, expected: int) -> None:
 
 
 def test_both_ends_get_the_same_bucket() -> None:
-    bucket = "qdisc replace dev x root tbf rate 125000000bit burst 64kb latency 400ms".split()
+    bucket = [
+        "qdisc",
+        "replace",
+        "dev",
+        "x",
+        "root",
+        "tbf",
+        "rate",
+        "125000000bit",
+        "burst",
+        "64kb",
+        "latency",
+        "400ms",
+    ]
     assert host_end_commands("x", DEVICE) == [bucket]
     assert device_end_commands("x", DEVICE) == [bucket]
 

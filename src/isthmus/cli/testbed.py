@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -18,6 +13,39 @@ Name = Annotated[str, typer.Option(help="Keeps several testbeds on one host apar
 Numbers = Annotated[
     str | None, typer.Option("--device", help="Only these, such as [b]0,2[/]. Left out: all.", metavar="N,N")
 ]
+Devices = Annotated[int | None, typer.Option(help="This many equal devices.", min=1, metavar="N")]
+Device = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="One device: [b]cpu=0.2,bandwidth=60mbit,memory=1GiB,delay=1ms[/]; once per device, in place of "
+        "--devices. What is left out is taken from the options below.",
+        metavar="KEY=VALUE,…",
+    ),
+]
+Cpu = Annotated[str | None, typer.Option(help="Cores of each device: 0.45 is 45 % of one.", metavar="CORES")]
+Bandwidth = Annotated[
+    str | None, typer.Option(help="Of each device's link, both ways: [b]125mbit[/], [b]1gbit[/].", metavar="RATE")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Of each device, such as [b]2GiB[/]. Left out: not limited.", metavar="SIZE")
+]
+Delay = Annotated[
+    str | None, typer.Option(help="Holds back what a device sends, such as [b]1ms[/]; needs netem.", metavar="DURATION")
+]
+Subnet = Annotated[
+    str | None, typer.Option(help="A private /24. Left out: a free one of 10.213.0.0/16.", metavar="NETWORK")
+]
+Quota = Annotated[
+    str,
+    typer.Option(
+        help="How long a device computes at full speed before it must pause. Short ones are more like a slow CPU, "
+        "but may give less than was asked for: compare what is measured.",
+        metavar="DURATION",
+    ),
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Remove a testbed of that name first.")]
+Measure = Annotated[bool, typer.Option(help="Measure what was set up, about 3 s a device.")]
+Report = Annotated[Path | None, typer.Option(help="Write what was asked and measured here as JSON.", metavar="FILE")]
 
 
 @app.callback()
@@ -34,74 +62,28 @@ def testbed() -> None:
 
 @app.command()
 def up(
-    devices: Annotated[int | None, typer.Option(help="This many equal devices.", min=1, metavar="N")] = None,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="One device: [b]cpu=0.2,bandwidth=60mbit,memory=1GiB,delay=1ms[/]; once per device, in place of "
-            "--devices. What is left out is taken from the options below.",
-            metavar="KEY=VALUE,…",
-        ),
-    ] = None,
-    cpu: Annotated[str | None, typer.Option(help="Cores of each device: 0.45 is 45 % of one.", metavar="CORES")] = None,
-    bandwidth: Annotated[
-        str | None, typer.Option(help="Of each device's link, both ways: [b]125mbit[/], [b]1gbit[/].", metavar="RATE")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Of each device, such as [b]2GiB[/]. Left out: not limited.", metavar="SIZE")
-    ] = None,
-    delay: Annotated[
-        str | None,
-        typer.Option(help="Holds back what a device sends, such as [b]1ms[/]; needs netem.", metavar="DURATION"),
-    ] = None,
+    devices: Devices = None,
+    device: Device = None,
+    cpu: Cpu = None,
+    bandwidth: Bandwidth = None,
+    memory: Memory = None,
+    delay: Delay = None,
     name: Name = "isthmus",
-    subnet: Annotated[
-        str | None, typer.Option(help="A private /24. Left out: a free one of 10.213.0.0/16.", metavar="NETWORK")
-    ] = None,
-    quota: Annotated[
-        str,
-        typer.Option(
-            help="How long a device computes at full speed before it must pause. Short ones are more like a slow CPU, "
-            "but may give less than was asked for: compare what is measured.",
-            metavar="DURATION",
-        ),
-    ] = "1ms",
-    replace: Annotated[bool, typer.Option("--replace", help="Remove a testbed of that name first.")] = False,
-    measure: Annotated[bool, typer.Option(help="Measure what was set up, about 3 s a device.")] = True,
-    report: Annotated[
-        Path | None, typer.Option(help="Write what was asked and measured here as JSON.", metavar="FILE")
-    ] = None,
+    subnet: Subnet = None,
+    quota: Quota = "1ms",
+    replace: Replace = False,
+    measure: Measure = True,
+    report: Report = None,
 ) -> None:
     """Set a testbed up, measure it and print both. It stands until `down`.
 
     sudo isthmus testbed up --devices 4 --cpu 0.45 --bandwidth 125mbit --memory 2GiB
     sudo isthmus testbed up --device cpu=0.2,bandwidth=60mbit --device cpu=0.6,bandwidth=100mbit
     """
-    from rich.console import Console
+    options = dict(locals())
+    from isthmus.testbed.setting_up import set_up
 
-    from isthmus.spec.files import atomic_write
-    from isthmus.spec.serialization import to_json
-    from isthmus.spec.testbed import TestbedSpec
-    from isthmus.spec.units import parse_seconds
-    from isthmus.testbed.asking import parse_devices
-    from isthmus.testbed.table import testbed_table
-    from isthmus.testbed.testbed import Testbed
-
-    defaults = {"cpu": cpu, "bandwidth": bandwidth, "memory": memory, "delay": delay}
-    specs = parse_devices(devices, device or (), {key: value for key, value in defaults.items() if value is not None})
-    quota_s = parse_seconds(quota, "quota")
-    console = Console(stderr=True)
-    with _ended_by_sigterm(), contextlib.ExitStack() as undo:
-        spec = TestbedSpec(name=name, devices=specs, subnet=subnet, cpu_quota_s=quota_s)
-        standing = Testbed.up(spec, replace=replace)
-        undo.callback(standing.down)
-        if measure:
-            with console.status("measuring") as status:
-                standing.measure(lambda text: status.update(f"measuring: {text}"))
-        if report is not None:
-            atomic_write(report, to_json(standing.report))
-        undo.pop_all()
-    Console().print(testbed_table(standing.state))
+    set_up(**options)
 
 
 @app.command()
@@ -170,8 +152,8 @@ def run(
 
 @app.command()
 def limit(
-    bandwidth: Annotated[str | None, typer.Option(help="As in `up`.", metavar="RATE")] = None,
-    cpu: Annotated[str | None, typer.Option(help="As in `up`.", metavar="CORES")] = None,
+    bandwidth: Bandwidth = None,
+    cpu: Cpu = None,
     device: Numbers = None,
     name: Name = "isthmus",
 ) -> None:
@@ -196,22 +178,6 @@ def limit(
 @app.command()
 def down(name: Name = "isthmus") -> None:
     """Remove a testbed, what runs on it, and what a crash may have left of it. Not an error when there is none."""
-    from isthmus.testbed.testbed import remove_testbed
+    from isthmus.testbed.setting_up import take_down
 
-    with _ended_by_sigterm():
-        was_there = remove_testbed(name)
-    typer.echo(f"testbed {name}: {'removed' if was_there else 'there was none'}")
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as an exception would, so that it cleans up."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    take_down(name)

@@ -32,7 +32,7 @@ class TestbedSpec:
     """``10.213.4.0/24``. None: the first one that is free."""
     cpu_quota_s: float = 0.001
     """How long a device of less than a core may compute before it must pause; 1 ms is the kernel's least. The shorter,
-    the more like a slow CPU; but below its tick a kernel may give less CPU time than was asked for, see ``measured``."""
+    the more like a slow CPU; but below its tick a kernel may give less than was asked for, see ``measured``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,7 +212,8 @@ def remove_group(group: Path, timeout_s: float = 10.0) -> None:
 
 def groups_of(name: str, mounts: list[Mount]) -> list[Path]:
     """Every group of the testbed ``name`` in any hierarchy, whoever made it."""
-    return [folder for mount in mounts for folder in _groups_beneath(mount.point) if is_our_group(folder.name, name)]
+    folders = (folder for mount in mounts for folder in _groups_beneath(mount.point))
+    return sorted(folder for folder in folders if is_our_group(folder.name, name))
 
 
 def groups_on_host(name: str) -> list[Path]:

@@ -81,10 +81,12 @@ def only_one_changes() -> Iterator[None]:
 def _locked_folder() -> int:
     while True:
         FOLDER.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Whoever held the lock may have removed the folder; then this one is on nothing.
+        # Whoever holds the lock may remove the folder at any time before; then a lock is on nothing.
         with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == FOLDER.stat().st_ino:
-                return descriptor
-        os.close(descriptor)
+            descriptor = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.fstat(descriptor).st_ino == FOLDER.stat().st_ino:
+                    return os.dup(descriptor)
+            finally:
+                os.close(descriptor)
