@@ -71,7 +71,9 @@ def test_only_one_changes_at_a_time_and_the_folder_goes_with_the_last(folder: Pa
         for _ in range(20):
             with only_one_changes():
                 inside.append(number)
+                save_state(STATE)
                 assert len(inside) == 1
+                forget_state("lab")
                 inside.remove(number)
 
     threads = [threading.Thread(target=change, args=(number,)) for number in range(3)]

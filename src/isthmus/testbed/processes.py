@@ -209,7 +209,7 @@ class Supervisor:
         )
 
     def _patience_s(self) -> float | None:
-        times = [time for time in (self._ends_at, self._next_signal and self._next_signal[0]) if time is not None]
+        times = [at for at in (self._ends_at, self._next_signal and self._next_signal[0]) if at is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _act_on_time(self) -> None:

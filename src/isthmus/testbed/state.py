@@ -69,24 +69,12 @@ def forget_state(name: str) -> None:
 @contextlib.contextmanager
 def only_one_changes() -> Iterator[None]:
     """Holds a lock among all processes that make, limit or remove testbeds. Waits for it."""
-    descriptor = _locked_folder()
+    # On the directory above, which stays: ours comes and goes with the testbeds.
+    descriptor = os.open(FOLDER.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        with contextlib.suppress(OSError):  # another testbed's state is in it
+        with contextlib.suppress(OSError):  # it is not there, or another testbed's state is in it
             FOLDER.rmdir()
     finally:
         os.close(descriptor)
-
-
-def _locked_folder() -> int:
-    while True:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        # Whoever holds the lock may remove the folder at any time before; then a lock is on nothing.
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if os.fstat(descriptor).st_ino == FOLDER.stat().st_ino:
-                    return os.dup(descriptor)
-            finally:
-                os.close(descriptor)
