@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ IN_A_LOOP = "while :; do sleep 0.05; done"
 
 def shell(testbed: Testbed, script: str, folder: Path, **options: Any) -> tuple[int, list[str]]:
     """Exit code of ``script`` on the devices, and what each of them wrote, in the order of the devices' numbers."""
-    outcome = testbed.run(["sh", "-c", script], output=folder, **options)
+    outcome = testbed.run(["sh", "-c", script], output=folder, timeout_s=60, **options)
     assert all(status.num_processes == 0 for status in testbed.status())
     assert not list(Path(testbed.state.controllers["cpu"].parent, testbed.state.layout.group(0)).glob("run-*"))
     return outcome.exit_code, [path.read_text() for path in sorted(folder.glob("*.out"))]
@@ -133,15 +135,21 @@ def test_command_that_is_not_there_is_refused(testbed: Testbed) -> None:
             testbed.run(argv)
 
 
-def command_line(testbed: Testbed, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+@contextmanager
+def command_line(testbed: Testbed, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """``isthmus testbed run`` in a process of its own, which is there no longer afterwards."""
     main = "from isthmus.cli.main import app; app()"
     line = [sys.executable, "-c", main, "testbed", "run", "--name", testbed.state.spec.name, *arguments]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_others_lines_have_their_number_in_front(testbed: Testbed) -> None:
     with command_line(testbed, "--", "sh", "-c", "printf 'out\\nlast'; echo err >&2; exit $((RANK * 4))") as process:
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 4
     assert sorted(out.replace("last[1]", "last\n[1]").split()) == sorted(["out", "last", "[1]", "out", "[1]", "last"])
     assert sorted(err.splitlines()) == ["[1] err", "device 1 failed first, with exit code 4", "err"]
@@ -149,8 +157,15 @@ def test_others_lines_have_their_number_in_front(testbed: Testbed) -> None:
 
 def test_quiet_others_hides_what_they_write_to_stdout(testbed: Testbed) -> None:
     with command_line(testbed, "--quiet-others", "--", "sh", "-c", "echo out; echo err >&2") as process:
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, sorted(err.splitlines())) == (0, "out\n", ["[1] err", "err"])
+
+
+def test_device_that_never_stops_printing_can_be_ended(testbed: Testbed) -> None:
+    with command_line(testbed, "--timeout", "0.3", "--", "sh", "-c", "[ $RANK = 0 ] || yes") as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (124, "ended after 0.3 s")
+    assert set(out.splitlines()) <= {"[1] y", "[1] "}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -160,7 +175,7 @@ def test_signal_to_the_run_ends_all_of_it(testbed: Testbed, number: signal.Signa
         assert process.stdout is not None
         assert sorted(process.stdout.readline() for _ in range(2)) == ["[1] on\n", "on\n"]
         process.send_signal(number)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err.splitlines()[-1] == f"ended by {number.name}; nothing of it is left"
     assert all(status.num_processes == 0 for status in testbed.status())

@@ -132,7 +132,7 @@ def test_testbed_without_its_state_is_found_and_removed_with_what_runs_in_it(tes
         while Path(f"/proc/{in_namespace.pid}/comm").read_text() != "sleep\n":
             assert in_namespace.poll() is None
         assert remove_testbed(name) is True
-        assert (in_group.wait(), in_namespace.wait()) == (-9, -9)
+        assert (in_group.wait(60), in_namespace.wait(60)) == (-9, -9)
     finally:
         for process in (in_group, in_namespace):
             process.kill()

@@ -115,20 +115,17 @@ class _Forwarder:
         os.set_blocking(source, False)
 
     def forward(self) -> bool:
-        """Copies what is there now; False when it was the last."""
-        while True:
-            try:
-                data = os.read(self.source, 1 << 16)
-            except BlockingIOError:
-                return True
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            self._write(lines)
-            if not data:
-                return False
+        """Copies some of what is there; False when it was the last. ``BlockingIOError``: nothing is there."""
+        data = os.read(self.source, 1 << 16)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._write(lines)
+        return bool(data)
 
     def finish(self) -> None:
-        """Copies what is left, a last line without its end included."""
-        self.forward()
+        """Copies all that is left, a last line without its end included."""
+        with contextlib.suppress(BlockingIOError):
+            while self.forward():
+                pass
         if self._rest:
             self._write([self._rest])
             self._rest = b""
