@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from isthmus.spec.errors import IsthmusError
+from isthmus.testbed.processes import stop_signals
 from isthmus.testbed.testbed import Testbed
 
 IN_A_LOOP = "while :; do sleep 0.05; done"
@@ -166,6 +167,13 @@ def test_device_that_never_stops_printing_can_be_ended(testbed: Testbed) -> None
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err.splitlines()[-1]) == (124, "ended after 0.3 s")
     assert set(out.splitlines()) <= {"[1] y", "[1] "}
+
+
+def test_hangup_is_no_reason_to_end_under_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    assert stop_signals() == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    assert stop_signals() == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -20,7 +20,6 @@ from isthmus.testbed.cgroups import is_empty_within, processes_in, remove_group,
 
 # Enters the control groups before anything else runs, so that nothing of the command ever runs without its limits.
 _ENTER = 'for group in $1; do echo $$ > "$group/cgroup.procs" || exit 126; done; shift; exec "$@"'
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -77,9 +76,15 @@ def start(
     )
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask this process to end: SIGINT, SIGTERM and, unless ``nohup`` has it ignored, SIGHUP."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if is_ignored else [signal.SIGHUP])]
+
+
 class StopSignals:
-    """A context that only notes SIGINT, SIGTERM and SIGHUP, for who waits to act on. Outside the main thread, where
-    Python delivers no signals, it notes none."""
+    """A context that only notes ``stop_signals``, for who waits to act on. Outside the main thread, where Python
+    delivers no signals, it notes none."""
 
     def __init__(self) -> None:
         self.got: list[signal.Signals] = []
@@ -90,7 +95,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
+            for number in stop_signals():
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,7 @@ from isthmus.spec.serialization import to_json
 from isthmus.spec.testbed import TestbedSpec
 from isthmus.spec.units import parse_seconds
 from isthmus.testbed.asking import parse_devices
+from isthmus.testbed.processes import stop_signals
 from isthmus.testbed.table import testbed_table
 from isthmus.testbed.testbed import Testbed, remove_testbed
 
@@ -69,12 +70,12 @@ def take_down(name: str) -> None:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, with an exception, so that it cleans up."""
+    """Signals that ask to end raise an exception in the block, so that it cleans up."""
 
     def end(number: int, _: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in stop_signals()}
     try:
         yield
     finally:
