@@ -56,10 +56,11 @@ def test_version_is_the_package_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "profile", "tune", "bench"]),
+        (["--help"], ["demo", "profile", "tune", "bench", "testbed"]),
         (["tune", "--help"], ["--data", "--policy", "--accelerator-memory", "--resume"]),
         (["profile", "--help"], ["--refresh"]),
         (["bench", "--help"], ["tune"]),
+        (["testbed", "--help"], ["up", "status", "run", "limit", "down", "sudo isthmus testbed up --devices 4"]),
         (["bench", "tune", "--help"], ["--policies", "--skew", "--cpu-speed", "--report"]),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.units import parse_bytes, parse_emulate, parse_rate, parse_seconds
+from isthmus.spec.units import parse_bits_per_s, parse_bytes, parse_emulate, parse_rate, parse_seconds
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,19 @@ def test_rates_are_read_as_meant(text: str | float, rate: float) -> None:
 def test_bad_rate_is_refused_with_the_field_and_an_example(text: str | float) -> None:
     with pytest.raises(IsthmusError, match=r"h2d: got .*2GB/s"):
         parse_rate(text, "h2d")
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("125mbit", 125e6), ("1 Gbit", 1e9), ("2.5gbit", 2.5e9), ("64kbit", 64e3), ("300bit", 300)]
+)
+def test_bandwidths_are_read_as_meant(text: str, rate: float) -> None:
+    assert parse_bits_per_s(text) == rate
+
+
+@pytest.mark.parametrize("text", ["125", "125MB/s", "fast", "0mbit", "-1mbit", "nan", "mbit", "1e999mbit"])
+def test_bad_bandwidth_is_refused_with_the_field_and_an_example(text: str) -> None:
+    with pytest.raises(IsthmusError, match=r"device 0: bandwidth: got .*125mbit"):
+        parse_bits_per_s(text, "device 0: bandwidth")
 
 
 def test_seconds_are_read_as_meant() -> None:

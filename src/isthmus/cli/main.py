@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from isthmus import __version__
-from isthmus.cli import bench
+from isthmus.cli import bench, testbed
 from isthmus.cli.demo import demo
 from isthmus.cli.profile import profile
 from isthmus.cli.tune import tune
@@ -56,6 +56,7 @@ app.command()(demo)
 app.command()(profile)
 app.command()(tune)
 app.add_typer(bench.app, name="bench")
+app.add_typer(testbed.app, name="testbed")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""How people write sizes and rates, and nothing else: ``8GiB``, ``2GB/s``, ``20us`` to numbers in bytes and seconds."""
+"""How people write sizes and rates, and nothing else: ``8GiB``, ``2GB/s``, ``125mbit``, ``20us`` to plain numbers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _BYTE_FACTORS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT", start=1)
 }
+_BIT_FACTORS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _SECOND_FACTORS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-zµ/]*)\s*")
 
@@ -53,6 +54,17 @@ def parse_rate(value: str | float, field: str = "rate") -> float:
     if not (bytes_per_s > 0 and math.isfinite(bytes_per_s)):
         raise IsthmusError(f"{field}: got {value!r}, wanted more than 0 bytes per second, such as 2GB/s")
     return bytes_per_s
+
+
+def parse_bits_per_s(value: str, field: str = "bandwidth") -> float:
+    """Bits per second of ``125mbit`` or ``1gbit``, as ``tc`` writes them (powers of 1000); case does not matter.
+
+    Raises ``IsthmusError`` naming ``field`` when ``value`` is not such a rate or not above zero.
+    """
+    bits_per_s = _quantity(value, _BIT_FACTORS, field, "bits per second such as 125mbit or 1gbit")
+    if not (bits_per_s > 0 and math.isfinite(bits_per_s)):
+        raise IsthmusError(f"{field}: got {value!r}, wanted more than 0 bits per second, such as 125mbit")
+    return bits_per_s
 
 
 def parse_seconds(value: str, field: str = "duration") -> float:

@@ -1,0 +1,57 @@
+"""The table of a testbed: what was asked of every device beside what was measured, and whether it is alive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from isthmus.testbed.state import TestbedState
+from isthmus.testbed.testbed import DeviceStatus
+
+
+def testbed_table(state: TestbedState, statuses: Sequence[DeviceStatus] = ()) -> Table:
+    """One row per device. Columns of what is not known (unmeasured, no ``statuses``) are left out."""
+    devices, measured = state.spec.devices, state.measured
+    has_memory = any(device.memory_bytes is not None for device in devices)
+    has_delay = any(device.delay_s for device in devices)
+    columns: dict[str, list[str]] = {
+        "device": [str(number) for number in range(len(devices))],
+        "address": [state.layout.address(number) for number in range(len(devices))],
+        "cores": [f"{device.cpu_share:g}" for device in devices],
+        "cores got": [f"{each.cpu_share:.2f}" for each in measured],
+        "FP32 GEMM": [f"{each.gemm_flops / 1e9:.1f} GFLOP/s" for each in measured],
+        "memory": [_memory(device.memory_bytes) for device in devices] if has_memory else [],
+        "bandwidth": [_mbit(device.bandwidth_bits_per_s) for device in devices],
+        "to host": [_mbit(each.to_host_bits_per_s) for each in measured],
+        "from host": [_mbit(each.from_host_bits_per_s) for each in measured],
+        "delay": [f"{device.delay_s * 1e3:g} ms" for device in devices] if has_delay else [],
+        "round trip": [f"{each.round_trip_s * 1e3:.3f} ms" for each in measured],
+        "alive": [_alive(status) for status in statuses],
+        "processes": [str(status.num_processes) for status in statuses],
+    }
+    caption = None
+    if measured:
+        caption = (
+            "cores, memory, bandwidth, delay: asked. The rest was measured one device after the other, the others idle."
+        )
+    table = Table(title=f"testbed {state.spec.name}, {state.subnet}", caption=caption)
+    shown = {title: cells for title, cells in columns.items() if cells}
+    for title in shown:
+        table.add_column(title, justify="right")
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _mbit(bits_per_s: float) -> str:
+    return f"{bits_per_s / 1e6:.4g} Mbit/s"
+
+
+def _memory(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 2**30:.3g} GiB"
+
+
+def _alive(status: DeviceStatus) -> str:
+    parts = {"namespace": status.has_namespace, "link": status.has_link, "control groups": status.has_groups}
+    return "yes" if status.is_alive else f"no {', no '.join(part for part, is_there in parts.items() if not is_there)}"
