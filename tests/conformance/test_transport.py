@@ -181,11 +181,11 @@ def test_two_ranks_send_and_receive_with_tags_while_others_do_not_take_part(kind
 
 @pytest.mark.parametrize("num_bytes", [64 << 10, 4 << 20, pytest.param(64 << 20, marks=pytest.mark.long)])
 def test_large_messages_of_all_to_all_at_once_do_not_deadlock(kind: str, num_bytes: int) -> None:
-    numel = num_bytes // 4
+    numel = num_bytes // 8
 
     def body(group: Group) -> None:
-        tensor = torch.arange(numel, dtype=torch.float32) + group.rank
-        outputs = [torch.zeros(numel) for _ in range(3)]
+        tensor = torch.arange(numel) + group.rank
+        outputs = [torch.zeros(numel, dtype=torch.int64) for _ in range(3)]
         group.all_gather(outputs, tensor)
         for source in range(3):
             assert torch.equal(outputs[source] - source, outputs[0])
@@ -498,6 +498,20 @@ def test_a_rank_that_leaves_ends_all_others(kind: str) -> None:
     assert 1 in zero.ranks + two.ranks and zero.exit_code != 0
 
 
+def test_who_waits_for_one_that_waits_for_a_lost_one_learns_which_it_was(kind: str) -> None:
+    def body(group: Group) -> None:
+        group.all_reduce(torch.zeros(1))
+        if group.rank != 3:
+            group.recv(torch.zeros(1), group.rank + 1)
+
+    *waiting, last = outcomes(kind, 4, body, timeout_s=10)
+    assert last is None
+    for rank, error in enumerate(waiting):
+        assert isinstance(error, PeerLostError)
+        # gloo has no goodbye: it names the one that was waited for.
+        assert error.ranks == ((rank + 1,) if kind == "gloo" else (3,))
+
+
 def test_a_rank_that_hangs_is_named_within_the_time_limit(kind: str) -> None:
     ended = threading.Barrier(3)
 
@@ -536,5 +550,9 @@ def test_closing_ends_a_call_that_is_under_way(kind: str) -> None:
             group.close()
             with pytest.raises(TransportError):
                 handle.wait()
+            done.set()
+        else:
+            assert done.wait(30), "rank 0 would see this rank leave instead"
 
-    outcomes(kind, 2, body, timeout_s=3)
+    done = threading.Event()
+    results(kind, 2, body, timeout_s=3)
