@@ -108,7 +108,7 @@ def measure(groups: dict[str, Group], num_bytes: int, repetitions: int, link_byt
         row |= {"num_bytes": num_bytes, "sent_bytes": sent, "ms": spread_ms(times_s), "cpu_ms": spread_ms(cpu_s)}
         if link_bytes_per_s:
             row["bound_ms"] = round(sent / link_bytes_per_s * 1e3, 4)
-            row["bound_share"] = round(row["bound_ms"] / row["ms"]["median"], 3)
+            row["bound_share"] = round(sent / link_bytes_per_s * 1e3 / row["ms"]["median"], 3)
         rows.append(row)
     return rows
 
@@ -117,9 +117,11 @@ def report(rows: list[dict]) -> None:
     print(f"{rows[0]['num_bytes']} bytes")
     for row in rows:
         name = f"{row['collective']} {row['implementation']} {row['algorithm']} {row['codec'] or ''}"
-        bound = f"bound {row['bound_ms']:8.3f} = {row['bound_share']:4.0%}" if "bound_ms" in row else ""
+        bound = f"bound {row['bound_ms']:8.3f} ms" if "bound_ms" in row else ""
+        share = f" = {row['bound_share']:.0%} of the bound" if "bound_ms" in row else ""
         ms, cpu = row["ms"], row["cpu_ms"]
-        print(f"  {name:40} {ms['median']:9.3f} ms [{ms['p10']:.3f}, {ms['p90']:.3f}]  cpu {cpu['median']:.3f} {bound}")
+        spread = f"[{ms['p10']:.3f}, {ms['p90']:.3f}]"
+        print(f"  {name:36} {bound}  {ms['median']:9.3f} ms {spread}  cpu {cpu['median']:.3f} ms{share}")
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

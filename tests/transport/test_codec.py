@@ -69,6 +69,15 @@ def test_bound_holds_at_every_scale_and_length(name: str, exponent: int, numel: 
 
 
 @block_codecs
+def test_the_largest_value_keeps_its_sign_whichever_way_its_scale_is_rounded(name: str) -> None:
+    codec = create_codec(name)
+    for step in range(1, 1025):
+        values_V = torch.full((64,), 1 + step / 1024)
+        values_V[::2] *= -1
+        assert_within_bound(codec, values_V)
+
+
+@block_codecs
 def test_bound_is_about_half_a_step(name: str) -> None:
     codec = create_codec(name)
     levels = {"int8": 127, "int4": 7}[name]

@@ -25,9 +25,9 @@ BLOCK_VALUES = 64
 _PASS_BLOCKS = 1024
 # Least scale. Its reciprocal is finite and it is a normal bf16 number; a block of smaller values decodes to zeros.
 _LEAST_SCALE = 2.0**-119
-# bf16 rounds to nearest with a relative error of at most 2**-8. Scales are enlarged by twice that first, so that no
-# scale ends below max ÷ levels and no code leaves the levels.
-_ENLARGED = 1 + 2.0**-7
+# A scale is rounded to bf16, by at most this much of it. The largest value is then at most 127 · (1 + 2**-8) < 127.5
+# steps, which still rounds to 127: codes need no clamping.
+_SCALE_ROUNDING = 2.0**-8
 
 
 class Codec(ABC):
@@ -131,7 +131,7 @@ class BlockCodec(Codec):
         return -(-num_values // BLOCK_VALUES) * (self.block_code_bytes + 2)
 
     def error_bound(self, largest: float) -> float:
-        scale = max(largest / self.levels * _ENLARGED * (1 + 2.0**-8), _LEAST_SCALE)
+        scale = max(largest / self.levels * (1 + _SCALE_ROUNDING), _LEAST_SCALE)
         # Half a step, and what FP32 rounds in value × factor and code × scale.
         return scale / 2 + largest * 2.0**-21
 
@@ -178,7 +178,7 @@ class BlockCodec(Codec):
         torch.amax(work_BK, dim=1, out=largest_B)
         # 0 for what can be encoded; inf − inf and nan − nan are nan, which the scale then is.
         torch.add(largest_B, largest_B, out=factors_B).sub_(factors_B)
-        factors_B.add_(largest_B, alpha=_ENLARGED / self.levels).clamp_(min=_LEAST_SCALE)
+        factors_B.add_(largest_B, alpha=1 / self.levels).clamp_(min=_LEAST_SCALE)
         scales_B.copy_(factors_B)
         factors_B.copy_(scales_B).reciprocal_()
         torch.mul(values_BK, factors_B.unsqueeze(1), out=work_BK).round_()

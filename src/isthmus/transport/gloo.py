@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+import traceback
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import Parts
-from isthmus.transport.errors import MismatchError, PeerLostError, RendezvousError
+from isthmus.transport.errors import MismatchError, PeerLostError, RendezvousError, TransportError
 from isthmus.transport.messages import HEADER_BYTES, complete_header, describe
 from isthmus.transport.rendezvous import Meeting, listen, local_address, meet, read_environment
 
@@ -113,6 +114,14 @@ class GlooGroup(Group):
         )
 
     def _exchange(self, prefix: bytes, outgoing: Parts, incoming: Parts) -> None:
+        try:
+            self._carry(prefix, outgoing, incoming)
+        except TransportError as error:
+            # What they refer to holds the connections open, which the others wait to see closed.
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    def _carry(self, prefix: bytes, outgoing: Parts, incoming: Parts) -> None:
         gloo = self._gloo
         sending: list[tuple[int, Any]] = []
         receiving: list[tuple[int, Any]] = []

@@ -62,7 +62,7 @@ class SocketGroup(Group):
         self._unfinished: set[int] = set()
         """Peers to which half a message was sent: a goodbye would be read as its rest."""
         self._hung_up = False
-        limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        limit = struct.pack("ll", *divmod(max(1, int(timeout_s * 1e6)), 1_000_000))  # 0 would be no limit
         for connection in connections.values():
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
