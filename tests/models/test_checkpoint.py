@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.config import load_config
 from isthmus.models.moe_model import MoeModel, unit_views
-from isthmus.models.reader import read_checkpoint, resolve_checkpoint
+from isthmus.models.reader import read_checkpoint
 from isthmus.models.skeleton import torch_dtype
 from isthmus.models.tiny import tiny_config, write_random_checkpoint, write_tiny_checkpoint
 from isthmus.models.writer import write_checkpoint

@@ -4,8 +4,8 @@ import huggingface_hub.constants
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
+from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.config import load_config, model_spec
-from isthmus.models.reader import resolve_checkpoint
 from isthmus.models.tiny import tiny_config
 from isthmus.spec.model import ModelSpec
 

@@ -3,7 +3,6 @@ dequantised on the way (``quantisation``)."""
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -12,18 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
+from isthmus.models.checkpoint_files import checkpoint_files, some_of
 from isthmus.models.checkpoint_keys import CheckpointKeys, Piece, persistent_buffers
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.quantisation import read_quantisation, stored_weights
 from isthmus.models.quantisation.base import StoredWeights
 from isthmus.models.safetensors_file import SafetensorsReader
 from isthmus.spec.model import UnitKey
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_NUM_NAMED = 5
 
 Destination = Callable[[UnitKey], dict[str, torch.Tensor]]
 
@@ -51,34 +46,6 @@ class _Progress:
         last_row = piece.first_row + piece.num_rows
         filled = self.filled_rows.get((piece.unit, piece.tensor), ())
         return any(first <= piece.first_row and last_row <= last for first, last in filled)
-
-
-def resolve_checkpoint(model: str | Path) -> Path:
-    """The directory with the checkpoint: ``model`` itself, or where a Hugging Face id was downloaded to (blocks on
-    the network).
-
-    Raises ``FileNotFoundError`` if there is neither.
-    """
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        return directory
-    if isinstance(model, Path) or directory.exists() or model.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"model: {directory} is not a directory, wanted a checkpoint directory or a Hugging Face id"
-        )
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
-                ignore_patterns=["*/*"],  # copies in other formats (gpt-oss: original/, metal/)
-            )
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"model: {model} is neither a directory here nor a Hugging Face id that can be downloaded ({reason})"
-        ) from error
 
 
 def read_checkpoint(
@@ -110,33 +77,10 @@ def read_checkpoint(
     if state.unexpected:
         warnings.warn(
             f"checkpoint: {path} has {len(state.unexpected)} tensors that {model.spec.architecture} has no place for, "
-            f"skipped: {_some(state.unexpected)}",
+            f"skipped: {some_of(state.unexpected)}",
             stacklevel=2,
         )
     state.report(1.0)
-
-
-def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory, in order. Raises ``FileNotFoundError`` if one is missing."""
-    index = path / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"checkpoint: {index} is damaged ({error!r}), wanted JSON with a weight_map") from error
-        for name in names:
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"checkpoint: {path / name} is missing, {_INDEX} names it; download it again")
-        return [path / name for name in names]
-    if (path / _SINGLE).is_file():
-        return [path / _SINGLE]
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-    if pickles:
-        raise FileNotFoundError(
-            f"checkpoint: {path} has {_some(pickles)} but no {_SINGLE}; pickled weights can run code and are never "
-            "loaded: convert them with transformers (from_pretrained, then save_pretrained)"
-        )
-    raise FileNotFoundError(f"checkpoint: {path} has neither {_SINGLE} nor {_INDEX}")
 
 
 def _read_tensor(
@@ -192,9 +136,4 @@ def _require_all(path: Path, keys: CheckpointKeys, state: _Progress) -> None:
     # In the saved format tensors are smallest, so what is missing can be told whichever format was read.
     missing = [tensor.key for tensor in keys.saved.values() if not all(map(state.is_filled, tensor.pieces))]
     if missing:
-        raise ValueError(f"checkpoint: {path} lacks {len(missing)} of {len(keys.saved)} tensors: {_some(missing)}")
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+        raise ValueError(f"checkpoint: {path} lacks {len(missing)} of {len(keys.saved)} tensors: {some_of(missing)}")

@@ -6,8 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.config import load_config
-from isthmus.models.reader import checkpoint_files, resolve_checkpoint
 from isthmus.models.safetensors_file import SafetensorsReader
 from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.environment import environment

@@ -1,0 +1,185 @@
+"""``Engine``: one model on one or several devices that answer a request together.
+
+The device with rank 0 leads: it is asked, tells the others what to compute, and has the answer. The others ``follow``.
+Every request begins with a header that all receive, so that devices never disagree about what comes next.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from isthmus.inference.strategies import make_strategy
+from isthmus.inference.strategies.base import Tokens
+from isthmus.models.checkpoint_files import resolve_checkpoint
+from isthmus.models.shards import ShardReader
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.inference import InferencePlan
+from isthmus.spec.transformer import Range
+from isthmus.transport.base import Group
+
+POOLINGS = ("mean", "cls", "tokens")
+
+
+class _Request(enum.IntEnum):
+    STOP = 0
+    MEAN = 1
+    TOKENS = 2
+
+
+class Engine:
+    """See the module's docstring. ``close`` ends the followers too; use it as a context manager."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        group: Group | None = None,
+        plan: InferencePlan | None = None,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        """Reads this device's part of ``model`` (a directory or a Hugging Face id). Called on every device of ``group``
+        with the same ``plan``; without one, all devices divide heads and columns evenly in FP32.
+
+        Raises ``IsthmusError`` for a model that cannot be divided, ``FileNotFoundError`` for none.
+        """
+        num_devices = group.world_size if group is not None else 1
+        self.plan = plan or InferencePlan.even("tensor", num_devices)
+        if self.plan.devices[-1] >= num_devices or self.plan.devices[0] != 0:
+            raise IsthmusError(
+                f"devices: the plan wants ranks {self.plan.devices} of {num_devices}; wanted 0 and others"
+            )
+        self.directory = resolve_checkpoint(model)
+        self._reader = ShardReader(self.directory)
+        self.spec = self._reader.spec
+        self.group = group
+        rank = group.rank if group is not None else 0
+        self.is_leader = rank == 0
+        self._working: Group | None = None
+        if group is not None and rank in self.plan.devices and len(self.plan.devices) > 1:
+            self._working = group.subgroup(self.plan.devices) if len(self.plan.devices) < num_devices else group
+        takes_part = rank in self.plan.devices
+        self._strategy = make_strategy(self.plan, self._reader, self._working, progress) if takes_part else None
+        self._tokenizer: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the followers go. The group stays open: it is the caller's."""
+        if self.is_leader and self._working is not None and self._strategy is not None:
+            self._announce(_Request.STOP, 0, 0)
+        self._strategy = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's own, loaded when it is first used."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.directory)
+        return self._tokenizer
+
+    # --- the leader ---------------------------------------------------------------------------------------------------
+
+    def embed(
+        self, texts: Sequence[str], *, pooling: str = "mean", normalize: bool = False, batch_size: int = 32
+    ) -> list[Tensor]:
+        """One vector (H,) per text, FP32, or with ``pooling`` ``tokens`` one for each of its tokens (t, H).
+
+        ``mean`` is over a text's tokens, ``cls`` takes the first one's. ``normalize`` divides by the length. Texts
+        longer than the model allows raise ``IsthmusError``. Leader only; blocks.
+        """
+        if pooling not in POOLINGS:
+            raise IsthmusError(f"pooling: got {pooling!r}, wanted one of {', '.join(POOLINGS)}")
+        vectors: list[Tensor] = []
+        for start in range(0, len(texts), batch_size):
+            batch = list(texts[start : start + batch_size])
+            encoded = self.tokenizer(batch, padding=len(batch) > 1, return_tensors="pt")
+            mask_BT = encoded["attention_mask"].bool()
+            if pooling == "mean":
+                found = list(self.mean(encoded["input_ids"], mask_BT))
+            else:
+                hidden_BTH = self.hidden(encoded["input_ids"], mask_BT)
+                found = [hidden_TH[mask_T] for hidden_TH, mask_T in zip(hidden_BTH, mask_BT, strict=True)]
+                found = [hidden_tH[0] for hidden_tH in found] if pooling == "cls" else found
+            vectors += [F.normalize(vector, dim=-1) for vector in found] if normalize else found
+        return vectors
+
+    def mean(self, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+        """The mean (B, H) of the hidden states of the tokens that are not padding. Leader only."""
+        total_BH = self._lead(_Request.MEAN, ids_BT, attended_BT)
+        return total_BH / attended_BT.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def hidden(self, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+        """The last hidden states (B, T, H). Leader only."""
+        return self._lead(_Request.TOKENS, ids_BT, attended_BT)
+
+    def _lead(self, request: _Request, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+        if not self.is_leader:
+            raise IsthmusError("engine: only rank 0 is asked; the other devices call follow()")
+        if ids_BT.shape[1] > self.spec.max_num_tokens:
+            raise IsthmusError(
+                f"text: {ids_BT.shape[1]} tokens, and {self.spec.model_type} at {self.directory} allows "
+                f"{self.spec.max_num_tokens}; shorten it or divide it"
+            )
+        self._announce(request, *ids_BT.shape)
+        if self._working is not None:
+            self._working.broadcast(torch.stack((ids_BT, attended_BT.long())))
+        answer = self._compute(request, ids_BT, attended_BT)
+        assert answer is not None
+        return answer
+
+    def _announce(self, request: _Request, batch: int, num_tokens: int) -> None:
+        if self._working is not None:
+            self._working.broadcast(torch.tensor([request, batch, num_tokens]))
+
+    # --- everybody ----------------------------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Computes what the leader asks for until it closes. Returns at once on a device that has no part."""
+        if self._working is None:
+            return
+        header = torch.empty(3, dtype=torch.int64)
+        while True:
+            self._working.broadcast(header)
+            request, batch, num_tokens = header.tolist()
+            if request == _Request.STOP:
+                return
+            tokens = torch.empty(2, batch, num_tokens, dtype=torch.int64)
+            self._working.broadcast(tokens)
+            self._compute(_Request(request), tokens[0], tokens[1].bool())
+
+    @torch.inference_mode()
+    def _compute(self, request: _Request, ids_BT: Tensor, attended_BT: Tensor) -> Tensor | None:
+        """The leader's answer; what it is on the others does not matter."""
+        assert self._strategy is not None
+        tokens = Tokens.of(ids_BT, attended_BT, is_decoder=self.spec.is_decoder)
+        hidden_BtH = self._strategy.run(tokens)
+        ranges = self._strategy.token_ranges(ids_BT.shape[1])
+        if request == _Request.TOKENS:
+            return hidden_BtH if ranges is None else self._gather(hidden_BtH, ranges)
+        if ranges is None or self._working is None:
+            return (hidden_BtH * attended_BT[:, :, None]).sum(dim=1)
+        own = ranges[self._working.rank]
+        part_BH = (hidden_BtH * attended_BT[:, own.start : own.stop, None]).sum(dim=1, keepdim=True)
+        parts_BRH = self._gather(part_BH, [Range(start=rank, stop=rank + 1) for rank in range(len(ranges))])
+        return None if parts_BRH is None else parts_BRH.sum(dim=1)
+
+    def _gather(self, part_BtH: Tensor, ranges: list[Range]) -> Tensor | None:
+        """The devices' parts one after the other along dimension 1, on the leader; None on the others."""
+        assert self._working is not None
+        shape = (part_BtH.shape[0], -1, part_BtH.shape[2])
+        sizes = [len(part) * shape[0] * shape[2] for part in ranges]
+        flat = torch.empty(sum(sizes) if self.is_leader else 0)
+        outputs = list(flat.split(sizes)) if self.is_leader else None
+        self._working.gather(outputs, part_BtH.contiguous())
+        return None if outputs is None else torch.cat([part.view(shape) for part in outputs], dim=1)

@@ -1,0 +1,129 @@
+"""One Transformer layer as far as a device holds it: partial attention, partial MLP, and the norms between.
+
+What a device computes of attention or MLP is a *partial sum* of the layer's: those of all devices together, and the
+bias that is added once, are the layer's.
+
+Shapes: B batch, T tokens, K keys, H hidden size, A query heads and G key/value heads of this device, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from isthmus.inference.linear import Linear, make_linear
+from isthmus.models.shards import ShardReader
+from isthmus.spec.transformer import LayerShare, Range
+
+
+class Norm:
+    """Layer norm or RMS norm, over the last dimension."""
+
+    def __init__(self, reader: ShardReader, name: str, layer: int | None = None, *, kind: str | None = None) -> None:
+        self._kind = kind or reader.spec.norm
+        self._epsilon = reader.spec.norm_epsilon
+        self.weight = reader.read(f"{name}.weight", layer)
+        self.bias = reader.read(f"{name}.bias", layer) if self._kind == "layer" else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._kind == "layer":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._epsilon)
+        return F.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """cos and sin of the tokens' rotary angles, (B or 1, 1, T, D)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x_BATD: Tensor) -> Tensor:
+        first, second = x_BATD.chunk(2, dim=-1)
+        return x_BATD * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+class Layer:
+    """The share of layer ``number`` that this device holds, in ``dtype`` (see ``linear``)."""
+
+    def __init__(self, reader: ShardReader, number: int, share: LayerShare, dtype: str) -> None:
+        spec = reader.spec
+        self.spec = spec
+        self.share = share
+        self.kv_heads = share.kv_heads(spec)
+        self._activation: Callable[[Tensor], Tensor] = ACT2FN[spec.activation]
+        self._kv_index = self._find_kv_index()
+        self.norm1, self.norm2 = Norm(reader, "norm1", number), Norm(reader, "norm2", number)
+        self.q_norm = Norm(reader, "q_norm", number, kind="rms") if spec.has_qk_norm else None
+        self.k_norm = Norm(reader, "k_norm", number, kind="rms") if spec.has_qk_norm else None
+
+        query_rows, kv_rows = self._rows(share.heads), self._rows(self.kv_heads)
+        self.qkv = _read_linear(reader, number, [("q", query_rows), ("k", kv_rows), ("v", kv_rows)], dtype)
+        self.o = make_linear(reader.read("o.weight", number, columns=query_rows), None, dtype)
+        ups = [("gate", share.columns)] if spec.has_gate else []
+        self.up = _read_linear(reader, number, [*ups, ("up", share.columns)], dtype)
+        self.down = make_linear(reader.read("down.weight", number, columns=share.columns), None, dtype)
+        self.o_bias = reader.read("o.bias", number) if reader.has("o.bias", number) else None
+        self.down_bias = reader.read("down.bias", number) if reader.has("down.bias", number) else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the matrices."""
+        return sum(linear.num_bytes for linear in (self.qkv, self.o, self.up, self.down))
+
+    def project(self, x_BTH: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """query (B, A, T, D), key and value (B, G, T, D) of this device's heads, positions applied."""
+        num_heads, num_kv_heads, size = len(self.share.heads), len(self.kv_heads), self.spec.head_size
+        sizes = [num_heads * size, num_kv_heads * size, num_kv_heads * size]
+        query, key, value = (
+            part.unflatten(-1, (-1, size)).transpose(1, 2) for part in self.qkv(x_BTH).split(sizes, dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = rotation(query), rotation(key)
+        return query, key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, is_causal: bool) -> Tensor:
+        """The partial sum (B, T, H) of attention's output, without its bias.
+
+        ``allowed``: bool (B or 1, 1, T, K), or None for all, or with ``is_causal`` for all up to the query.
+        """
+        group = self.spec.heads_per_kv_head
+        if self._kv_index is not None:
+            key, value = key[:, self._kv_index], value[:, self._kv_index]
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=is_causal, enable_gqa=group > 1 and self._kv_index is None
+        )
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+    def mlp(self, x_BTH: Tensor) -> Tensor:
+        """The partial sum (B, T, H) of the MLP's output, without its bias."""
+        up = self.up(x_BTH)
+        if not self.spec.has_gate:
+            return self.down(self._activation(up))
+        gate, up = up.chunk(2, dim=-1)
+        return self.down(self._activation(gate) * up)
+
+    def _rows(self, heads: Range) -> Range:
+        return Range(start=heads.start * self.spec.head_size, stop=heads.stop * self.spec.head_size)
+
+    def _find_kv_index(self) -> Tensor | None:
+        """The local key/value head of each query head, where they do not lie in whole groups."""
+        group, heads = self.spec.heads_per_kv_head, self.share.heads
+        if group == 1 or (heads.start % group == 0 and heads.stop % group == 0):
+            return None
+        return torch.arange(heads.start, heads.stop) // group - self.kv_heads.start
+
+
+def _read_linear(reader: ShardReader, layer: int, parts: list[tuple[str, Range]], dtype: str) -> Linear:
+    """Matrices one below the other, so that one product gives all of them."""
+    weight = torch.cat([reader.read(f"{name}.weight", layer, rows=rows) for name, rows in parts])
+    has_bias = reader.has(f"{parts[0][0]}.bias", layer)
+    bias = torch.cat([reader.read(f"{name}.bias", layer, rows=rows) for name, rows in parts]) if has_bias else None
+    return make_linear(weight, bias, dtype)

@@ -1,0 +1,81 @@
+"""What one device holds of a model: embeddings (mapped, not loaded), its share of the layers, the final norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from isthmus.inference.layer import Layer, Norm, Rotation
+from isthmus.models.shards import ShardReader
+from isthmus.spec.transformer import LayerShare, Range
+
+
+class LocalModel:
+    """``layers`` are those of ``layer_range``, in order. Rows of the tables are read from the checkpoint when they are
+    looked up."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        share: LayerShare,
+        dtype: str,
+        *,
+        layer_range: Range | None = None,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``). ``progress`` gets 0 to 1."""
+        self.spec = reader.spec
+        self.share = share
+        self.dtype = dtype
+        self._tables = {
+            name: reader.table(f"{name}.weight")
+            for name in ("token", "position", "type")
+            if reader.has(f"{name}.weight")
+        }
+        self._embedding_norm = Norm(reader, "embedding_norm") if reader.has("embedding_norm.weight") else None
+        self.final_norm = Norm(reader, "final_norm") if reader.has("final_norm.weight") else None
+        self._inverse_frequencies, self._rotary_scale = _rotary(reader)
+        self.layer_range = layer_range or Range(start=0, stop=self.spec.num_layers)
+        self.layers: list[Layer] = []
+        for number in range(self.layer_range.start, self.layer_range.stop):
+            self.layers.append(Layer(reader, number, share, dtype))
+            progress(len(self.layers) / len(self.layer_range))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the matrices."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def embed(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Hidden states (B, T, H), FP32, before the first layer."""
+        hidden_BTH = F.embedding(ids_BT, self._tables["token"]).float()
+        if "position" in self._tables:
+            hidden_BTH = hidden_BTH + F.embedding(positions_BT + self.spec.position_offset, self._tables["position"])
+        if "type" in self._tables:
+            hidden_BTH = hidden_BTH + self._tables["type"][0]
+        return hidden_BTH if self._embedding_norm is None else self._embedding_norm(hidden_BTH)
+
+    def rotation(self, positions_BT: Tensor) -> Rotation | None:
+        """The rotary angles at these positions; None for a model without."""
+        if self._inverse_frequencies is None:
+            return None
+        angles_BTD = positions_BT[..., None].float() * torch.cat((self._inverse_frequencies, self._inverse_frequencies))
+        angles_B1TD = angles_BTD[:, None]
+        return Rotation(cos=angles_B1TD.cos() * self._rotary_scale, sin=angles_B1TD.sin() * self._rotary_scale)
+
+
+def _rotary(reader: ShardReader) -> tuple[Tensor | None, float]:
+    """Inverse frequencies (D/2,) and the factor of cos and sin, by whatever rule the configuration names."""
+    if not reader.spec.has_rotary:
+        return None, 1.0
+    config = reader.config
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        exponents = torch.arange(0, reader.spec.head_size, 2, dtype=torch.int64).float() / reader.spec.head_size
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies, scale

@@ -1,0 +1,44 @@
+"""Dividing countable things (tokens, heads, columns) among devices in proportion to what each can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
+
+
+def divide(total: int, weights: Sequence[float], *, unit: int = 1) -> list[Range]:
+    """Adjacent ranges that cover ``total``, in proportion to ``weights`` (not negative, not all 0), in whole ``unit``s
+    but for the last that is not empty. Largest remainder: no range differs from its quota by a unit or more."""
+    if total < 0 or unit < 1 or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"divide: got total {total}, unit {unit}, weights {tuple(weights)}; wanted shares that sum up")
+    num_units = -(-total // unit)
+    quotas = [num_units * weight / sum(weights) for weight in weights]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda index: (counts[index] - quotas[index], index))
+    for index in by_remainder[: num_units - sum(counts)]:
+        counts[index] += 1
+    ranges, start = [], 0
+    for count in counts:
+        stop = min(total, start + count * unit)
+        ranges.append(Range(start=start, stop=stop))
+        start = stop
+    return ranges
+
+
+def divide_layer(spec: TransformerSpec, weights: Sequence[float], *, column_unit: int = 16) -> list[LayerShare]:
+    """Each device's query heads, MLP columns and words. Heads are divided in whole groups that share a key/value head
+    where there are at least as many of those as devices, and one by one otherwise. What heads cannot balance (few, and
+    whole), columns make good: they take the devices' total nearest to ``weights``."""
+    group = spec.heads_per_kv_head if spec.num_kv_heads >= len(weights) else 1
+    heads = divide(spec.num_heads, weights, unit=group)
+    per_head = spec.attention_numel / spec.num_heads
+    per_column = spec.mlp_numel / spec.intermediate_size
+    total = spec.attention_numel + spec.mlp_numel
+    wanted = [
+        max(0.0, total * weight / sum(weights) - len(part) * per_head) / per_column
+        for weight, part in zip(weights, heads, strict=True)
+    ]
+    columns = divide(spec.intermediate_size, wanted, unit=column_unit)
+    words = divide(spec.vocab_size, weights)
+    return [LayerShare(heads=h, columns=c, vocabulary=v) for h, c, v in zip(heads, columns, words, strict=True)]

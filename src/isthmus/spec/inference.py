@@ -1,0 +1,49 @@
+"""How a request is to be computed: which devices, which strategy, what goes on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+STRATEGIES = ("single", "tensor", "sequence")
+CODECS = ("fp32", "bf16", "int8", "int4")
+DTYPES = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferencePlan:
+    """One choice. ``devices`` are ranks, ascending; the first leads: it reads requests and gives answers."""
+
+    schema_version: int = 1
+    strategy: str
+    """``single``, ``tensor`` (heads and columns divided) or ``sequence`` (tokens divided)."""
+    devices: tuple[int, ...]
+    weights: tuple[float, ...]
+    """Each device's part of the work; any scale."""
+    codec: str = "fp32"
+    dtype: str = "fp32"
+    """What matrices are kept and multiplied in."""
+    algorithm: Literal["mesh", "two_step", "ring"] = "two_step"
+    """Of all-reduces."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}")
+        if not self.devices or list(self.devices) != sorted(set(self.devices)):
+            raise ValueError(f"devices: got {self.devices}, wanted ascending ranks, each once")
+        if len(self.weights) != len(self.devices):
+            raise ValueError(f"weights: got {len(self.weights)}, wanted {len(self.devices)}, one for each device")
+        if self.strategy == "single" and len(self.devices) != 1:
+            raise ValueError(f"devices: got {self.devices} for strategy 'single', wanted one")
+
+    @staticmethod
+    def even(strategy: str, num_devices: int, *, codec: str = "fp32", dtype: str = "fp32") -> InferencePlan:
+        """All of ``num_devices`` alike; one of them is ``single`` whatever was asked for."""
+        return InferencePlan(
+            strategy="single" if num_devices == 1 else strategy,
+            devices=tuple(range(num_devices)),
+            weights=(1.0,) * num_devices,
+            codec=codec,
+            dtype=dtype,
+        )
