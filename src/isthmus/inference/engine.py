@@ -54,7 +54,7 @@ class Engine:
         self.plan = plan or InferencePlan.even("tensor", num_devices)
         if self.plan.devices[-1] >= num_devices or self.plan.devices[0] != 0:
             raise IsthmusError(
-                f"devices: the plan wants ranks {self.plan.devices} of {num_devices}; wanted 0 and others"
+                f"devices: got ranks {self.plan.devices} in the plan for {num_devices}, wanted 0 among them"
             )
         self.directory = resolve_checkpoint(model)
         self._reader = ShardReader(self.directory)

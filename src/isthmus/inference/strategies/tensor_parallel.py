@@ -26,7 +26,8 @@ class TensorParallel(Strategy):
     ) -> None:
         """``group`` None: this device is alone. ``codec`` is what the partial sums are sent in."""
         super().__init__(model)
-        self._group, self._codec, self._algorithm = group, codec, algorithm
+        self._group, self._codec = group, codec
+        self._algorithm: Algorithm = algorithm
 
     def run(self, tokens: Tokens) -> Tensor:
         spec = self.model.spec
