@@ -56,7 +56,7 @@ def test_version_is_the_package_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "profile", "tune", "bench", "testbed"]),
+        (["--help"], ["demo", "profile", "tune", "embed", "worker", "bench", "testbed"]),
         (["tune", "--help"], ["--data", "--policy", "--accelerator-memory", "--resume"]),
         (["profile", "--help"], ["--refresh"]),
         (["bench", "--help"], ["tune"]),

@@ -181,4 +181,5 @@ def test_a_process_that_dies_or_stops_amid_a_collective_ends_all_others(
         assert process.exitcode == 0
     assert any(1 in ranks for ranks in lost)
     if kind == "sockets" and signal_number == signal.SIGSTOP:
-        assert lost == [(1,), (1,)]
+        # A survivor whose time is up a moment before the other's may name that one too, which waits like it.
+        assert all(1 in ranks for ranks in lost)

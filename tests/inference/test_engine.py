@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.inference.conftest import on_devices, reference
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tests.inference.conftest import add_tokenizer, on_devices, reference
 
 from isthmus.inference.engine import Engine
 from isthmus.spec.errors import IsthmusError
@@ -28,16 +26,7 @@ PLANS = {
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint) -> Path:
-    """The tiny BERT with a word tokenizer beside it."""
-    words = ["[PAD]", "[CLS]", "[SEP]", "one", "two", "three", "four", "five", "six", "seven"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    directory = checkpoint("bert")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(directory)
-    return directory
+    return add_tokenizer(checkpoint("bert"))
 
 
 def ask(model: Path, plan: InferencePlan, question: Callable[[Engine], list[torch.Tensor]]) -> list[torch.Tensor]:

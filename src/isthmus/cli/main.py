@@ -16,8 +16,10 @@ from typer.core import TyperGroup
 from isthmus import __version__
 from isthmus.cli import bench, testbed
 from isthmus.cli.demo import demo
+from isthmus.cli.embed import embed
 from isthmus.cli.profile import profile
 from isthmus.cli.tune import tune
+from isthmus.cli.worker import worker
 from isthmus.spec.errors import IsthmusError
 
 
@@ -55,6 +57,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(profile)
 app.command()(tune)
+app.command()(embed)
+app.command()(worker)
 app.add_typer(bench.app, name="bench")
 app.add_typer(testbed.app, name="testbed")
 
