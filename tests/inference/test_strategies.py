@@ -105,10 +105,10 @@ def test_narrow_weights_stay_near(dtype: str, tolerance: float, checkpoint: Chec
         assert_equal(run(family, checkpoint, 1, lambda reader, group: alone(reader, group, dtype)), tolerance)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), UNEVEN, (1.0, 1.0, 1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), UNEVEN, (1.0, 1.0, 1.0, 1.0), (1.0, 0.0, 1.0)], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_heads_and_columns_divided(family: str, weights: tuple[float, ...], checkpoint: Checkpoint) -> None:
-    """Four devices are more than the two key/value heads of the decoders."""
+    """Four devices are more than the two key/value heads of the decoders; one of weight 0 computes nothing."""
     assert_equal(run(family, checkpoint, len(weights), tensor_parallel(weights)))
 
 

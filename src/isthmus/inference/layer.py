@@ -79,9 +79,10 @@ class Layer:
     def project(self, x_BTH: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """query (B, A, T, D), key and value (B, G, T, D) of this device's heads, positions applied."""
         num_heads, num_kv_heads, size = len(self.share.heads), len(self.kv_heads), self.spec.head_size
-        sizes = [num_heads * size, num_kv_heads * size, num_kv_heads * size]
+        counts = (num_heads, num_kv_heads, num_kv_heads)
+        parts = self.qkv(x_BTH).split([count * size for count in counts], dim=-1)
         query, key, value = (
-            part.unflatten(-1, (-1, size)).transpose(1, 2) for part in self.qkv(x_BTH).split(sizes, dim=-1)
+            part.unflatten(-1, (count, size)).transpose(1, 2) for part, count in zip(parts, counts, strict=True)
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -95,6 +96,8 @@ class Layer:
         ``allowed``: bool (B or 1, 1, T, K), or None for all, or with ``is_causal`` for all up to the query.
         """
         group = self.spec.heads_per_kv_head
+        if not len(self.share.heads):
+            return query.new_zeros(query.shape[0], query.shape[2], self.spec.hidden_size)
         if self._kv_index is not None:
             key, value = key[:, self._kv_index], value[:, self._kv_index]
         mixed = F.scaled_dot_product_attention(
@@ -104,6 +107,8 @@ class Layer:
 
     def mlp(self, x_BTH: Tensor) -> Tensor:
         """The partial sum (B, T, H) of the MLP's output, without its bias."""
+        if not len(self.share.columns):
+            return torch.zeros_like(x_BTH)
         up = self.up(x_BTH)
         if not self.spec.has_gate:
             return self.down(self._activation(up))

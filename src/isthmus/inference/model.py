@@ -39,7 +39,7 @@ class LocalModel:
         self._embedding_norm = Norm(reader, "embedding_norm") if reader.has("embedding_norm.weight") else None
         self.final_norm = Norm(reader, "final_norm") if reader.has("final_norm.weight") else None
         self._inverse_frequencies, self._rotary_scale = _rotary(reader)
-        self.layer_range = layer_range or Range(start=0, stop=self.spec.num_layers)
+        self.layer_range = Range(start=0, stop=self.spec.num_layers) if layer_range is None else layer_range
         self.layers: list[Layer] = []
         for number in range(self.layer_range.start, self.layer_range.stop):
             self.layers.append(Layer(reader, number, share, dtype))

@@ -65,11 +65,11 @@ class ShardReader:
             num_columns, num_rows = shape if stored.is_transposed else reversed(shape)
             num_rows //= stored.num_parts
         first = stored.part * num_rows
-        wanted_rows = rows or Range(start=0, stop=num_rows)
+        wanted_rows = Range(start=0, stop=num_rows) if rows is None else rows
         row_slice = slice(first + wanted_rows.start, first + wanted_rows.stop)
         if num_columns is None:
             return view[row_slice].float().contiguous()
-        wanted_columns = columns or Range(start=0, stop=num_columns)
+        wanted_columns = Range(start=0, stop=num_columns) if columns is None else columns
         column_slice = slice(wanted_columns.start, wanted_columns.stop)
         if stored.is_transposed:
             return view[column_slice, row_slice].float().T.contiguous()
