@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from isthmus.inference.strategies import make_strategy
 from isthmus.inference.strategies.base import Tokens
 from isthmus.models.checkpoint_files import resolve_checkpoint
+from isthmus.models.sentence import read_pooling
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
@@ -91,13 +92,22 @@ class Engine:
     # --- the leader ---------------------------------------------------------------------------------------------------
 
     def embed(
-        self, texts: Sequence[str], *, pooling: str = "mean", normalize: bool = False, batch_size: int = 32
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        batch_size: int = 32,
     ) -> list[Tensor]:
         """One vector (H,) per text, FP32, or with ``pooling`` ``tokens`` one for each of its tokens (t, H).
 
-        ``mean`` is over a text's tokens, ``cls`` takes the first one's. ``normalize`` divides by the length. Texts
-        longer than the model allows raise ``IsthmusError``. Leader only; blocks.
+        ``mean`` is over a text's tokens, ``cls`` takes the first one's. ``normalize`` divides by the length. None: as
+        the checkpoint says if it is one of sentence-transformers, else the mean as it is. Texts longer than the model
+        allows raise ``IsthmusError``. Leader only; blocks.
         """
+        own = read_pooling(self.directory)
+        pooling = own.pooling if pooling is None else pooling
+        normalize = own.normalize if normalize is None else normalize
         if pooling not in POOLINGS:
             raise IsthmusError(f"pooling: got {pooling!r}, wanted one of {', '.join(POOLINGS)}")
         vectors: list[Tensor] = []
