@@ -29,7 +29,9 @@ def read_pooling(directory: Path) -> SentencePooling:
     if "pooling_mode" in config:
         asked = {str(config["pooling_mode"])}
     else:
-        asked = {_FLAGS.get(name, name) for name, value in config.items() if name.startswith(_FLAG) and value is True}
+        asked = {
+            str(_FLAGS.get(name, name)) for name, value in config.items() if name.startswith(_FLAG) and value is True
+        }
     return SentencePooling(pooling=" and ".join(sorted(asked)) or "none", normalize="Normalize" in kinds)
 
 
