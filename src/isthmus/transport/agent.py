@@ -11,7 +11,8 @@ from datetime import timedelta
 from itertools import count
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistError
 
 from isthmus.transport.errors import RendezvousError
 from isthmus.transport.rendezvous import listen
@@ -32,7 +33,7 @@ def agreed_port(environment: dict[str, Any], timeout_s: float) -> Iterator[tuple
     address, rank = environment["address"], environment["rank"]
     key = f"isthmus/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}"
     try:
-        store = dist.TCPStore(address, environment["port"], is_master=False, timeout=timedelta(seconds=timeout_s))
+        store = TCPStore(address, environment["port"], is_master=False, timeout=timedelta(seconds=timeout_s))
         if rank == 0:
             with listen(address) as listener:
                 port = listener.getsockname()[1]
@@ -40,6 +41,6 @@ def agreed_port(environment: dict[str, Any], timeout_s: float) -> Iterator[tuple
                 yield port, listener
         else:
             yield int(store.get(key)), None
-    except dist.DistError as error:
+    except DistError as error:
         reason = str(error).strip().partition("\n")[0]
         raise RendezvousError(f"rank 0 has told no port through torchrun's agent at {address} ({reason})") from error
