@@ -25,6 +25,7 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
+from isthmus.transport.errors import TransportError
 
 POOLINGS = ("mean", "cls", "tokens")
 
@@ -73,8 +74,11 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, TransportError):
+            self._strategy = None  # nobody can be told any more, and the error is to be seen
+        else:
+            self.close()
 
     def close(self) -> None:
         """Lets the followers go. The group stays open: it is the caller's."""
