@@ -41,6 +41,7 @@ _CACHE_BYTES = 96 << 20
 _MOST_ROWS = 512
 _CODEC_VALUES = 1 << 16
 _STREAM_VALUES = 16 << 20
+_ALONE_S = 0.25
 
 
 def measure_cluster(
@@ -253,7 +254,7 @@ def _memory_bytes_per_s() -> float:
 def _together_s(parts: _Parts, rows: int, group: Group | None) -> float:
     if group is not None:
         start(group)
-    return steady_s(parts.attention(rows)) + steady_s(parts.mlp(rows))
+    return steady_s(parts.attention(rows), least_s=_ALONE_S) + steady_s(parts.mlp(rows), least_s=_ALONE_S)
 
 
 def _alone_s(parts: _Parts, rows: int, group: Group | None) -> float:

@@ -169,7 +169,7 @@ def _sustained(group: Group, make: Callable[[int], Callable[[], None]]) -> float
     """Bytes a second by the difference of two sizes, of which the larger takes long; all ranks see the same."""
     num_bytes, before_s = _AFTER_PAUSE_BYTES, 0.0
     while True:
-        seconds = torch.tensor([_timed(make(num_bytes), 1)])
+        seconds = torch.tensor([_timed(make(num_bytes), 2)])
         group.broadcast(seconds)
         if float(seconds) > _SENDING_S or num_bytes >= _MOST_BYTES:
             break
