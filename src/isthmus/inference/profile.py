@@ -28,7 +28,7 @@ from isthmus.profiling.limits import cpu_quota, free_memory_bytes
 from isthmus.profiling.network import measure_link, share_texts, start
 from isthmus.profiling.steady import steady_s
 from isthmus.reporting.environment import cpu_name
-from isthmus.spec.cluster import ClusterProfile, CodecTimes, DeviceProfile, LinkProfile, WidthTimes
+from isthmus.spec.cluster import ClusterProfile, CodecTimes, DeviceProfile, LinkProfile, Transfer, WidthTimes
 from isthmus.spec.profile import Curve
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
@@ -100,7 +100,12 @@ def _profile(
 def _no_link(device: DeviceProfile) -> LinkProfile:
     """Of a device that is alone: nothing is ever sent."""
     return LinkProfile(
-        round_trip_s=0.0, latency_s=0.0, message_s=0.0, s_per_byte=0.0, bytes_per_s=device.memory_bytes_per_s
+        round_trip_s=0.0,
+        latency_s=0.0,
+        message_s=0.0,
+        waiting_s=0.0,
+        transfer=Transfer(num_bytes=(1,), seconds=(1 / device.memory_bytes_per_s,)),
+        bytes_per_s=device.memory_bytes_per_s,
     )
 
 

@@ -9,6 +9,7 @@ from isthmus.planning.exchanges import Traffic
 from isthmus.planning.workload import Work
 from isthmus.spec.cluster import DeviceProfile, LinkProfile, WidthTimes
 from isthmus.spec.inference import InferenceRequest
+from isthmus.spec.profile import Curve
 from isthmus.spec.transformer import LayerShare, TransformerSpec
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -50,6 +51,18 @@ class DeviceCosts:
             traffic.decoded * profile.codecs[codec].decode_s + traffic.added * profile.s_per_added_value
         ) * self.factor
 
+    def messages_s(self, traffic: Traffic, is_waited_for: bool) -> float:
+        """What an exchange takes whatever its bytes. ``is_waited_for``: all have computed since the last one."""
+        link = self.link
+        num_messages = max(traffic.num_sent, traffic.num_received)
+        return link.latency_s + num_messages * link.message_s + (link.waiting_s if is_waited_for else 0.0)
+
+    def transfer_s(self, traffic: Traffic, missing_bytes: float) -> float:
+        """What its bytes add. ``missing_bytes``: of the burst that the link lets through after a pause."""
+        num_bytes, transfer = traffic.most_bytes, self.link.transfer
+        curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
+        return float(evaluate(curve, num_bytes)) + min(missing_bytes, num_bytes) / self.link.bytes_per_s
+
     def least_work_s(self, work: Work) -> float:
         """What arithmetic at the best rate ever seen, and reading the weights once, would take."""
         spec = self.spec
@@ -58,7 +71,7 @@ class DeviceCosts:
         flops += 2.0 * work.attention_rows * spec.attention_numel * work.attention_share
         flops += 2.0 * work.mlp_rows * spec.mlp_numel * work.mlp_share
         reading_s = weights * WEIGHT_BYTES[self.dtype] / self.profile.memory_bytes_per_s
-        return max(flops / self.best_flops, reading_s) * self.factor
+        return max(flops / self.best_flops, reading_s) * self.profile.alone_factor
 
     @property
     def best_flops(self) -> float:

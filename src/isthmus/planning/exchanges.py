@@ -27,6 +27,11 @@ class Traffic:
     added: int = 0
     """Values added up, or copied together."""
 
+    @property
+    def most_bytes(self) -> int:
+        """Of the busier direction."""
+        return max(self.sent_bytes, self.received_bytes)
+
 
 Exchange = tuple[Traffic, ...]
 """By device."""

@@ -252,23 +252,21 @@ def _simulate(load: Workload, step_s: Callable[[Step, list[float]], float], devi
 
 
 def _step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: list[float]) -> float:
+    compute_s = max(device.work_s(work) for device, work in zip(devices, step.work, strict=True))
     if step.exchange is None:
-        compute_s = max(device.work_s(work) for device, work in zip(devices, step.work, strict=True))
         _refill(devices, credits_, compute_s)
         return compute_s
     parts = list(zip(devices, step.work, step.exchange, strict=True))
+    is_waited_for = compute_s > 0
     compute_s = max(device.work_s(work) + device.encode_s(traffic, codec) for device, work, traffic in parts)
     _refill(devices, credits_, compute_s)
-    waiting_s = max(
-        device.link.latency_s + max(traffic.num_sent, traffic.num_received) * device.link.message_s
-        for device, _, traffic in parts
+    message_s = max(device.messages_s(traffic, is_waited_for) for device, _, traffic in parts)
+    transfer_s = max(
+        device.transfer_s(traffic, device.link.burst_bytes - credit)
+        for (device, _, traffic), credit in zip(parts, credits_, strict=True)
     )
-    transfer_s = 0.0
-    for number, (device, _, traffic) in enumerate(parts):
-        num_bytes = max(traffic.sent_bytes, traffic.received_bytes)
-        transfer_s = max(transfer_s, num_bytes * device.link.s_per_byte, _link_s(device, num_bytes, credits_[number]))
     _spend(step, devices, credits_, transfer_s)
-    return compute_s + waiting_s + transfer_s + max(device.decode_s(traffic, codec) for device, _, traffic in parts)
+    return compute_s + message_s + transfer_s + max(device.decode_s(traffic, codec) for device, _, traffic in parts)
 
 
 def _least_step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[float]) -> float:
@@ -277,16 +275,12 @@ def _least_step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[flo
     _refill(devices, credits_, compute_s)
     if step.exchange is None:
         return compute_s
-    transfer_s = 0.0
-    for number, (device, traffic) in enumerate(zip(devices, step.exchange, strict=True)):
-        num_bytes = max(traffic.sent_bytes, traffic.received_bytes)
-        transfer_s = max(transfer_s, _link_s(device, num_bytes, credits_[number]))
+    transfer_s = max(
+        max(0.0, traffic.most_bytes - credit) / device.link.bytes_per_s
+        for device, traffic, credit in zip(devices, step.exchange, credits_, strict=True)
+    )
     _spend(step, devices, credits_, transfer_s)
     return compute_s + max(device.link.round_trip_s for device in devices) / 2 + transfer_s
-
-
-def _link_s(device: DeviceCosts, num_bytes: int, credit: float) -> float:
-    return max(0.0, num_bytes - credit) / device.link.bytes_per_s
 
 
 def _refill(devices: Sequence[DeviceCosts], credits_: list[float], seconds: float) -> None:
@@ -298,8 +292,7 @@ def _refill(devices: Sequence[DeviceCosts], credits_: list[float], seconds: floa
 def _spend(step: Step, devices: Sequence[DeviceCosts], credits_: list[float], seconds: float) -> None:
     assert step.exchange is not None
     for number, (device, traffic) in enumerate(zip(devices, step.exchange, strict=True)):
-        num_bytes = max(traffic.sent_bytes, traffic.received_bytes)
-        left = credits_[number] + device.link.bytes_per_s * seconds - num_bytes
+        left = credits_[number] + device.link.bytes_per_s * seconds - traffic.most_bytes
         credits_[number] = min(device.link.burst_bytes, max(0.0, left))
 
 

@@ -12,17 +12,18 @@ from collections.abc import Callable
 import torch
 
 from isthmus.profiling.steady import steady_s
-from isthmus.spec.cluster import LinkProfile
+from isthmus.spec.cluster import LinkProfile, Transfer
 from isthmus.transport.base import Group
 
 _ROUND_TRIPS = 30
 _ROUNDS = 24
-_COMPUTING_S = 0.008
-_SMALL_BYTES = 48 << 10
-_PAUSE_S = 0.06
-_AFTER_PAUSE_BYTES = 256 << 10
-_SENDING_S = 0.12
-_MOST_BYTES = 64 << 20
+_COMPUTING_S = 0.012
+_SIZES = tuple(1 << power for power in range(14, 23))
+_LONGEST_S = 0.12
+"""Larger exchanges are not tried: beyond, seconds are in proportion to bytes."""
+_PAUSE_S = 0.03
+_REPEATS = 5
+_SAME = 0.85
 
 
 def share_texts(group: Group, text: str) -> list[str]:
@@ -40,11 +41,33 @@ def measure_link(group: Group, compute: Callable[[], object]) -> LinkProfile:
     or three seconds."""
     peers = group.world_size - 1
     round_trip_s = _round_trip_s(group)
-    bytes_per_s = _rate(group)
-    pair_s = _pair_s(group)
-    all_s = _idle_exchange_s(group)
-    message_s = max(0.0, all_s - pair_s) / max(1, peers - 1)
+    idle_s = _idle_exchange_s(group)
+    message_s = max(0.0, idle_s - _pair_s(group)) / max(1, peers - 1)
+    transfer = _of_own_link(group, _transfer(group, _mean(group, idle_s)))
+    bytes_per_s, burst_bytes = _rate(transfer)
+    return LinkProfile(
+        round_trip_s=round_trip_s,
+        latency_s=max(round_trip_s / 2, idle_s - peers * message_s),
+        message_s=message_s,
+        waiting_s=max(0.0, _waiting_s(group, compute) - idle_s),
+        transfer=transfer,
+        bytes_per_s=bytes_per_s,
+        burst_bytes=burst_bytes,
+    )
 
+
+def _rate(transfer: Transfer) -> tuple[float, float]:
+    """Bytes a second between a quarter of the most that was sent and all of it, and the least burst with which no
+    measured exchange was faster than that."""
+    points = list(zip(transfer.num_bytes, transfer.seconds, strict=True))
+    most, longest_s = points[-1]
+    part, part_s = max(point for point in points if point[0] <= most // 4)
+    bytes_per_s = (most - part) / max(longest_s - part_s, 1e-9)
+    return bytes_per_s, max(0.0, *(num_bytes - seconds * bytes_per_s for num_bytes, seconds in points))
+
+
+def _waiting_s(group: Group, compute: Callable[[], object]) -> float:
+    """What an exchange of next to nothing adds to computing."""
     repeats = max(1, round(_COMPUTING_S / steady_s(compute)))
 
     def segment() -> None:
@@ -55,19 +78,48 @@ def measure_link(group: Group, compute: Callable[[], object]) -> LinkProfile:
     own_s = torch.tensor([steady_s(segment, least_s=_ROUNDS * _COMPUTING_S)])
     segments = [torch.zeros(1) for _ in range(group.world_size)]
     group.all_gather(segments, own_s)
-    segment_s = max(float(each) for each in segments)
-    tiny_s = max(0.0, _with_computing_s(group, segment, 1) - segment_s)
-    # No more than the link's bucket gets back while computing: what is measured here is the processor's part.
-    small_bytes = int(min(_SMALL_BYTES, bytes_per_s * _COMPUTING_S / 2))
-    small_s = max(0.0, _with_computing_s(group, segment, small_bytes) - segment_s)
-    return LinkProfile(
-        round_trip_s=round_trip_s,
-        latency_s=max(round_trip_s / 2, tiny_s - peers * message_s),
-        message_s=message_s,
-        s_per_byte=max(0.0, small_s - tiny_s) / small_bytes,
-        bytes_per_s=bytes_per_s,
-        burst_bytes=_burst_bytes(group, bytes_per_s, all_s),
-    )
+    exchange = _exchange(group, 4)
+
+    def both() -> None:
+        segment()
+        exchange()
+
+    start(group)
+    return max(0.0, _timed(both, _ROUNDS) - max(float(each) for each in segments))
+
+
+def _transfer(group: Group, idle_s: float) -> Transfer:
+    """Seconds by bytes, the same on all ranks, up to where they are long."""
+    sizes: list[int] = []
+    seconds: list[float] = []
+    for num_bytes in _SIZES:
+        before_s = seconds[-1] if seconds else 0.0
+        repeats = 2 if before_s > _LONGEST_S / 4 else _REPEATS
+        found_s = _after_pause_s(group, _exchange(group, num_bytes), repeats) - idle_s
+        sizes.append(num_bytes)
+        seconds.append(max(found_s, before_s, 0.0))
+        if seconds[-1] > _LONGEST_S:
+            break
+    return Transfer(num_bytes=tuple(sizes), seconds=tuple(seconds))
+
+
+def _after_pause_s(group: Group, exchange: Callable[[], object], repeats: int) -> float:
+    """Mean over ranks of the median: a host's other work only ever adds. The same on all."""
+    found = []
+    exchange()
+    for _ in range(repeats):
+        time.sleep(_PAUSE_S)
+        start(group)
+        start_s = time.perf_counter()
+        exchange()
+        found.append(time.perf_counter() - start_s)
+    return _mean(group, statistics.median(found))
+
+
+def _mean(group: Group, seconds: float) -> float:
+    parts = [torch.zeros(1) for _ in range(group.world_size)]
+    group.all_gather(parts, torch.tensor([seconds]))
+    return sum(float(part) for part in parts) / len(parts)
 
 
 def start(group: Group) -> None:
@@ -109,17 +161,6 @@ def _pair_s(group: Group) -> float:
     return max(float(each) for each in found)
 
 
-def _with_computing_s(group: Group, segment: Callable[[], None], num_bytes: int) -> float:
-    exchange = _exchange(group, num_bytes)
-
-    def both() -> None:
-        segment()
-        exchange()
-
-    start(group)
-    return _timed(both, _ROUNDS)
-
-
 def _round_trip_s(group: Group) -> float:
     """Median of the smallest message to rank 0 and back; of rank 0 the median to its peers."""
     message, seconds = torch.zeros(1), []
@@ -139,19 +180,14 @@ def _round_trip_s(group: Group) -> float:
     return statistics.median(seconds)
 
 
-def _rate(group: Group) -> float:
-    """Bytes a second that this rank sends while it receives as many, for long."""
-    together = _sustained(group, lambda num_bytes: _exchange(group, num_bytes))
-    alone = torch.tensor(
-        [
-            _sustained(group, lambda num_bytes, root=root: _sending(group, root, num_bytes))
-            for root in range(group.world_size)
-        ]
-    )
-    # All together go at the pace of the slowest; who is faster alone has a faster link.
-    slowest = float(alone.min())
-    factor = float(alone[group.rank]) / slowest
-    return together * (factor if factor > 1.1 else 1.0)
+def _of_own_link(group: Group, transfer: Transfer) -> Transfer:
+    """All together go at the pace of the slowest link; a rank that sends faster alone has a faster one."""
+    num_bytes = transfer.num_bytes[-2]
+    alone = [_after_pause_s(group, _sending(group, root, num_bytes), 2) for root in range(group.world_size)]
+    factor = alone[group.rank] / max(alone)
+    if factor > _SAME:
+        return transfer
+    return Transfer(num_bytes=transfer.num_bytes, seconds=tuple(value * factor for value in transfer.seconds))
 
 
 def _sending(group: Group, root: int, num_bytes: int) -> Callable[[], None]:
@@ -163,31 +199,3 @@ def _sending(group: Group, root: int, num_bytes: int) -> Callable[[], None]:
         start(group)
 
     return send
-
-
-def _sustained(group: Group, make: Callable[[int], Callable[[], None]]) -> float:
-    """Bytes a second by the difference of two sizes, of which the larger takes long; all ranks see the same."""
-    num_bytes, before_s = _AFTER_PAUSE_BYTES, 0.0
-    while True:
-        seconds = torch.tensor([_timed(make(num_bytes), 2)])
-        group.broadcast(seconds)
-        if float(seconds) > _SENDING_S or num_bytes >= _MOST_BYTES:
-            break
-        num_bytes, before_s = num_bytes * 2, float(seconds)
-    if before_s == 0 or float(seconds) <= before_s:
-        return num_bytes / float(seconds)
-    return num_bytes / 2 / (float(seconds) - before_s)
-
-
-def _burst_bytes(group: Group, bytes_per_s: float, all_s: float) -> float:
-    """What goes at once after a pause: what is sent faster than ``bytes_per_s``."""
-    exchange, total_s = _exchange(group, _AFTER_PAUSE_BYTES), 0.0
-    rounds = 4
-    for _ in range(rounds):
-        time.sleep(_PAUSE_S)
-        start(group)
-        start_s = time.perf_counter()
-        exchange()
-        total_s += time.perf_counter() - start_s
-    at_rate = (total_s / rounds - all_s) * bytes_per_s
-    return min(_AFTER_PAUSE_BYTES / 2, max(0.0, _AFTER_PAUSE_BYTES - at_rate))

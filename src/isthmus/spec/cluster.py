@@ -129,20 +129,31 @@ class DeviceProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Seconds that bytes add to an exchange, after a pause. ``num_bytes`` rises, ``seconds`` never falls."""
+
+    num_bytes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinkProfile:
-    """One device's link, measured with the real transport between computing.
+    """One device's link, measured with the real transport.
 
     An exchange in which the device sends (and receives) S bytes in M messages takes ``latency_s`` + M · ``message_s`` +
-    the longer of S · ``s_per_byte`` and (S - what is left of ``burst_bytes``) / ``bytes_per_s``.
+    ``transfer`` at S; ``waiting_s`` more where all have computed before it; and what ``burst_bytes`` are short of at
+    ``bytes_per_s``.
     """
 
     round_trip_s: float
     """Of the smallest message, there and back, with nothing else to do: half of it is the bound's latency."""
     latency_s: float
     message_s: float
-    s_per_byte: float
-    """The processor's part."""
+    waiting_s: float
+    """For the last one, which is not always the same: what the mean of computing does not show."""
+    transfer: Transfer
     bytes_per_s: float
+    """For long."""
     burst_bytes: float = 0.0
     """So much is let through at once after a pause (token buckets, buffers of switches)."""
 
