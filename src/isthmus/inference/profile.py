@@ -186,15 +186,15 @@ def _measure_device(
     reader: ShardReader, group: Group | None, dtypes: Sequence[str], rows: Sequence[int]
 ) -> DeviceProfile:
     layers: dict[str, tuple[WidthTimes, ...]] = {}
+    s_per_score = _s_per_score(reader.spec, rows[-1])
     for dtype in dtypes:
         widths: dict[float, WidthTimes] = {}
         for width in _WIDTHS:
             share, parts = _read_parts(reader, width, dtype)
             if group is not None:
                 start(group)
-            widths[share] = WidthTimes(
-                share=share, attention=_curve(parts.attention, rows), mlp=_curve(parts.mlp, rows)
-            )
+            attention = _without_scores(_curve(parts.attention, rows), s_per_score * len(parts.model.share.heads))
+            widths[share] = WidthTimes(share=share, attention=attention, mlp=_curve(parts.mlp, rows))
         layers[dtype] = tuple(widths.values())
     _, parts = _read_parts(reader, 1, dtypes[0])
     # Both at the same moment, so that other work on the machine meets both alike.
@@ -209,7 +209,7 @@ def _measure_device(
         memory_bytes_per_s=_memory_bytes_per_s(),
         layers=layers,
         embedding=_curve(lambda num: _embed(parts.model, num), rows),
-        s_per_score=_s_per_score(reader.spec, rows[-1]),
+        s_per_score=s_per_score,
         codecs={name: _codec_times(name, values) for name in CODEC_NAMES},
         s_per_added_value=steady_s(lambda: other.add_(values)) / _CODEC_VALUES,
         alone_factor=min(1.0, alone_s / together_s),
@@ -218,6 +218,15 @@ def _measure_device(
 
 def _curve(task: Callable[[int], Callable[[], object]], rows: Sequence[int]) -> Curve:
     return monotone(Curve(num_tokens=tuple(rows), seconds=tuple(steady_s(task(num)) for num in rows)))
+
+
+def _without_scores(curve: Curve, s_per_pair: float) -> Curve:
+    """Less the seconds of as many keys as rows; at least half of each point, as what is subtracted is measured too."""
+    seconds = [
+        max(second / 2, second - rows * rows * s_per_pair)
+        for rows, second in zip(curve.num_tokens, curve.seconds, strict=True)
+    ]
+    return monotone(Curve(num_tokens=curve.num_tokens, seconds=tuple(seconds)))
 
 
 def _embed(model: LocalModel, rows: int) -> Callable[[], Tensor]:

@@ -31,14 +31,14 @@ class DeviceCosts:
     def work_s(self, work: Work) -> float:
         """Seconds of computing ``work``."""
         profile = self.profile
-        total_s = (work.scores - work.own_scores) * profile.s_per_score + work.copied * profile.s_per_added_value
+        total_s = work.scores * profile.s_per_score + work.copied * profile.s_per_added_value
         if work.attention_rows:
             total_s += self._block_s("attention", work.attention_rows, work.attention_share)
         if work.mlp_rows:
             total_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
         if work.embedded_rows:
             total_s += float(evaluate(profile.embedding, work.embedded_rows))
-        return max(0.0, total_s) * self.factor
+        return total_s * self.factor
 
     def encode_s(self, traffic: Traffic, codec: str) -> float:
         """Seconds before a device can send."""
@@ -108,7 +108,9 @@ def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str) -> int:
     outer = (heads + 2 * kv_heads) * spec.head_size
     inner = columns * (2 if spec.has_gate else 1)
     values = spec.hidden_size * (outer + heads * spec.head_size + inner + columns)
-    scales = outer + inner + 2 * spec.hidden_size if dtype == "int8" else 0
+    scales = 0
+    if dtype == "int8":
+        scales = outer + inner + spec.hidden_size * ((heads > 0) + (columns > 0))
     return spec.num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
 
 

@@ -25,8 +25,6 @@ class Work:
     """Of the elements of attention's matrices."""
     scores: int = 0
     """Pairs of query and key, over heads and sequences."""
-    own_scores: int = 0
-    """Those that the measured attention has: as many keys as rows."""
     mlp_rows: int = 0
     mlp_share: float = 0.0
     embedded_rows: int = 0
@@ -108,7 +106,6 @@ def _tensor_layer(plan: InferencePlan, spec: TransformerSpec, request: Inference
             attention_rows=rows,
             attention_share=_attention_share(spec, share),
             scores=rows * request.num_tokens * len(share.heads),
-            own_scores=rows * rows * len(share.heads),
         )
         for share in shares
     )
@@ -133,7 +130,6 @@ def _sequence_layer(
                 attention_rows=rows,
                 attention_share=1.0,
                 scores=rows * request.num_tokens * spec.num_heads,
-                own_scores=rows * rows * spec.num_heads,
                 mlp_rows=rows,
                 mlp_share=1.0,
                 copied=kv_values * (len(part) + request.num_tokens),

@@ -87,7 +87,7 @@ def read_cluster(path: Path) -> Cluster:
 class WidthTimes:
     """Seconds of the two blocks of one layer, of which a device has ``share`` of the heads and columns.
 
-    By rows (tokens of all sequences), norms and residuals included, with as many keys as rows.
+    By rows (tokens of all sequences), norms and residuals included, but not ``s_per_score`` for every score.
     """
 
     share: float
