@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "models": {"spec"},
     "transport": {"spec"},
     "reporting": {"spec"},
-    "profiling": {"spec", "models", "planning"},
+    "profiling": {"spec", "models", "planning", "transport"},
     "tuning": _RUNTIME,
     "inference": _RUNTIME,
     "decoupling": _RUNTIME,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Compare policies in paired runs on this machine.")
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Compare policies in paired runs on this machine."""
+    """Compare policies, or ways of answering a request, in paired runs."""
 
 
 @app.command()
@@ -42,3 +42,49 @@ def tune(
     from isthmus.tuning.bench import bench_tune
 
     bench_tune(model=model, policies=policies, skew=skew, cpu_speed=cpu_speed, report=report)
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="Hugging Face id or checkpoint directory.")],
+    strategies: Annotated[
+        str, typer.Option(help="Of [b]single,tensor,sequence[/], separated by commas, or [b]all[/].")
+    ] = "all",
+    codecs: Annotated[
+        str, typer.Option(help="What goes on the wire: of [b]fp32,bf16,int8,int4[/], or [b]all[/].")
+    ] = "fp32",
+    dtypes: Annotated[str, typer.Option(help="What is computed in: of [b]fp32,bf16,int8[/], or [b]all[/].")] = "fp32",
+    tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Requests to each plan, in turns.")] = 10,
+    transport: Annotated[Literal["sockets", "gloo"], typer.Option(help="What carries messages.")] = "sockets",
+    max_error: Annotated[
+        float, typer.Option(min=0, help="Relative error that the planner's own choice may have; see `plan infer`.")
+    ] = 0.0,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the devices again though it was done.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the results here as JSON.", metavar="FILE")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a device before giving up.")] = 60.0,
+) -> None:
+    """Time ways of dividing one request among devices, beside what was predicted and the bound.
+
+    Runs once per device:
+
+        sudo isthmus testbed run -- isthmus bench infer ./bert --codecs fp32,int8 --report bench.json
+    """
+    from isthmus.inference.bench import BenchOptions, bench_infer, parse_names
+    from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES
+
+    options = BenchOptions(
+        model=model,
+        strategies=parse_names("strategies", strategies, STRATEGIES),
+        codecs=parse_names("codecs", codecs, CODECS),
+        dtypes=parse_names("dtypes", dtypes, DTYPES),
+        tokens=tokens,
+        batch=batch,
+        repeats=repeats,
+        transport=transport,
+        max_error=max_error,
+        refresh=refresh,
+        timeout_s=timeout,
+    )
+    bench_infer(options, report=report)

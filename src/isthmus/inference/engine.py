@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies import make_strategy
-from isthmus.inference.strategies.base import Tokens
+from isthmus.inference.strategies.base import Strategy, Tokens
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.sentence import read_pooling
 from isthmus.models.shards import ShardReader
@@ -25,6 +26,7 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
+from isthmus.transport.endpoint import TransportStats
 from isthmus.transport.errors import TransportError
 
 POOLINGS = ("mean", "cls", "tokens")
@@ -46,9 +48,11 @@ class Engine:
         group: Group | None = None,
         plan: InferencePlan | None = None,
         progress: Callable[[float], None] = lambda share: None,
+        known: Sequence[LocalModel] = (),
     ) -> None:
         """Reads this device's part of ``model`` (a directory or a Hugging Face id). Called on every device of ``group``
         with the same ``plan``; without one, all devices divide heads and columns evenly in FP32.
+        ``known``: what other engines of this device have read of the same model (``local_model``).
 
         Raises ``IsthmusError`` for a model that cannot be divided, ``FileNotFoundError`` for none.
         """
@@ -68,7 +72,9 @@ class Engine:
         if group is not None and rank in self.plan.devices and len(self.plan.devices) > 1:
             self._working = group.subgroup(self.plan.devices) if len(self.plan.devices) < num_devices else group
         takes_part = rank in self.plan.devices
-        self._strategy = make_strategy(self.plan, self._reader, self._working, progress) if takes_part else None
+        self._strategy: Strategy | None = None
+        if takes_part:
+            self._strategy = make_strategy(self.plan, self._reader, self._working, progress, known)
         self._tokenizer: Any = None
 
     def __enter__(self) -> Self:
@@ -85,6 +91,17 @@ class Engine:
         if self.is_leader and self._working is not None and self._strategy is not None:
             self._announce(_Request.STOP, 0, 0)
         self._strategy = None
+
+    @property
+    def local_model(self) -> LocalModel | None:
+        """What this device holds; None where it has no part, or the engine is closed."""
+        return None if self._strategy is None else self._strategy.model
+
+    @property
+    def stats(self) -> TransportStats | None:
+        """What this device has sent and received under this engine's plan; None where it works with no other. Where
+        the plan has all devices of the group, what went over the group before is in it."""
+        return None if self._working is None else self._working.stats
 
     @property
     def tokenizer(self) -> Any:
@@ -160,17 +177,22 @@ class Engine:
 
     def follow(self) -> None:
         """Computes what the leader asks for until it closes. Returns at once on a device that has no part."""
+        while self.follow_once():
+            pass
+
+    def follow_once(self) -> bool:
+        """Computes one request. False: the leader has closed, or this device has no part."""
         if self._working is None:
-            return
+            return False
         header = torch.empty(3, dtype=torch.int64)
-        while True:
-            self._working.broadcast(header)
-            request, batch, num_tokens = header.tolist()
-            if request == _Request.STOP:
-                return
-            tokens = torch.empty(2, batch, num_tokens, dtype=torch.int64)
-            self._working.broadcast(tokens)
-            self._compute(_Request(request), tokens[0], tokens[1].bool())
+        self._working.broadcast(header)
+        request, batch, num_tokens = header.tolist()
+        if request == _Request.STOP:
+            return False
+        tokens = torch.empty(2, batch, num_tokens, dtype=torch.int64)
+        self._working.broadcast(tokens)
+        self._compute(_Request(request), tokens[0], tokens[1].bool())
+        return True
 
     @torch.inference_mode()
     def _compute(self, request: _Request, ids_BT: Tensor, attended_BT: Tensor) -> Tensor | None:

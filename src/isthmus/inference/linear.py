@@ -71,8 +71,8 @@ class Int8Linear(Linear):
 
 def make_linear(weight: Tensor, bias: Tensor | None, dtype: str) -> Linear:
     """``weight`` (out, in) and ``bias`` (out) in FP32, kept as ``dtype`` says. Raises ``ValueError`` for others."""
-    if dtype == "int8":
+    if dtype == "int8" and weight.numel():
         return Int8Linear(weight, bias)
-    if dtype in _TORCH_DTYPES:
-        return FloatLinear(weight, bias, _TORCH_DTYPES[dtype])
+    if dtype in DTYPES:  # a device without a part of the layer has nothing to quantise
+        return FloatLinear(weight, bias, _TORCH_DTYPES.get(dtype, torch.float32))
     raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")

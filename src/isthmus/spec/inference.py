@@ -5,9 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from isthmus.spec.errors import IsthmusError
+
 STRATEGIES = ("single", "tensor", "sequence")
 CODECS = ("fp32", "bf16", "int8", "int4")
 DTYPES = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceRequest:
+    """What is asked: ``batch`` sequences of ``num_tokens``."""
+
+    schema_version: int = 1
+    num_tokens: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1 or self.batch < 1:
+            raise IsthmusError(
+                f"tokens, batch: got {self.num_tokens}, {self.batch}, wanted at least one token and one sequence"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

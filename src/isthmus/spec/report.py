@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``report.json`` of ``isthmus tune`` and of ``isthmus bench tune``."""
+"""What a run leaves behind: ``report.json`` of ``isthmus tune``, ``isthmus bench tune`` and ``isthmus bench infer``."""
 
 from __future__ import annotations
 
@@ -95,3 +95,44 @@ class BenchTuneReport:
     config: dict[str, object]
     environment: dict[str, object]
     rows: tuple[BenchTuneRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchInferRow:
+    """One way of answering one request."""
+
+    strategy: str
+    codec: str
+    dtype: str
+    num_devices: int
+    tokens: int
+    """Of the whole request: of all its sequences."""
+    latency_s: Spread
+    predicted_latency_s: float
+    bound_s: float
+    bytes_sent_per_device: int
+    """Of the device that sends most; payload and headers, without what TCP/IP adds."""
+    num_exchanges: int
+    """Of the leader."""
+    max_rel_error: float | None = None
+    """Largest difference from one device in FP32, by the largest size of a hidden state. None: not compared."""
+    transport: str = "sockets"
+    algorithm: str = ""
+    weights: tuple[float, ...] = ()
+    """Each device's part of the work."""
+    is_choice: bool = False
+    """Whether the planner would take it."""
+    time_to_first_token_s: Spread | None = None
+    """Of generation only."""
+    time_per_token_s: Spread | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchInferReport:
+    """``report.json`` of ``isthmus bench infer``. ``config`` and ``environment`` hold plain JSON values."""
+
+    schema_version: int = 1
+    kind: Literal["bench-infer"] = "bench-infer"
+    config: dict[str, object]
+    environment: dict[str, object]
+    rows: tuple[BenchInferRow, ...]

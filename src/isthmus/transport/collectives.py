@@ -63,15 +63,15 @@ def _all_gather(
     others = [outputs[peer] for peer in end.peers]
     received = wire.room(others)
     if is_ring:
-        pieces = [*received[: end.rank], encoded, *received[end.rank :]]
-        _around_the_ring(end, prefix, pieces)
+        pieces = dict(zip(end.peers, received, strict=True))
+        _around_the_ring(end, prefix, pieces | {end.rank: encoded})
     else:
         end.transfer(prefix, [(peer, encoded) for peer in end.peers], list(zip(end.peers, received, strict=True)))
     wire.decode(others)
     wire.decode_own(tensor, outputs[end.rank])
 
 
-def _around_the_ring(end: Endpoint, prefix: bytes, pieces: list[memoryview]) -> None:
+def _around_the_ring(end: Endpoint, prefix: bytes, pieces: dict[int, memoryview]) -> None:
     """Each piece, first at its own rank, passes every rank: N − 1 exchanges with the two neighbours."""
     size, rank = end.world_size, end.rank
     for step in range(size - 1):

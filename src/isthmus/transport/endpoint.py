@@ -51,7 +51,9 @@ class Endpoint(ABC):
         """Seconds that a call waits for a peer from which nothing comes."""
         self.global_ranks = global_ranks
         """The numbers of this group's ranks in the group that was connected first; errors use them."""
-        self.peers = tuple(peer for peer in range(world_size) if peer != rank)
+        self.peers = tuple((rank + step) % world_size for step in range(1, world_size))
+        """The others, the next one first: sending in this order, no two ranks begin with the same one, which would get
+        all at once and the rest nothing."""
         self.scratch = Scratch()
         self._codecs: dict[str, Codec] = {}
         self._failure: BaseException | None = None

@@ -1,0 +1,124 @@
+"""Seconds and bytes of one device: what it needs for a ``Work`` by its profile, at the least, and in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from isthmus.planning.curves import evaluate
+from isthmus.planning.exchanges import Traffic
+from isthmus.planning.workload import Work
+from isthmus.spec.cluster import DeviceProfile, LinkProfile, WidthTimes
+from isthmus.spec.inference import InferenceRequest
+from isthmus.spec.profile import Curve
+from isthmus.spec.transformer import LayerShare, TransformerSpec
+
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+PROCESS_BYTES = 450 << 20
+"""What a device's process takes before it has read any weights: Python, PyTorch, transformers."""
+
+
+@dataclass(kw_only=True)
+class DeviceCosts:
+    """One device under one dtype and codec. ``factor``: its seconds as a part of the profile's."""
+
+    profile: DeviceProfile
+    link: LinkProfile
+    spec: TransformerSpec
+    dtype: str
+    factor: float = 1.0
+    _seconds: dict[tuple[str, int, float], float] = field(default_factory=dict, repr=False)
+
+    def work_s(self, work: Work) -> float:
+        """Seconds of computing ``work``."""
+        profile = self.profile
+        total_s = work.scores * profile.s_per_score + work.copied * profile.s_per_added_value
+        if work.attention_rows:
+            total_s += self._block_s("attention", work.attention_rows, work.attention_share)
+        if work.mlp_rows:
+            total_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
+        if work.embedded_rows:
+            total_s += float(evaluate(profile.embedding, work.embedded_rows))
+        return total_s * self.factor
+
+    def encode_s(self, traffic: Traffic, codec: str) -> float:
+        """Seconds before a device can send."""
+        return traffic.encoded * self.profile.codecs[codec].encode_s * self.factor
+
+    def decode_s(self, traffic: Traffic, codec: str) -> float:
+        """Seconds from what came to values that are added up."""
+        profile = self.profile
+        return (
+            traffic.decoded * profile.codecs[codec].decode_s + traffic.added * profile.s_per_added_value
+        ) * self.factor
+
+    def messages_s(self, traffic: Traffic, is_waited_for: bool) -> float:
+        """What an exchange takes whatever its bytes. ``is_waited_for``: all have computed since the last one."""
+        link = self.link
+        num_messages = max(traffic.num_sent, traffic.num_received)
+        return link.latency_s + num_messages * link.message_s + (link.waiting_s if is_waited_for else 0.0)
+
+    def transfer_s(self, traffic: Traffic, missing_bytes: float) -> float:
+        """What its bytes add. ``missing_bytes``: of the burst that the link lets through after a pause."""
+        num_bytes, transfer = traffic.most_bytes, self.link.transfer
+        curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
+        return float(evaluate(curve, num_bytes)) + min(missing_bytes, num_bytes) / self.link.bytes_per_s
+
+    def least_work_s(self, work: Work) -> float:
+        """What arithmetic at the best rate ever seen, and reading the weights once, would take."""
+        spec = self.spec
+        weights = spec.attention_numel * work.attention_share + spec.mlp_numel * work.mlp_share
+        flops = 4.0 * work.scores * spec.head_size
+        flops += 2.0 * work.attention_rows * spec.attention_numel * work.attention_share
+        flops += 2.0 * work.mlp_rows * spec.mlp_numel * work.mlp_share
+        reading_s = weights * WEIGHT_BYTES[self.dtype] / self.profile.memory_bytes_per_s
+        return max(flops / self.best_flops, reading_s) * self.profile.alone_factor
+
+    @property
+    def best_flops(self) -> float:
+        """The most operations a second in any block that was measured."""
+        rates = []
+        for width in self.profile.layers[self.dtype]:
+            for curve, numel in ((width.attention, self.spec.attention_numel), (width.mlp, self.spec.mlp_numel)):
+                for rows, seconds in zip(curve.num_tokens, curve.seconds, strict=True):
+                    rates.append(2.0 * rows * numel * width.share / seconds)
+        return max(rates)
+
+    def _block_s(self, block: str, rows: int, share: float) -> float:
+        key = (block, rows, share)
+        if key not in self._seconds:
+            self._seconds[key] = _at_share(self.profile.layers[self.dtype], block, rows, share)
+        return self._seconds[key]
+
+
+def _at_share(widths: tuple[WidthTimes, ...], block: str, rows: int, share: float) -> float:
+    """Between two measured widths, and below the least, on a straight line; never below what is in proportion."""
+    points = [(width.share, float(evaluate(getattr(width, block), rows))) for width in widths]
+    points.sort()
+    if len(points) == 1:
+        return points[0][1] * share / points[0][0]
+    upper = next((number for number, point in enumerate(points) if point[0] >= share), len(points) - 1)
+    (low, low_s), (high, high_s) = points[max(0, upper - 1)], points[max(1, upper)]
+    line_s = low_s + (high_s - low_s) * (share - low) / (high - low)
+    return max(line_s, points[0][1] * min(1.0, share / points[0][0]))
+
+
+def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str) -> int:
+    """Of all layers' matrices as a device keeps them (``LocalModel.num_bytes``)."""
+    heads, kv_heads, columns = len(share.heads), len(share.kv_heads(spec)), len(share.columns)
+    outer = (heads + 2 * kv_heads) * spec.head_size
+    inner = columns * (2 if spec.has_gate else 1)
+    values = spec.hidden_size * (outer + heads * spec.head_size + inner + columns)
+    scales = 0
+    if dtype == "int8":
+        scales = outer + inner + spec.hidden_size * ((heads > 0) + (columns > 0))
+    return spec.num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
+
+
+def working_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRequest, num_devices: int) -> int:
+    """What computing takes at once beside the weights, or loading them, if that is more: an estimate from above."""
+    rows = request.batch * request.num_tokens
+    gates = 2 if spec.has_gate else 1
+    width = 8 * spec.hidden_size + 2 * (gates * len(share.columns) + 3 * len(share.heads) * spec.head_size)
+    exchanged = 3 * spec.hidden_size * num_devices
+    largest = spec.hidden_size * max(gates * len(share.columns), 3 * len(share.heads) * spec.head_size)
+    return 4 * max(rows * (width + exchanged) + request.batch * request.num_tokens**2, 3 * largest)

@@ -1,0 +1,74 @@
+"""What this process may use: the limits of its control group and of those above it, versions 1 and 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+
+
+def free_memory_bytes(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Bytes that this process can still take: what the machine has available, or less where a group is limited.
+
+    Pages of files that were read count as free: the kernel gives them up.
+    """
+    free = [psutil.virtual_memory().available]
+    for limit, usage, statistics, file_pages in (
+        ("memory.max", "memory.current", "memory.stat", "file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_cache"),
+    ):
+        for group in _groups("memory", root, own):
+            most, used = _number(group / limit), _number(group / usage)
+            if most is not None and used is not None:
+                free.append(most - used + _statistic(group / statistics, file_pages))
+    return max(0, min(free))
+
+
+def cpu_quota(root: Path = _ROOT, own: Path = _OWN) -> tuple[int, int] | None:
+    """(quota, period) in microseconds of the tightest group; None without a limit."""
+    found: list[tuple[int, int]] = []
+    for group in _groups("cpu", root, own):
+        quota, _, period = _text(group / "cpu.max").partition(" ")
+        if not quota:
+            quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit():
+            found.append((int(quota), int(period)))
+    return min(found, key=lambda pair: pair[0] / pair[1], default=None)
+
+
+def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
+    """The directories of this process's group and those above it, where they are mounted."""
+    for line in _text(own).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        mounted = root / controller if controllers else root
+        group = mounted / path.lstrip("/")
+        while group.is_relative_to(mounted):
+            if group.is_dir():
+                yield group
+            group = group.parent
+
+
+def _statistic(path: Path, name: str) -> int:
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text.isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

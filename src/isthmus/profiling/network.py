@@ -1,0 +1,201 @@
+"""Measures the links of a group with the group itself: what an exchange adds to computing, and at what rate bytes go.
+
+Every rank calls these functions at the same time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from isthmus.profiling.steady import steady_s
+from isthmus.spec.cluster import LinkProfile, Transfer
+from isthmus.transport.base import Group
+
+_ROUND_TRIPS = 30
+_ROUNDS = 24
+_COMPUTING_S = 0.012
+_SIZES = tuple(1 << power for power in range(14, 23))
+_LONGEST_S = 0.12
+"""Larger exchanges are not tried: beyond, seconds are in proportion to bytes."""
+_PAUSE_S = 0.03
+_REPEATS = 5
+_SAME = 0.85
+
+
+def share_texts(group: Group, text: str) -> list[str]:
+    """Every rank's ``text``, in the order of ranks."""
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.world_size)]
+    group.all_gather(lengths, torch.tensor([len(data)]))
+    texts = [torch.empty(int(length), dtype=torch.uint8) for length in lengths]
+    group.all_gather(texts, data)
+    return [bytes(part.numpy()).decode() for part in texts]
+
+
+def measure_link(group: Group, compute: Callable[[], object]) -> LinkProfile:
+    """This rank's link. ``compute`` is some milliseconds of what the device computes between exchanges. Blocks for two
+    or three seconds."""
+    peers = group.world_size - 1
+    round_trip_s = _round_trip_s(group)
+    idle_s = _idle_exchange_s(group)
+    message_s = max(0.0, idle_s - _pair_s(group)) / max(1, peers - 1)
+    transfer = _of_own_link(group, _transfer(group, _mean(group, idle_s)))
+    bytes_per_s, burst_bytes = _rate(transfer)
+    return LinkProfile(
+        round_trip_s=round_trip_s,
+        latency_s=max(round_trip_s / 2, idle_s - peers * message_s),
+        message_s=message_s,
+        waiting_s=max(0.0, _waiting_s(group, compute) - idle_s),
+        transfer=transfer,
+        bytes_per_s=bytes_per_s,
+        burst_bytes=burst_bytes,
+    )
+
+
+def _rate(transfer: Transfer) -> tuple[float, float]:
+    """Bytes a second between a quarter of the most that was sent and all of it, and the least burst with which no
+    measured exchange was faster than that."""
+    points = list(zip(transfer.num_bytes, transfer.seconds, strict=True))
+    most, longest_s = points[-1]
+    part, part_s = max(point for point in points if point[0] <= most // 4)
+    bytes_per_s = (most - part) / max(longest_s - part_s, 1e-9)
+    return bytes_per_s, max(0.0, *(num_bytes - seconds * bytes_per_s for num_bytes, seconds in points))
+
+
+def _waiting_s(group: Group, compute: Callable[[], object]) -> float:
+    """What an exchange of next to nothing adds to computing."""
+    repeats = max(1, round(_COMPUTING_S / steady_s(compute)))
+
+    def segment() -> None:
+        for _ in range(repeats):
+            compute()
+
+    start(group)
+    own_s = torch.tensor([steady_s(segment, least_s=_ROUNDS * _COMPUTING_S)])
+    segments = [torch.zeros(1) for _ in range(group.world_size)]
+    group.all_gather(segments, own_s)
+    exchange = _exchange(group, 4)
+
+    def both() -> None:
+        segment()
+        exchange()
+
+    start(group)
+    return max(0.0, _timed(both, _ROUNDS) - max(float(each) for each in segments))
+
+
+def _transfer(group: Group, idle_s: float) -> Transfer:
+    """Seconds by bytes, the same on all ranks, up to where they are long."""
+    sizes: list[int] = []
+    seconds: list[float] = []
+    for num_bytes in _SIZES:
+        before_s = seconds[-1] if seconds else 0.0
+        repeats = 2 if before_s > _LONGEST_S / 4 else _REPEATS
+        found_s = _after_pause_s(group, _exchange(group, num_bytes), repeats) - idle_s
+        sizes.append(num_bytes)
+        seconds.append(max(found_s, before_s, 0.0))
+        if seconds[-1] > _LONGEST_S:
+            break
+    return Transfer(num_bytes=tuple(sizes), seconds=tuple(seconds))
+
+
+def _after_pause_s(group: Group, exchange: Callable[[], object], repeats: int) -> float:
+    """Mean over ranks of the median: a host's other work only ever adds. The same on all."""
+    found = []
+    exchange()
+    for _ in range(repeats):
+        time.sleep(_PAUSE_S)
+        start(group)
+        start_s = time.perf_counter()
+        exchange()
+        found.append(time.perf_counter() - start_s)
+    return _mean(group, statistics.median(found))
+
+
+def _mean(group: Group, seconds: float) -> float:
+    parts = [torch.zeros(1) for _ in range(group.world_size)]
+    group.all_gather(parts, torch.tensor([seconds]))
+    return sum(float(part) for part in parts) / len(parts)
+
+
+def start(group: Group) -> None:
+    """Returns on all ranks at nearly the same time."""
+    group.all_reduce(torch.zeros(1))
+
+
+def _exchange(group: Group, num_bytes: int) -> Callable[[], None]:
+    """An exchange in which every rank sends so many bytes in all."""
+    values = torch.zeros(max(1, num_bytes // 4 // (group.world_size - 1)))
+    outputs = [torch.empty_like(values) for _ in range(group.world_size)]
+    return lambda: group.all_gather(outputs, values)
+
+
+def _timed(task: Callable[[], object], count: int) -> float:
+    """Mean seconds of so many runs, the same number on all ranks."""
+    task()
+    start_s = time.perf_counter()
+    for _ in range(count):
+        task()
+    return (time.perf_counter() - start_s) / count
+
+
+def _idle_exchange_s(group: Group) -> float:
+    return _timed(_exchange(group, 4), _ROUND_TRIPS)
+
+
+def _pair_s(group: Group) -> float:
+    """An exchange of little between two: this rank and a neighbour. The last of an odd number waits for the others."""
+    if group.world_size == 2:
+        return _idle_exchange_s(group)
+    first = group.rank - group.rank % 2
+    seconds = torch.zeros(1)
+    if first + 1 < group.world_size:
+        with group.subgroup((first, first + 1)) as pair:
+            seconds[0] = _idle_exchange_s(pair)
+    found = [torch.zeros(1) for _ in range(group.world_size)]
+    group.all_gather(found, seconds)
+    return max(float(each) for each in found)
+
+
+def _round_trip_s(group: Group) -> float:
+    """Median of the smallest message to rank 0 and back; of rank 0 the median to its peers."""
+    message, seconds = torch.zeros(1), []
+    for peer in range(1, group.world_size):
+        start(group)
+        if group.rank not in (0, peer):
+            continue
+        for _ in range(_ROUND_TRIPS):
+            start_s = time.perf_counter()
+            if group.rank == 0:
+                group.send(message, peer)
+                group.recv(message, peer)
+            else:
+                group.recv(message, 0)
+                group.send(message, 0)
+            seconds.append(time.perf_counter() - start_s)
+    return statistics.median(seconds)
+
+
+def _of_own_link(group: Group, transfer: Transfer) -> Transfer:
+    """All together go at the pace of the slowest link; a rank that sends faster alone has a faster one."""
+    num_bytes = transfer.num_bytes[-2]
+    alone = [_after_pause_s(group, _sending(group, root, num_bytes), 2) for root in range(group.world_size)]
+    factor = alone[group.rank] / max(alone)
+    if factor > _SAME:
+        return transfer
+    return Transfer(num_bytes=transfer.num_bytes, seconds=tuple(value * factor for value in transfer.seconds))
+
+
+def _sending(group: Group, root: int, num_bytes: int) -> Callable[[], None]:
+    """``root`` sends so many bytes in all, and knows that they have come."""
+    values = torch.zeros(max(1, num_bytes // 4 // (group.world_size - 1)))
+
+    def send() -> None:
+        group.broadcast(values, root=root)
+        start(group)
+
+    return send

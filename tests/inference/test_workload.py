@@ -1,0 +1,99 @@
+"""What the planner says is sent and held is what real runs send and hold, to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.inference.conftest import on_devices
+
+from isthmus.inference.engine import Engine
+from isthmus.models.shards import ShardReader
+from isthmus.planning.device_costs import weight_bytes
+from isthmus.planning.exchanges import all_gather, encoded_bytes, even_shares
+from isthmus.planning.workload import device_shares, workload
+from isthmus.spec.inference import CODECS, DTYPES, InferencePlan, InferenceRequest
+from isthmus.transport import codec as wire
+from isthmus.transport import collectives
+from isthmus.transport.base import Group
+from isthmus.transport.messages import HEADER_BYTES
+
+Checkpoint = Callable[[str], Path]
+UNEVEN = (0.2, 0.45, 0.6)
+PLANS = [
+    InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=UNEVEN, codec=codec, algorithm=algorithm)
+    for codec in CODECS
+    for algorithm in ("mesh", "two_step")
+]
+PLANS += [
+    InferencePlan(strategy="sequence", devices=(0, 1, 2), weights=weights, codec=codec)
+    for codec in CODECS
+    for weights in (UNEVEN, (0.0, 1.0, 1.0))
+]
+PLANS += [
+    InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=UNEVEN, algorithm="ring"),
+    InferencePlan.even("sequence", 2),
+    InferencePlan.even("single", 1),
+]
+
+
+def measured(directory: Path, plan: InferencePlan, request: InferenceRequest) -> list[tuple[int, int, int]]:
+    """(bytes sent, exchanges, bytes of weights) of each device of the plan, for one request."""
+    ids_BT = torch.randint(90, (request.batch, request.num_tokens))
+
+    def work(group: Group) -> tuple[int, int, int] | None:
+        with Engine(directory, group=group, plan=plan) as engine:
+            model, before = engine.local_model, engine.stats
+            if engine.is_leader:
+                engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+            else:
+                engine.follow_once()
+            after = engine.stats
+            if model is None:
+                return None
+            if before is None or after is None:
+                return 0, 0, model.num_bytes
+            sent = after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges
+        if not engine.is_leader:
+            engine.follow()
+        return (*sent, model.num_bytes)
+
+    return [found for found in on_devices(3, work) if found is not None]
+
+
+def name(plan: InferencePlan) -> str:
+    return f"{plan.strategy}-{plan.algorithm}-{plan.codec}-{len(plan.devices)}-{plan.weights[0]:g}"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("plan", PLANS, ids=name)
+def test_bytes_and_exchanges_are_those_of_a_real_run(plan: InferencePlan, family: str, checkpoint: Checkpoint) -> None:
+    directory = checkpoint(family)
+    request = InferenceRequest(num_tokens=11, batch=2)
+    found = measured(directory, plan, request)
+    predicted = workload(plan, ShardReader(directory).spec, request)
+    assert tuple(sent for sent, _, _ in found) == predicted.sent_bytes()
+    assert found[0][1] == predicted.num_exchanges()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_weights_take_what_was_said(family: str, dtype: str, checkpoint: Checkpoint) -> None:
+    directory = checkpoint(family)
+    plan = InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=UNEVEN, dtype=dtype)
+    found = measured(directory, plan, InferenceRequest(num_tokens=3))
+    spec = ShardReader(directory).spec
+    assert [held for _, _, held in found] == [weight_bytes(spec, share, dtype) for share in device_shares(plan, spec)]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("num_values", [0, 1, 63, 64, 65, 1000])
+def test_encoded_bytes_are_the_codecs(codec: str, num_values: int) -> None:
+    assert encoded_bytes(codec, num_values) == wire.create_codec(codec).num_bytes(num_values)
+    assert even_shares(num_values, 3) == collectives.even_shares(num_values, 3)
+
+
+def test_every_message_has_a_header_of_the_size_that_is_counted() -> None:
+    assert all_gather("fp32", [32, 32])[0][0].sent_bytes == 4 * 32 + HEADER_BYTES
