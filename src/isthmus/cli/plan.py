@@ -25,7 +25,7 @@ def infer(
         ),
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(help="Only these of the cluster, by name, with commas.", metavar="NAME,…")
+        str | None, typer.Option(help="Plan with only these of the cluster, by name, with commas.", metavar="NAME,…")
     ] = None,
     profile: Annotated[
         Path | None,

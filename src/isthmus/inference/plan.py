@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -57,7 +57,9 @@ def plan_infer(
     """Prints the fastest ``num_rows`` plans and why the first is taken, and writes that plan to ``output``. None on
     devices that do not lead. Blocks for seconds where it has to measure."""
     reader = ShardReader(resolve_checkpoint(options.model))
-    cluster = read_cluster(options.cluster).select(options.devices) if options.cluster is not None else None
+    if options.devices is not None and options.cluster is None:
+        raise IsthmusError("devices: got names without a cluster, wanted --cluster too, which says who they are")
+    cluster = read_cluster(options.cluster).select() if options.cluster is not None else None
     codecs, dtypes = _names(options)
     console = console or Console()
     with ExitStack() as stack:
@@ -68,6 +70,10 @@ def plan_infer(
         profile = _profile(options, reader, cluster, group, dtypes, console)
         if group is not None and group.rank:
             return None
+    if cluster is not None and options.devices is not None:
+        chosen = cluster.select(options.devices)
+        profile = _only(profile, [cluster.devices.index(device) for device in chosen.devices])
+        cluster = chosen
     question = Question(
         spec=reader.spec,
         request=InferenceRequest(num_tokens=options.tokens, batch=options.batch),
@@ -114,7 +120,7 @@ def _profile(
         if profile is None:
             raise IsthmusError(
                 f"cluster: nothing was measured yet of {', '.join(device.name for device in cluster.devices)} with "
-                "this model; run the same command once on each of them at the same time (torchrun, `isthmus testbed run`), "
+                "this model; run the same command on each of them at the same time (torchrun, `isthmus testbed run`), "
                 "or name what was measured with --profile"
             )
     else:
@@ -135,6 +141,12 @@ def _profile(
     if num_wanted not in (None, len(profile.devices)):
         raise IsthmusError(f"profile: is of {len(profile.devices)} devices, wanted the cluster's {num_wanted}")
     return profile
+
+
+def _only(profile: ClusterProfile, ranks: Sequence[int]) -> ClusterProfile:
+    """Of some of its devices."""
+    devices, links = [profile.devices[rank] for rank in ranks], [profile.links[rank] for rank in ranks]
+    return replace(profile, devices=tuple(devices), links=tuple(links))
 
 
 def _identity(reader: ShardReader, cluster: Cluster | None) -> dict[str, object]:
