@@ -56,10 +56,11 @@ def test_version_is_the_package_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "profile", "tune", "embed", "worker", "bench", "testbed"]),
+        (["--help"], ["demo", "profile", "tune", "embed", "worker", "bench", "plan", "testbed"]),
         (["tune", "--help"], ["--data", "--policy", "--accelerator-memory", "--resume"]),
         (["profile", "--help"], ["--refresh"]),
-        (["bench", "--help"], ["tune"]),
+        (["bench", "--help"], ["tune", "infer"]),
+        (["plan", "infer", "--help"], ["--cluster", "--tokens", "--max-error", "--profile"]),
         (["testbed", "--help"], ["up", "status", "run", "limit", "down", "sudo isthmus testbed up --devices 4"]),
         (["bench", "tune", "--help"], ["--policies", "--skew", "--cpu-speed", "--report"]),
     ],

@@ -12,11 +12,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.spec.cluster import (
+    Cluster,
+    ClusterDevice,
+    ClusterProfile,
+    CodecTimes,
+    DeviceProfile,
+    LinkProfile,
+    Transfer,
+    WidthTimes,
+)
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.model import ExpertSpec, ModelSpec, TensorSpec
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Curve, ExpertTimes, Profile
 from isthmus.spec.report import (
+    BenchInferReport,
+    BenchInferRow,
     BenchTuneReport,
     BenchTuneRow,
     Spread,
@@ -130,6 +142,66 @@ EXAMPLES: dict[str, Any] = {
             predictor_least_popular_quarter_accuracy=1.0,
         ),
     ),
+    "cluster": Cluster(
+        devices=(
+            ClusterDevice(name="pi-1", address="192.168.1.10"),
+            ClusterDevice(name="pi-2", address="192.168.1.11", memory_bytes=2**31),
+        ),
+        leader="pi-2",
+    ),
+    "cluster_profile": ClusterProfile(
+        transport="socket",
+        model="bert",
+        devices=(
+            DeviceProfile(
+                name="pi-1",
+                cpu_name="A CPU",
+                num_threads=1,
+                free_memory_bytes=2**30,
+                memory_bytes_per_s=5e9,
+                layers={"fp32": (WidthTimes(share=0.5, attention=_CURVE, mlp=_CURVE),)},
+                embedding=_CURVE,
+                s_per_score=1e-9,
+                codecs={"int8": CodecTimes(encode_s=4e-9, decode_s=1e-9)},
+                s_per_added_value=4e-10,
+                alone_factor=0.875,
+            ),
+        ),
+        links=(
+            LinkProfile(
+                round_trip_s=1e-4,
+                latency_s=5e-5,
+                message_s=2e-4,
+                waiting_s=1e-3,
+                transfer=Transfer(num_bytes=(16384, 32768), seconds=(0.0, 0.001)),
+                bytes_per_s=1.5e7,
+                burst_bytes=65536.0,
+            ),
+        ),
+        measured_at="2026-01-01T00:00:00Z",
+        notes={"why": "golden"},
+    ),
+    "bench_infer_report": BenchInferReport(
+        config={"strategies": ["sequence"], "tokens": 128},
+        environment={"torch": "2.13.0"},
+        rows=(
+            BenchInferRow(
+                strategy="sequence",
+                codec="int8",
+                dtype="fp32",
+                num_devices=2,
+                tokens=128,
+                latency_s=Spread(median=0.5, p10=0.25, p90=0.75),
+                predicted_latency_s=0.5,
+                bound_s=0.375,
+                bytes_sent_per_device=1024,
+                num_exchanges=15,
+                max_rel_error=0.001,
+                weights=(1.0, 2.0),
+                is_choice=True,
+            ),
+        ),
+    ),
     "bench_tune_report": BenchTuneReport(
         config={"policies": ["affinity", "mobius"]},
         environment={"torch": "2.13.0"},
@@ -186,7 +258,7 @@ def _values_of(declared: Any) -> st.SearchStrategy[Any]:
     return scalars[declared]
 
 
-@pytest.mark.parametrize("cls", [Profile, Plan, Timeline, ModelSpec])
+@pytest.mark.parametrize("cls", [Profile, Plan, Timeline, ModelSpec, DeviceProfile, LinkProfile])
 @settings(max_examples=40)
 @given(data=st.data())
 def test_round_trip_gives_back_an_equal_value(cls: type[Any], data: st.DataObject) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from isthmus import __version__
-from isthmus.cli import bench, testbed
+from isthmus.cli import bench, plan, testbed
 from isthmus.cli.demo import demo
 from isthmus.cli.embed import embed
 from isthmus.cli.profile import profile
@@ -60,6 +60,7 @@ app.command()(tune)
 app.command()(embed)
 app.command()(worker)
 app.add_typer(bench.app, name="bench")
+app.add_typer(plan.app, name="plan")
 app.add_typer(testbed.app, name="testbed")
 
 

@@ -111,7 +111,7 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
             console.print(rows_table(rows))
             if report is not None:
                 atomic_write(report, to_json(found))
-            print(json.dumps(json.loads(to_json(found))["rows"]), flush=True)
+            print(json.dumps({"benchmark": "infer", "rows": json.loads(to_json(found))["rows"]}), flush=True)
 
 
 def _config(options: BenchOptions) -> dict[str, object]:

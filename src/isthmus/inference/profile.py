@@ -51,12 +51,14 @@ def measure_cluster(
     dtypes: Sequence[str] = ("fp32",),
     num_rows: int = 128,
     refresh: bool = False,
+    names: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ClusterProfile:
     """What all devices of ``group`` need, the same on each. Called by all; blocks for some seconds.
 
     ``num_rows``: the most tokens a request will have. What was measured of the devices before, in a group of the same
-    kind, is taken from the cache unless ``refresh``; links are measured anew each time. Must be called with PyTorch's
+    kind, is taken from the cache unless ``refresh``; links are measured anew each time. ``names``: the devices', in the
+    order of ranks; their hosts' without. Must be called with PyTorch's
     number of threads set as it will be when computing.
     """
     rows = _grid(num_rows)
@@ -70,7 +72,9 @@ def measure_cluster(
         progress("measuring the devices")
         known = _measure_device(reader, group, dtypes, rows)
         keep(identity, known)
-    known = replace(known, name=platform.node() or "device", free_memory_bytes=free_memory_bytes())
+    rank = group.rank if group is not None else 0
+    name = names[rank] if names is not None else f"{platform.node() or 'device'}-{rank}"
+    known = replace(known, name=name, free_memory_bytes=free_memory_bytes())
     if group is None or group.world_size == 1:
         return _profile(reader, [known], [_no_link(known)], "none")
     progress("measuring the links")

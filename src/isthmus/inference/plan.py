@@ -1,0 +1,216 @@
+"""``isthmus plan infer``: every way of answering a request, what each should take, and which one to take.
+
+In a group (torchrun, ``isthmus testbed run``) the devices and links are measured first, and what was measured is kept;
+anywhere else it is looked up by the cluster's devices and the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from isthmus.inference.joining import TIMEOUT_S, is_started_per_device
+from isthmus.inference.profile import measure_cluster
+from isthmus.models.checkpoint_files import resolve_checkpoint
+from isthmus.models.shards import ShardReader
+from isthmus.planning.inference import Candidate, Choice, Question, allowed, choose
+from isthmus.profiling.cache import find, keep
+from isthmus.reporting.human import human_bytes, human_memory, human_s
+from isthmus.spec.cluster import Cluster, ClusterProfile, read_cluster
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.files import atomic_write
+from isthmus.spec.inference import CODECS, DTYPES, InferenceRequest
+from isthmus.spec.serialization import from_json, to_json
+from isthmus.transport.base import Group
+from isthmus.transport.sockets import SocketGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What ``isthmus plan infer`` was asked for."""
+
+    model: str
+    cluster: Path | None = None
+    devices: tuple[str, ...] | None = None
+    """Names of the cluster's. None: all."""
+    profile: Path | None = None
+    tokens: int = 128
+    batch: int = 1
+    codec: str = "fp32"
+    """A codec, or ``auto``: all whose error is within ``max_error``."""
+    dtype: str = "fp32"
+    """Likewise."""
+    max_error: float = 0.0
+    refresh: bool = False
+    timeout_s: float = TIMEOUT_S
+
+
+def plan_infer(
+    options: PlanOptions, *, num_rows: int = 20, output: Path | None = None, console: Console | None = None
+) -> Choice | None:
+    """Prints the fastest ``num_rows`` plans and why the first is taken, and writes that plan to ``output``. None on
+    devices that do not lead. Blocks for seconds where it has to measure."""
+    reader = ShardReader(resolve_checkpoint(options.model))
+    if options.devices is not None and options.cluster is None:
+        raise IsthmusError("devices: got names without a cluster, wanted --cluster too, which says who they are")
+    cluster = read_cluster(options.cluster).select() if options.cluster is not None else None
+    codecs, dtypes = _names(options)
+    console = console or Console()
+    with ExitStack() as stack:
+        group: Group | None = None
+        if is_started_per_device():
+            group = SocketGroup.from_environment(digest=reader.digest(), timeout_s=options.timeout_s)
+            stack.enter_context(group)
+        profile = _profile(options, reader, cluster, group, dtypes, console)
+        if group is not None and group.rank:
+            return None
+    if cluster is not None and options.devices is not None:
+        chosen = cluster.select(options.devices)
+        profile = _only(profile, [cluster.devices.index(device) for device in chosen.devices])
+        cluster = chosen
+    question = Question(
+        spec=reader.spec,
+        request=InferenceRequest(num_tokens=options.tokens, batch=options.batch),
+        profile=profile,
+        memory_bytes=tuple(device.memory_bytes for device in cluster.devices) if cluster is not None else (),
+        codecs=codecs,
+        dtypes=dtypes,
+    )
+    choice = choose(question)
+    console.print(candidates_table(choice, num_rows))
+    plan = choice.chosen.plan
+    devices = ", ".join(profile.devices[rank].name for rank in plan.devices)
+    console.print(f"→ {plan.strategy} on {devices}: {choice.reason}")
+    if output is not None:
+        atomic_write(output, to_json(plan))
+    return choice
+
+
+def _names(options: PlanOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    codecs, dtypes = allowed(options.max_error)
+    for name, value, known in (("codec", options.codec, CODECS), ("dtype", options.dtype, DTYPES)):
+        if value != "auto" and value not in known:
+            raise IsthmusError(f"{name}: got {value!r}, wanted auto or one of {', '.join(known)}")
+    return (
+        codecs if options.codec == "auto" else (options.codec,),
+        dtypes if options.dtype == "auto" else (options.dtype,),
+    )
+
+
+def _profile(
+    options: PlanOptions,
+    reader: ShardReader,
+    cluster: Cluster | None,
+    group: Group | None,
+    dtypes: Sequence[str],
+    console: Console,
+) -> ClusterProfile:
+    identity = _identity(reader, cluster)
+    num_wanted = len(cluster.devices) if cluster is not None else None
+    if options.profile is not None:
+        profile = _read_profile(options.profile)
+    elif group is None and cluster is not None and len(cluster.devices) > 1:
+        profile = find(ClusterProfile, identity)
+        if profile is None:
+            raise IsthmusError(
+                f"cluster: nothing was measured yet of {', '.join(device.name for device in cluster.devices)} with "
+                "this model; run the same command on each of them at the same time (torchrun, `isthmus testbed run`), "
+                "or name what was measured with --profile"
+            )
+    else:
+        if group is not None and num_wanted not in (None, group.world_size):
+            raise IsthmusError(f"cluster: has {num_wanted} devices, but {group.world_size} were started")
+        is_leader = group is None or group.rank == 0
+        profile = measure_cluster(
+            reader,
+            group,
+            dtypes=dtypes,
+            num_rows=options.tokens * options.batch,
+            refresh=options.refresh,
+            names=None if cluster is None else [device.name for device in cluster.devices],
+            progress=lambda text: console.print(f"{text} …") if is_leader else None,
+        )
+        if is_leader and cluster is not None:
+            keep(identity, profile)
+    if num_wanted not in (None, len(profile.devices)):
+        raise IsthmusError(f"profile: is of {len(profile.devices)} devices, wanted the cluster's {num_wanted}")
+    return profile
+
+
+def _only(profile: ClusterProfile, ranks: Sequence[int]) -> ClusterProfile:
+    """Of some of its devices."""
+    devices, links = [profile.devices[rank] for rank in ranks], [profile.links[rank] for rank in ranks]
+    return replace(profile, devices=tuple(devices), links=tuple(links))
+
+
+def _identity(reader: ShardReader, cluster: Cluster | None) -> dict[str, object]:
+    """A cluster is its devices by name and address, whoever leads."""
+    devices = [] if cluster is None else [[device.name, device.address] for device in cluster.devices]
+    return {"what": "cluster", "devices": devices, "model": json.loads(to_json(reader.spec))}
+
+
+def _read_profile(path: Path) -> ClusterProfile:
+    """A profile, or the one in a report of ``isthmus bench infer``."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.get("kind") == "bench-infer":
+            content = content["environment"]["profile"]
+        return from_json(ClusterProfile, json.dumps(content))
+    except OSError as error:
+        raise IsthmusError(f"profile: cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError) as error:
+        raise IsthmusError(f"profile: {path} holds none: {error}") from error
+
+
+def candidates_table(choice: Choice, num_rows: int) -> Table:
+    """The fastest plans, and the best of each kind that is slower than those."""
+    table = Table()
+    columns = (
+        "",
+        "strategy",
+        "devices",
+        "parts",
+        "wire",
+        "dtype",
+        "predicted",
+        "bound",
+        "computing",
+        "sent",
+        "exchanges",
+    )
+    for name in (*columns, "memory"):
+        table.add_column(name, justify="left" if name in ("", "strategy", "parts", "wire", "dtype") else "right")
+    kinds: set[tuple[str, int]] = set()
+    for number, candidate in enumerate(choice.candidates):
+        plan = candidate.plan
+        kind = (plan.strategy, len(plan.devices))
+        if number < num_rows or kind not in kinds or candidate is choice.chosen:
+            table.add_row(*_cells(candidate, is_chosen=candidate is choice.chosen))
+        kinds.add(kind)
+    return table
+
+
+def _cells(candidate: Candidate, *, is_chosen: bool) -> list[str]:
+    plan = candidate.plan
+    is_even = len(set(plan.weights)) == 1
+    total = sum(plan.weights)
+    return [
+        "→" if is_chosen else "" if candidate.fits else "✗",
+        f"{plan.strategy} {plan.algorithm}" if plan.strategy == "tensor" else plan.strategy,
+        ",".join(map(str, plan.devices)),
+        "even" if is_even else ":".join(f"{weight / total:.2f}" for weight in plan.weights),
+        plan.codec if len(plan.devices) > 1 else "",
+        plan.dtype,
+        human_s(candidate.latency_s),
+        human_s(candidate.bound_s),
+        human_s(candidate.compute_s),
+        human_bytes(max(candidate.sent_bytes)),
+        str(candidate.num_exchanges),
+        human_memory(max(candidate.memory_bytes)) + ("" if candidate.fits else " (too much)"),
+    ]

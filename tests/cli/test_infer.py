@@ -1,0 +1,142 @@
+"""``isthmus bench infer`` and ``isthmus plan infer`` as a user types them: alone, and as one process per device."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.inference.conftest import checkpoint  # noqa: F401
+from typer.testing import CliRunner
+
+from isthmus.cli.main import app
+from isthmus.models.shards import ShardReader
+from isthmus.planning.workload import workload
+from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.report import BenchInferReport
+from isthmus.spec.serialization import from_json
+
+ISTHMUS = str(Path(sys.executable).parent / "isthmus")
+NAMES = ("pi-1", "pi-2")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[[str], Path]) -> Path:  # noqa: F811
+    return checkpoint("bert")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def write_cluster(folder: Path) -> Path:
+    path = folder / "cluster.json"
+    devices = [{"name": name, "address": f"192.168.1.{number}"} for number, name in enumerate(NAMES, start=10)]
+    path.write_text(json.dumps({"schema_version": 1, "devices": devices}))
+    return path
+
+
+def run_alone(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_on_two(*arguments: str) -> list[str]:
+    """What each of two processes prints."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [ISTHMUS, *arguments],
+            env={**os.environ, **variables, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [output for output, _ in outputs]
+
+
+def test_a_bench_times_every_strategy_and_its_report_can_be_planned_with(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    options = ("--codecs", "fp32,int8", "--tokens", "16", "--repeats", "2", "--report", str(path))
+    leader, other = run_on_two("bench", "infer", str(model), *options)
+    assert other == ""
+    report = from_json(BenchInferReport, path.read_text())
+    assert json.loads(leader.splitlines()[-1])["rows"] == json.loads(path.read_text())["rows"]
+    kinds = {(row.strategy, row.codec, row.num_devices) for row in report.rows}
+    assert kinds == {("single", "fp32", 1)} | {
+        (strategy, codec, 2) for strategy in ("tensor", "sequence") for codec in ("fp32", "int8")
+    }
+    assert sum(row.is_choice for row in report.rows) == 1
+    spec = ShardReader(model).spec
+    for row in report.rows:
+        assert row.latency_s.p10 <= row.latency_s.median <= row.latency_s.p90
+        assert row.bound_s > 0 and row.predicted_latency_s > 0
+        assert row.max_rel_error is not None and row.max_rel_error < (1e-5 if row.codec == "fp32" else 0.1)
+        plan = InferencePlan(
+            strategy=row.strategy,
+            devices=tuple(range(row.num_devices)),
+            weights=row.weights,
+            codec=row.codec,
+            algorithm="mesh" if row.algorithm == "mesh" else "two_step",
+        )
+        load = workload(plan, spec, InferenceRequest(num_tokens=16))
+        assert (row.bytes_sent_per_device, row.num_exchanges) == (max(load.sent_bytes()), load.num_exchanges())
+
+    printed = run_alone("plan", "infer", str(model), "--profile", str(path), "--tokens", "64")
+    assert "→ " in printed and "sequence" in printed and "tensor" in printed and "single" in printed
+
+
+def test_what_was_measured_of_a_cluster_is_known_afterwards_anywhere(model: Path, tmp_path: Path) -> None:
+    cluster, plan = write_cluster(tmp_path), tmp_path / "plan.json"
+    result = CliRunner().invoke(app, ["plan", "infer", str(model), "--cluster", str(cluster)])
+    assert "nothing was measured yet of pi-1, pi-2 with this model" in result.stderr and result.exit_code == 2
+    options = ("plan", "infer", str(model), "--cluster", str(cluster), "--tokens", "16")
+    leader, other = run_on_two(*options)
+    assert "measuring the devices" in leader and other == ""
+    printed = run_alone(*options, "--output", str(plan))
+    assert "measuring" not in printed and "on pi-1" in printed
+    assert from_json(InferencePlan, plan.read_text()).devices[0] == 0
+    assert "→ single on pi-2" in run_alone(*options, "--devices", "pi-2")
+
+
+def test_one_device_measures_itself(model: Path) -> None:
+    assert "→ single" in run_alone("plan", "infer", str(model), "--tokens", "8", "--codec", "auto", "--dtype", "auto")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "infer", "MODEL", "--strategies", "magic"], "strategies: got magic, wanted all or some of single"),
+        (["bench", "infer", "MODEL", "--codecs", ","], "codecs: got none, wanted all or some of fp32"),
+        (["bench", "infer", "MODEL", "--tokens", "9999"], "tokens: got 9999, wanted at most the 512"),
+        (["plan", "infer", "MODEL", "--codec", "zip"], "codec: got 'zip', wanted auto or one of fp32"),
+        (["plan", "infer", "MODEL", "--devices", "pi-1"], "devices: got names without a cluster"),
+        (["plan", "infer", "MODEL", "--cluster", "/nowhere"], "cluster: cannot read /nowhere"),
+        (["plan", "infer", "MODEL", "--profile", "/nowhere"], "profile: cannot read /nowhere"),
+        (["plan", "infer", "MODEL", "--profile", "CONFIG"], "config.json holds none"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, model: Path) -> None:
+    words = {"MODEL": str(model), "CONFIG": str(model / "config.json")}
+    result = CliRunner().invoke(app, [words.get(part, part) for part in arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
