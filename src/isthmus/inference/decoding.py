@@ -91,11 +91,11 @@ def _attend(
     if rotary is not None:
         cos_B1D, signed_sin_B1D = rotary
         turned = heads_BND[:, : num_heads + num_kv_heads]
-        swapped = turned.unflatten(-1, (2, -1)).flip(2).flatten(2)
+        swapped = turned.view(batch, -1, 2, size // 2).flip(2).view(batch, -1, size)
         turned.mul_(cos_B1D).addcmul_(swapped, signed_sin_B1D)
     new_B2GD, key_BGKD, value_BGKD = cached
     new_B2GD.copy_(layer.as_cached(heads_BND[:, num_heads:].view(batch, 2, num_kv_heads, size), 2))
     # Query heads that share a key head are rows of one product.
-    query = heads_BND[:, :num_heads].unflatten(1, (layer.num_cached_heads, -1))
+    query = heads_BND[:, :num_heads].view(batch, layer.num_cached_heads, -1, size)
     mixed = F.scaled_dot_product_attention(query, key_BGKD, value_BGKD, attn_mask=mask_B11K)
     return layer.o(mixed.reshape(batch, num_heads * size))

@@ -33,6 +33,9 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         if self._kind == "layer":
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._epsilon)
+        if x.numel() == self.weight.numel():  # one token: PyTorch's own takes seven operators
+            flat = x.reshape(-1)
+            return (x * self.weight).mul_((torch.dot(flat, flat).item() / len(flat) + self._epsilon) ** -0.5)
         return F.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
 
 
