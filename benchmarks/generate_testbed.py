@@ -1,7 +1,7 @@
 """Generation on a testbed of weak devices: first token and each further one, one device and four, against transformers.
 
 Raises a testbed (root) and runs one process per device. The model is a Llama of random weights (12 layers, hidden 768,
-MLP 2048, 12 heads, vocabulary 32000, 134M parameters); prompts are random tokens, batch 1, greedy. The bound is the time
+MLP 2048, 12 heads, vocabulary 32000, 134M parameters); prompts are random tokens, batch 1, greedy. The bound is time
 to read the weights that one token needs at the rate at which a device reads memory, measured in place, without
 exchanges. ``cpu`` is the time that the first device's process itself worked per token, its other threads included.
 
@@ -80,7 +80,9 @@ class Stopwatch:
 
     def result(self) -> tuple[float, list[float], list[float]]:
         """Seconds to the first token, and seconds and CPU seconds of each further one."""
-        gaps = [[late - early for early, late in zip(of[1:], of[2:], strict=False)] for of in (self.times_s, self.cpu_s)]
+        gaps = [
+            [late - early for early, late in zip(of[1:], of[2:], strict=False)] for of in (self.times_s, self.cpu_s)
+        ]
         return self.times_s[1] - self.times_s[0], gaps[0], gaps[1]
 
 
@@ -137,7 +139,8 @@ def run_transformers(arguments: argparse.Namespace, measure: Callable[..., dict[
 
         mask_BT = torch.ones_like(ids_BT)
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=num_new, streamer=Streamer(), **options)
+        generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue]
+        generate(ids_BT, attention_mask=mask_BT, max_new_tokens=num_new, streamer=Streamer(), **options)
 
     return measure(generate)
 
