@@ -80,9 +80,7 @@ class Stopwatch:
 
     def result(self) -> tuple[float, list[float], list[float]]:
         """Seconds to the first token, and seconds and CPU seconds of each further one."""
-        gaps = [
-            [late - early for early, late in zip(of[1:], of[2:], strict=False)] for of in (self.times_s, self.cpu_s)
-        ]
+        gaps = [[late - early for early, late in pairwise(of[1:])] for of in (self.times_s, self.cpu_s)]
         return self.times_s[1] - self.times_s[0], gaps[0], gaps[1]
 
 
