@@ -138,7 +138,7 @@ def describe(row: BenchInferRow) -> str:
 def markdown(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     lines = [
         f"Seconds are medians of {arguments.repeats} requests of {arguments.tokens} tokens, all plans in turns; "
-        f"devices of {arguments.cpu:g} core. *Choice* is the planner's with FP32 on the wire; the baseline is {BASELINE}.",
+        f"devices of {arguments.cpu:g} core. *Choice* is the planner's with FP32 on the wire; baseline: {BASELINE}.",
         "",
         "| devices | Mbit/s | one device s | baseline s | choice | bound s | choice s (p10–p90) | of bound | "
         "predicted s | off by | baseline ÷ choice | one ÷ choice | fastest s | fastest int8 wire s |",
