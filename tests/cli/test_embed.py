@@ -76,6 +76,19 @@ def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Pa
     assert outputs[1][0] == ""
 
 
+def test_under_torchrun(model: Path) -> None:
+    torchrun = [str(Path(ISTHMUS).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
+    result = subprocess.run(
+        [*torchrun, "--no-python", ISTHMUS, *options(model)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(vectors(result.stdout), torch.stack(Engine(model).embed(TEXTS)), rtol=1e-4, atol=1e-5)
+
+
 def test_with_a_worker_that_ends_when_told(model: Path) -> None:
     worker = subprocess.Popen([ISTHMUS, "worker", "--port", "0"], stderr=subprocess.PIPE, text=True)
     try:

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 _SMALL: dict[str, Any] = dict(
     vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
 )
-_LLAMA: dict[str, Any] = _SMALL | dict(num_key_value_heads=2, max_position_embeddings=64)
+_LLAMA: dict[str, Any] = _SMALL | dict(num_key_value_heads=2, max_position_embeddings=256)
 _SCALED_ROPE = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -47,7 +47,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "bert": lambda: BertConfig(**_SMALL),
     "roberta": lambda: RobertaConfig(**_SMALL, pad_token_id=1),
     "distilbert": lambda: DistilBertConfig(vocab_size=99, dim=32, n_layers=3, n_heads=4, hidden_dim=48),
-    "gpt2": lambda: GPT2Config(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "gpt2": lambda: GPT2Config(vocab_size=99, n_embd=32, n_layer=3, n_head=4, n_positions=256),
     "llama": lambda: LlamaConfig(**_LLAMA, rope_parameters=_SCALED_ROPE, tie_word_embeddings=False),
     "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=7),
     "qwen2": lambda: Qwen2Config(**_LLAMA),

@@ -55,7 +55,7 @@ def test_the_leader_comes_first_and_the_others_in_the_files_order() -> None:
 
 
 def test_a_choice_of_devices_names_each_once_and_only_known_ones() -> None:
-    cluster = Cluster(devices=(ClusterDevice(**PI), ClusterDevice(**OTHER)))
+    cluster = Cluster(devices=(ClusterDevice(**PI), ClusterDevice(**OTHER)))  # pyright: ignore[reportArgumentType]
     with pytest.raises(IsthmusError, match="no device is called 'pi-9'"):
         cluster.select(["pi-1", "pi-9"])
     with pytest.raises(IsthmusError, match="got pi-1, pi-1, wanted each device once"):

@@ -32,9 +32,13 @@ def embed(
         str | None, typer.Option(help="Each device's part of the work, such as 0.2,0.45,0.6; even without.")
     ] = None,
     pooling: Annotated[
-        Literal["mean", "cls", "tokens"], typer.Option(help="One vector a text, or one for each of its tokens.")
-    ] = "mean",
-    normalize: Annotated[bool, typer.Option("--normalize", help="Divide each vector by its length.")] = False,
+        Literal["auto", "mean", "cls", "tokens"],
+        typer.Option(help="One vector a text, or one for each token. auto: as the model's own files say, or the mean."),
+    ] = "auto",
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Divide each vector by its length. Without: as with auto."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts computed at a time.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of to standard output.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a device before giving up.")] = 60.0,
@@ -61,7 +65,8 @@ def embed(
         if not engine.is_leader:
             engine.follow()
             return
-        vectors = engine.embed(texts, pooling=pooling, normalize=normalize, batch_size=batch_size)
+        kind = None if pooling == "auto" else pooling
+        vectors = engine.embed(texts, pooling=kind, normalize=normalize, batch_size=batch_size)
     _write(texts, [vector.tolist() for vector in vectors], output)
 
 

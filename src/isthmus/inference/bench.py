@@ -222,36 +222,53 @@ def _run(
             if before is not None and after is not None:
                 sent_bytes[index] = after.bytes_sent - before.bytes_sent
                 num_exchanges[index] = after.num_exchanges - before.num_exchanges
-    most = torch.tensor(sent_bytes)
-    if group is not None:
-        parts = [torch.empty_like(most) for _ in range(group.world_size)]
-        group.all_gather(parts, most)
-        most = torch.stack(parts).amax(dim=0)
+    most_bytes = _most(group, sent_bytes)
     if group is not None and group.rank:
         for engine in reversed(engines):  # as the leader closes them: over gloo each goodbye waits to be heard
             engine.follow()
         return ()
     wanted = _reference(reader, known, ids_BT, attended_BT)
     return tuple(
-        BenchInferRow(
-            strategy=entry.plan.strategy,
-            codec=entry.plan.codec,
-            dtype=entry.plan.dtype,
-            num_devices=len(entry.plan.devices),
-            tokens=request.batch * request.num_tokens,
+        replace(
+            _row(entry, request, options),
             latency_s=_spread(seconds[index]),
-            predicted_latency_s=entry.predicted_s,
-            bound_s=entry.bound_s,
-            bytes_sent_per_device=int(most[index]),
+            bytes_sent_per_device=most_bytes[index],
             num_exchanges=num_exchanges[index],
             max_rel_error=_error(answers[index], wanted),
-            transport=options.transport if len(entry.plan.devices) > 1 else "none",
-            algorithm=entry.plan.algorithm if entry.plan.strategy == "tensor" else "",
-            weights=entry.plan.weights,
-            is_choice=entry.is_choice,
         )
         for index, entry in enumerate(entries)
     )
+
+
+def _row(entry: _Entry, request: InferenceRequest, options: BenchOptions) -> BenchInferRow:
+    """What is known of a row before it is measured."""
+    return BenchInferRow(
+        strategy=entry.plan.strategy,
+        codec=entry.plan.codec,
+        dtype=entry.plan.dtype,
+        num_devices=len(entry.plan.devices),
+        tokens=request.batch * request.num_tokens,
+        latency_s=_spread([0.0]),
+        predicted_latency_s=entry.predicted_s,
+        bound_s=entry.bound_s,
+        bytes_sent_per_device=0,
+        num_exchanges=0,
+        max_rel_error=0.0,
+        transport=options.transport if len(entry.plan.devices) > 1 else "none",
+        algorithm=entry.plan.algorithm if entry.plan.strategy == "tensor" else "",
+        weights=entry.plan.weights,
+        is_choice=entry.is_choice,
+    )
+
+
+def _most(group: Group | None, values: list[int]) -> list[int]:
+    """Each value's largest over the devices."""
+    if group is None:
+        return values
+    own = torch.tensor(values)
+    parts = [torch.empty_like(own) for _ in range(group.world_size)]
+    group.all_gather(parts, own)
+    return torch.stack(parts).amax(dim=0).tolist()
 
 
 def _generator() -> torch.Generator:

@@ -16,16 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from isthmus.inference.generation import Generation, OnTokens, check_can_generate, check_length
 from isthmus.inference.model import LocalModel
+from isthmus.inference.prompting import Answers, encode_prompts, end_and_padding, pad_left
 from isthmus.inference.strategies import make_strategy
 from isthmus.inference.strategies.base import Strategy, Tokens
 from isthmus.models.checkpoint_files import resolve_checkpoint
+from isthmus.models.sentence import read_pooling
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.generation import Completion, GenerationSettings
 from isthmus.spec.inference import InferencePlan
+from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import TransportStats
+from isthmus.transport.errors import TransportError
 
 POOLINGS = ("mean", "cls", "tokens")
 
@@ -34,6 +40,7 @@ class _Request(enum.IntEnum):
     STOP = 0
     MEAN = 1
     TOKENS = 2
+    GENERATE = 3
 
 
 class Engine:
@@ -73,18 +80,22 @@ class Engine:
         self._strategy: Strategy | None = None
         if takes_part:
             self._strategy = make_strategy(self.plan, self._reader, self._working, progress, known)
+        self._generation: Generation | None = None
         self._tokenizer: Any = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, TransportError):
+            self._strategy = None  # nobody can be told any more, and the error is to be seen
+        else:
+            self.close()
 
     def close(self) -> None:
         """Lets the followers go. The group stays open: it is the caller's."""
         if self.is_leader and self._working is not None and self._strategy is not None:
-            self._announce(_Request.STOP, 0, 0)
+            self._announce(_Request.STOP, (0, 0))
         self._strategy = None
 
     @property
@@ -108,13 +119,22 @@ class Engine:
     # --- the leader ---------------------------------------------------------------------------------------------------
 
     def embed(
-        self, texts: Sequence[str], *, pooling: str = "mean", normalize: bool = False, batch_size: int = 32
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        batch_size: int = 32,
     ) -> list[Tensor]:
         """One vector (H,) per text, FP32, or with ``pooling`` ``tokens`` one for each of its tokens (t, H).
 
-        ``mean`` is over a text's tokens, ``cls`` takes the first one's. ``normalize`` divides by the length. Texts
-        longer than the model allows raise ``IsthmusError``. Leader only; blocks.
+        ``mean`` is over a text's tokens, ``cls`` takes the first one's. ``normalize`` divides by the length. None: as
+        the checkpoint says if it is one of sentence-transformers, else the mean as it is. Texts longer than the model
+        allows raise ``IsthmusError``. Leader only; blocks.
         """
+        own = read_pooling(self.directory)
+        pooling = own.pooling if pooling is None else pooling
+        normalize = own.normalize if normalize is None else normalize
         if pooling not in POOLINGS:
             raise IsthmusError(f"pooling: got {pooling!r}, wanted one of {', '.join(POOLINGS)}")
         vectors: list[Tensor] = []
@@ -140,24 +160,82 @@ class Engine:
         """The last hidden states (B, T, H). Leader only."""
         return self._lead(_Request.TOKENS, ids_BT, attended_BT)
 
-    def _lead(self, request: _Request, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+        chat: bool = False,
+        stream: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Continues ``prompts``, together as one batch: greedily, or with ``temperature``, ``top_k`` or ``top_p`` by
+        drawing, where the same ``seed`` gives the tokens that transformers' ``generate`` gives on one device.
+
+        A prompt's text ends with the model's own end token (unless ``ignore_end``) or before one of ``stop``. ``chat``:
+        each prompt is what a user says, put into the model's chat template. ``stream`` gets the number of a prompt and
+        the next piece of its text as soon as it can be read. Raises ``IsthmusError`` for an encoder, a plan that
+        divides tokens, and more tokens than the model allows. Leader only; blocks.
+        """
+        prompt_ids = encode_prompts(self.tokenizer, prompts, chat=chat)
+        end_tokens, padding = end_and_padding(self._reader)
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            end_tokens=() if ignore_end else end_tokens,
+            padding_token=padding,
+        )
+        answers = Answers(self.tokenizer, prompt_ids, settings, stop=stop, stream=stream)
+        self.generate_tokens(*pad_left(prompt_ids, padding), settings, answers.add)
+        return answers.end()
+
+    def generate_tokens(
+        self,
+        ids_BT: Tensor,
+        attended_BT: Tensor,
+        settings: GenerationSettings,
+        on_tokens: OnTokens = lambda ids: False,
+    ) -> Tensor:
+        """New tokens (B, n) of prompts that are padded on the left. See ``generate`` and ``Generation.run``."""
+        self._check_leads()
+        check_can_generate(self._reader, self.plan)
+        check_length(self._reader, ids_BT.shape[1], settings.max_new_tokens)
+        text = torch.frombuffer(bytearray(to_json(settings).encode()), dtype=torch.uint8)
+        self._announce(_Request.GENERATE, ids_BT.shape, len(text))
+        if self._working is not None:
+            self._working.broadcast(torch.stack((ids_BT, attended_BT.long())))
+            self._working.broadcast(text)
+        return self._generate(ids_BT, attended_BT, settings, on_tokens)
+
+    def _check_leads(self) -> None:
         if not self.is_leader:
             raise IsthmusError("engine: only rank 0 is asked; the other devices call follow()")
+
+    def _lead(self, request: _Request, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+        self._check_leads()
         if ids_BT.shape[1] > self.spec.max_num_tokens:
             raise IsthmusError(
                 f"text: {ids_BT.shape[1]} tokens, and {self.spec.model_type} at {self.directory} allows "
                 f"{self.spec.max_num_tokens}; shorten it or divide it"
             )
-        self._announce(request, *ids_BT.shape)
+        self._announce(request, ids_BT.shape)
         if self._working is not None:
             self._working.broadcast(torch.stack((ids_BT, attended_BT.long())))
         answer = self._compute(request, ids_BT, attended_BT)
         assert answer is not None
         return answer
 
-    def _announce(self, request: _Request, batch: int, num_tokens: int) -> None:
+    def _announce(self, request: _Request, shape: Sequence[int], num_settings_bytes: int = 0) -> None:
         if self._working is not None:
-            self._working.broadcast(torch.tensor([request, batch, num_tokens]))
+            self._working.broadcast(torch.tensor([request, *shape, num_settings_bytes]))
 
     # --- everybody ----------------------------------------------------------------------------------------------------
 
@@ -170,15 +248,33 @@ class Engine:
         """Computes one request. False: the leader has closed, or this device has no part."""
         if self._working is None:
             return False
-        header = torch.empty(3, dtype=torch.int64)
+        header = torch.empty(4, dtype=torch.int64)
         self._working.broadcast(header)
-        request, batch, num_tokens = header.tolist()
+        request, batch, num_tokens, num_settings_bytes = header.tolist()
         if request == _Request.STOP:
             return False
         tokens = torch.empty(2, batch, num_tokens, dtype=torch.int64)
         self._working.broadcast(tokens)
-        self._compute(_Request(request), tokens[0], tokens[1].bool())
+        if request == _Request.GENERATE:
+            text = torch.empty(num_settings_bytes, dtype=torch.uint8)
+            self._working.broadcast(text)
+            settings = from_json(GenerationSettings, bytes(text.tolist()).decode())
+            self._generate(tokens[0], tokens[1].bool(), settings)
+        else:
+            self._compute(_Request(request), tokens[0], tokens[1].bool())
         return True
+
+    def _generate(
+        self,
+        ids_BT: Tensor,
+        attended_BT: Tensor,
+        settings: GenerationSettings,
+        on_tokens: OnTokens = lambda ids: False,
+    ) -> Tensor:
+        if self._generation is None:
+            assert self._strategy is not None
+            self._generation = Generation(self._strategy, self._reader, self.plan)
+        return self._generation.run(ids_BT, attended_BT.bool(), settings, on_tokens)
 
     @torch.inference_mode()
     def _compute(self, request: _Request, ids_BT: Tensor, attended_BT: Tensor) -> Tensor | None:

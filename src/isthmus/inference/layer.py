@@ -33,6 +33,9 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         if self._kind == "layer":
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._epsilon)
+        if x.numel() == self.weight.numel():  # one token: PyTorch's own takes seven operators
+            flat = x.reshape(-1)
+            return (x * self.weight).mul_((torch.dot(flat, flat).item() / len(flat) + self._epsilon) ** -0.5)
         return F.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
 
 
@@ -58,6 +61,7 @@ class Layer:
         self.kv_heads = share.kv_heads(spec)
         self._activation: Callable[[Tensor], Tensor] = ACT2FN[spec.activation]
         self._kv_index = self._find_kv_index()
+        self._is_grouped = self._kv_index is None or len(self.kv_heads) == 1
         self.norm1, self.norm2 = Norm(reader, "norm1", number), Norm(reader, "norm2", number)
         self.q_norm = Norm(reader, "q_norm", number, kind="rms") if spec.has_qk_norm else None
         self.k_norm = Norm(reader, "k_norm", number, kind="rms") if spec.has_qk_norm else None
@@ -75,6 +79,16 @@ class Layer:
     def num_bytes(self) -> int:
         """Of the matrices."""
         return sum(linear.num_bytes for linear in (self.qkv, self.o, self.up, self.down))
+
+    @property
+    def num_cached_heads(self) -> int:
+        """Key/value heads as a cache keeps them (``as_cached``)."""
+        return len(self.kv_heads) if self._is_grouped else len(self.share.heads)
+
+    def as_cached(self, key: Tensor, dim: int) -> Tensor:
+        """Keys or values with heads along ``dim`` as a cache keeps them: once each, where as many query heads use each
+        of them, or else once for every query head."""
+        return key if self._is_grouped or self._kv_index is None else key.index_select(dim, self._kv_index)
 
     def project(self, x_BTH: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """query (B, A, T, D), key and value (B, G, T, D) of this device's heads, positions applied."""

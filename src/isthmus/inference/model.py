@@ -31,11 +31,6 @@ class LocalModel:
         self.spec = reader.spec
         self.share = share
         self.dtype = dtype
-        self._tables = {
-            name: reader.table(f"{name}.weight")
-            for name in ("token", "position", "type")
-            if reader.has(f"{name}.weight")
-        }
         self._embedding_norm = Norm(reader, "embedding_norm") if reader.has("embedding_norm.weight") else None
         self.final_norm = Norm(reader, "final_norm") if reader.has("final_norm.weight") else None
         self._inverse_frequencies, self._rotary_scale = _rotary(reader)
@@ -43,7 +38,13 @@ class LocalModel:
         self.layers: list[Layer] = []
         for number in range(self.layer_range.start, self.layer_range.stop):
             self.layers.append(Layer(reader, number, share, dtype))
+            reader.release()
             progress(len(self.layers) / len(self.layer_range))
+        self._tables = {
+            name: reader.table(f"{name}.weight")
+            for name in ("token", "position", "type")
+            if reader.has(f"{name}.weight")
+        }
 
     @property
     def num_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Reads parts of a checkpoint: a device's rows and columns of each matrix, and nothing else.
 
-The files are mapped into memory, so what is not asked for is never read, and what was read can be dropped by the
-system: no device ever needs room for the whole model.
+The files are mapped into memory, so what is not asked for is never read, and what was read is dropped (``release``): no
+device ever needs room for the whole model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ class ShardReader:
         self.directory = directory
         self.config, self.family, self.spec = read_family(directory)
         self._files: dict[str, Any] = {}
-        for path in checkpoint_files(directory):
+        self.release()
+        self._prefix = self.family.prefix_in(self._files)
+
+    def release(self) -> None:
+        """Maps the files anew: what was read so far no longer counts as this process's memory."""
+        self._files.clear()
+        for path in checkpoint_files(self.directory):
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -41,7 +47,6 @@ class ShardReader:
                     f"checkpoint: {path} is truncated or not a safetensors file ({error}); download it again"
                 ) from error
             self._files.update(dict.fromkeys(file.keys(), file))
-        self._prefix = self.family.prefix_in(self._files)
 
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether the checkpoint has the uniform tensor (see ``transformer_families``)."""
@@ -68,12 +73,12 @@ class ShardReader:
         wanted_rows = Range(start=0, stop=num_rows) if rows is None else rows
         row_slice = slice(first + wanted_rows.start, first + wanted_rows.stop)
         if num_columns is None:
-            return view[row_slice].float().contiguous()
+            return view[row_slice].to(torch.float32, copy=True)
         wanted_columns = Range(start=0, stop=num_columns) if columns is None else columns
         column_slice = slice(wanted_columns.start, wanted_columns.stop)
         if stored.is_transposed:
             return view[column_slice, row_slice].float().T.contiguous()
-        return view[row_slice, column_slice].float().contiguous()
+        return view[row_slice, column_slice].to(torch.float32, copy=True)
 
     def table(self, name: str) -> torch.Tensor:
         """A uniform tensor outside of the layers as it is stored, mapped: rows are read when they are looked up."""

@@ -13,7 +13,7 @@ from isthmus.planning.shares import divide, divide_layer
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
-_HEADER_VALUES = 3
+_HEADER_VALUES = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def listen(address: str, port: int = 0) -> socket.socket:
     except OSError as error:
         raise RendezvousError(
             f"cannot listen on {address}:{port} ({error}): MASTER_ADDR must be an address of rank 0's own, MASTER_PORT "
-            "a free port (torchrun's agent may hold it: choose another)"
+            "a free port"
         ) from error
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
+from isthmus.transport.agent import agreed_port, is_port_held_by_agent
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import Parts
 from isthmus.transport.errors import MismatchError, PeerLostError, rank_names
@@ -112,8 +113,14 @@ class SocketGroup(Group):
     @classmethod
     def from_environment(cls, *, digest: str = "", timeout_s: float = 60.0) -> Self:
         """``connect`` with torchrun's variables: RANK, WORLD_SIZE, MASTER_PORT, and MASTER_ADDR (127.0.0.1 without
-        it)."""
-        return cls.connect(**read_environment(), digest=digest, timeout_s=timeout_s)
+        it). Under torchrun itself, whose agent holds that port, rank 0 takes another and tells it through the
+        agent."""
+        environment = read_environment()
+        if not is_port_held_by_agent():
+            return cls.connect(**environment, digest=digest, timeout_s=timeout_s)
+        with agreed_port(environment, timeout_s) as (port, listener):
+            environment["port"] = port
+            return cls.connect(**environment, digest=digest, timeout_s=timeout_s, listener=listener)
 
     def subgroup(self, ranks: Sequence[int]) -> SocketGroup:
         members = self._check_members(ranks)

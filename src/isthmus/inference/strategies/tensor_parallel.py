@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy, Tokens
 from isthmus.spec.transformer import Range
@@ -26,29 +27,40 @@ class TensorParallel(Strategy):
     ) -> None:
         """``group`` None: this device is alone. ``codec`` is what the partial sums are sent in."""
         super().__init__(model)
-        self._group, self._codec = group, codec
+        self.group, self._codec = group, codec
         self._algorithm: Algorithm = algorithm
 
-    def run(self, tokens: Tokens) -> Tensor:
+    def run(self, tokens: Tokens, cache: KVCache | None = None) -> Tensor:
+        """``cache``: where the keys and values of a prompt are kept for the tokens that follow."""
         spec = self.model.spec
         hidden_BTH = self.model.embed(tokens.ids_BT, tokens.positions_BT)
         rotation = self.model.rotation(tokens.positions_BT)
         queries = Range(start=0, stop=tokens.ids_BT.shape[1])
-        allowed = tokens.allowed(queries, is_causal=spec.is_decoder, window=spec.sliding_window)
+        window = spec.sliding_window
+        is_plainly_causal = (
+            spec.is_decoder and (window is None or len(queries) <= window) and bool(tokens.attended_BT.all())
+        )
+        allowed = None
+        if not is_plainly_causal:
+            allowed = tokens.allowed(queries, is_causal=spec.is_decoder, window=window)
 
-        for layer in self.model.layers:
+        for number, layer in enumerate(self.model.layers):
 
-            def attention(x_BTH: Tensor, layer=layer) -> Tensor:
-                return self._sum(layer.attend(*layer.project(x_BTH, rotation), allowed, False))
+            def attention(x_BTH: Tensor, number=number, layer=layer) -> Tensor:
+                query, key, value = layer.project(x_BTH, rotation)
+                if cache is not None:
+                    cache.fill(number, layer.as_cached(key, 1), layer.as_cached(value, 1))
+                return self.sum(layer.attend(query, key, value, allowed, is_plainly_causal))
 
             def mlp(x_BTH: Tensor, layer=layer) -> Tensor:
-                return self._sum(layer.mlp(x_BTH))
+                return self.sum(layer.mlp(x_BTH))
 
             hidden_BTH = self._layer(layer, hidden_BTH, attention, mlp)
         return self._finish(hidden_BTH)
 
-    def _sum(self, partial_BTH: Tensor) -> Tensor:
-        if self._group is not None:
-            partial_BTH = partial_BTH.contiguous()
-            self._group.all_reduce(partial_BTH, codec=self._codec, algorithm=self._algorithm)
-        return partial_BTH
+    def sum(self, partial: Tensor, algorithm: Algorithm | None = None) -> Tensor:
+        """The sum over all devices, which may overwrite ``partial``. ``algorithm`` None: this strategy's own."""
+        if self.group is not None:
+            partial = partial.contiguous()
+            self.group.all_reduce(partial, codec=self._codec, algorithm=algorithm or self._algorithm)
+        return partial

@@ -1,0 +1,101 @@
+"""A decoder's forward passes of one request: all of the prompt at once, then one token of each sequence at a time.
+
+Heads and MLP columns are divided as in ``TensorParallel``, which computes the prompt. A single token is a race of
+microseconds: few operators, and one exchange (two a layer) that sends everything to everybody.
+
+Shapes: B batch, H hidden size, A query heads, G cached heads, K tokens seen, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from isthmus.inference.kv_cache import KVCache
+from isthmus.inference.layer import Layer
+from isthmus.inference.strategies.base import Tokens
+from isthmus.inference.strategies.tensor_parallel import TensorParallel
+
+# Up to here an exchange is bound by latency, and one step is faster than two.
+_MESH_VALUES = 8192
+
+
+class Decoding:
+    """One request on this device. Called on every device with the same tokens, in inference mode; blocks on the others.
+
+    ``hidden_BH`` of each sequence's last token, after the final norm, is the same bits on all of them.
+    """
+
+    def __init__(self, strategy: TensorParallel, tokens: Tokens, num_new: int) -> None:
+        """``tokens``: the prompts, padded on the left. ``num_new``: how often ``step`` may be called."""
+        self._strategy, self._tokens = strategy, tokens
+        self._model = model = strategy.model
+        spec = model.spec
+        total = tokens.ids_BT.shape[1] + num_new
+        self._cache = KVCache(
+            num_layers=len(model.layers),
+            num_heads=model.layers[0].num_cached_heads,
+            head_size=spec.head_size,
+            capacity=min(total, spec.sliding_window or total),
+            attended_BT=tokens.attended_BT,
+        )
+        self._positions_B1 = tokens.positions_BT[:, -1:].clone()
+        self._rotary = model.rotation(torch.arange(total)[None])
+        if self._rotary is not None:
+            sin_TD = self._rotary.sin[0, 0]
+            self._cos_TD = self._rotary.cos[0, 0]
+            self._signed_sin_TD = torch.cat((-sin_TD[:, : spec.head_size // 2], sin_TD[:, spec.head_size // 2 :]), 1)
+
+    def prefill(self) -> Tensor:
+        """``hidden_BH`` after the prompts."""
+        return self._strategy.run(self._tokens, self._cache)[:, -1]
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """``hidden_BH`` after one more token of each sequence."""
+        self._positions_B1 += 1
+        hidden_BH = self._model.embed(ids_B[:, None], self._positions_B1)[:, 0]
+        rotary = None
+        if self._rotary is not None:
+            rotary = self._cos_TD[self._positions_B1], self._signed_sin_TD[self._positions_B1]
+        views, mask_B11K = self._cache.add_token()
+        for layer, cached in zip(self._model.layers, views, strict=True):
+            hidden_BH += self._sum(_attend(layer, layer.norm1(hidden_BH), rotary, cached, mask_B11K))
+            if layer.o_bias is not None:
+                hidden_BH += layer.o_bias
+            hidden_BH += self._sum(layer.mlp(layer.norm2(hidden_BH)))
+            if layer.down_bias is not None:
+                hidden_BH += layer.down_bias
+        return hidden_BH if self._model.final_norm is None else self._model.final_norm(hidden_BH)
+
+    def _sum(self, partial_BH: Tensor) -> Tensor:
+        return self._strategy.sum(partial_BH, "mesh" if partial_BH.numel() <= _MESH_VALUES else None)
+
+
+def _attend(
+    layer: Layer,
+    x_BH: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    cached: tuple[Tensor, Tensor, Tensor],
+    mask_B11K: Tensor | None,
+) -> Tensor:
+    """The partial sum (B, H) of attention's output for one token of each sequence, whose key and value it caches."""
+    num_heads, num_kv_heads, size = len(layer.share.heads), len(layer.kv_heads), layer.spec.head_size
+    if not num_heads:
+        return torch.zeros_like(x_BH)
+    batch = len(x_BH)
+    heads_BND = layer.qkv(x_BH).view(batch, num_heads + 2 * num_kv_heads, size)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        query, key, value = heads_BND.split((num_heads, num_kv_heads, num_kv_heads), 1)
+        heads_BND = torch.cat((layer.q_norm(query), layer.k_norm(key), value), 1)
+    if rotary is not None:
+        cos_B1D, signed_sin_B1D = rotary
+        turned = heads_BND[:, : num_heads + num_kv_heads]
+        swapped = turned.view(batch, -1, 2, size // 2).flip(2).view(batch, -1, size)
+        turned.mul_(cos_B1D).addcmul_(swapped, signed_sin_B1D)
+    new_B2GD, key_BGKD, value_BGKD = cached
+    new_B2GD.copy_(layer.as_cached(heads_BND[:, num_heads:].view(batch, 2, num_kv_heads, size), 2))
+    # Query heads that share a key head are rows of one product.
+    query = heads_BND[:, :num_heads].view(batch, layer.num_cached_heads, -1, size)
+    mixed = F.scaled_dot_product_attention(query, key_BGKD, value_BGKD, attn_mask=mask_B11K)
+    return layer.o(mixed.reshape(batch, num_heads * size))
