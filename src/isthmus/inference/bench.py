@@ -222,10 +222,9 @@ def _run(
             if before is not None and after is not None:
                 sent_bytes[index] = after.bytes_sent - before.bytes_sent
                 num_exchanges[index] = after.num_exchanges - before.num_exchanges
-    # Closing would send to followers who no longer listen.
     most_bytes = _most(group, sent_bytes)
     if group is not None and group.rank:
-        for engine in engines:
+        for engine in reversed(engines):  # as the leader closes them: over gloo each goodbye waits to be heard
             engine.follow()
         return ()
     wanted = _reference(reader, known, ids_BT, attended_BT)

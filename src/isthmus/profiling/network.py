@@ -28,7 +28,7 @@ _SAME = 0.85
 
 def share_texts(group: Group, text: str) -> list[str]:
     """Every rank's ``text``, in the order of ranks."""
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.world_size)]
     group.all_gather(lengths, torch.tensor([len(data)]))
     texts = [torch.empty(int(length), dtype=torch.uint8) for length in lengths]

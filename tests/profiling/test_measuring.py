@@ -1,0 +1,102 @@
+"""What is measured is complete and consistent; how fast anything is, is not asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tests.inference.conftest import checkpoint, on_devices  # noqa: F401
+
+from isthmus.inference.profile import measure_cluster
+from isthmus.models.shards import ShardReader
+from isthmus.planning.inference import Question, choose
+from isthmus.profiling.network import share_texts
+from isthmus.profiling.steady import steady_s
+from isthmus.spec.cluster import ClusterProfile
+from isthmus.spec.inference import CODECS, InferenceRequest
+from isthmus.transport.base import Group
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def assert_complete(profile: ClusterProfile, num_devices: int) -> None:
+    assert len(profile.devices) == len(profile.links) == num_devices
+    for device in profile.devices:
+        assert set(device.codecs) == set(CODECS) and device.free_memory_bytes > 0
+        for widths in device.layers.values():
+            assert [width.share for width in widths] == sorted((width.share for width in widths), reverse=True)
+            for width in widths:
+                for curve in (width.attention, width.mlp):
+                    assert all(early <= late for early, late in pairwise(curve.seconds)) and curve.seconds[0] > 0
+    for link in profile.links:
+        assert all(early < late for early, late in pairwise(link.transfer.num_bytes))
+        assert all(early <= late for early, late in pairwise(link.transfer.seconds))
+        assert link.bytes_per_s > 0
+        assert (link.latency_s > 0) == (num_devices > 1)
+
+
+def test_devices_of_a_group_agree_on_a_profile_that_can_be_planned_with(
+    checkpoint: Callable[[str], Path],  # noqa: F811
+) -> None:
+    directory = checkpoint("llama")
+    first, second = on_devices(
+        2, lambda group: measure_cluster(ShardReader(directory), group, num_rows=8), timeout_s=120
+    )
+    assert_complete(first, 2)
+    assert (first.devices, first.links) == (second.devices, second.links)
+    choice = choose(Question(spec=ShardReader(directory).spec, request=InferenceRequest(num_tokens=8), profile=first))
+    assert {candidate.plan.strategy for candidate in choice.candidates} == {"single", "tensor", "sequence"}
+
+
+def test_a_device_is_measured_once_and_again_when_asked(
+    own_cache: Path,
+    checkpoint: Callable[[str], Path],  # noqa: F811
+) -> None:
+    reader = ShardReader(checkpoint("bert"))
+    told: list[str] = []
+    profiles = [
+        measure_cluster(reader, None, dtypes=("fp32", "int8"), num_rows=2, refresh=refresh, progress=told.append)
+        for refresh in (False, False, True)
+    ]
+    assert told == ["measuring the devices"] * 2
+    assert_complete(profiles[0], 1)
+    assert profiles[0].devices[0].layers == profiles[1].devices[0].layers != profiles[2].devices[0].layers
+    assert len(list(own_cache.rglob("*.json"))) == 1
+
+
+def test_texts_of_any_length_come_to_all_in_the_order_of_ranks() -> None:
+    texts = ["", "narrow · links", "x" * 100_000]
+    assert on_devices(3, lambda group: share_texts(group, texts[group.rank])) == [texts] * 3
+
+
+def test_steady_seconds_are_of_runs_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is the test's: the first run takes 100 s, every other 2."""
+    now, calls = [0.0], [0]
+
+    def task() -> None:
+        calls[0] += 1
+        now[0] += 100.0 if calls[0] == 1 else 2.0
+
+    monkeypatch.setattr("isthmus.profiling.steady.time.perf_counter", lambda: now[0])
+    assert steady_s(task, least_s=7.0) == 2.0
+    assert calls[0] == 1 + 4
+    assert steady_s(task, least_s=0.0, least_runs=3) == 2.0 and calls[0] == 5 + 1 + 3
+
+
+def test_a_group_can_be_used_after_it_was_measured(checkpoint: Callable[[str], Path]) -> None:  # noqa: F811
+    directory = checkpoint("bert")
+
+    def work(group: Group) -> float:
+        measure_cluster(ShardReader(directory), group, num_rows=2)
+        total = torch.ones(1)
+        group.all_reduce(total)
+        return float(total)
+
+    assert on_devices(3, work, timeout_s=120) == [3.0] * 3
