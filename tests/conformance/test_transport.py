@@ -16,7 +16,7 @@ from tests.transport.groups import KINDS, outcomes, results, run_threads
 from torch import Tensor
 
 from isthmus.spec.errors import IsthmusError
-from isthmus.transport.base import Group
+from isthmus.transport.base import Algorithm, Group
 from isthmus.transport.codec import CODEC_NAMES, create_codec
 from isthmus.transport.errors import MismatchError, PeerLostError, TransportError
 
@@ -116,6 +116,73 @@ def test_a_ring_gives_every_rank_the_same_bits(kind: str, numel: int, dtype: tor
         return tensor
 
     first, *others = results(kind, 3, body)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("numel", [0, 1, 767, 100_000])
+def test_doubling_adds_pairs_of_pairs_the_same_bits_on_every_rank(
+    kind: str, world_size: int, numel: int, dtype: torch.dtype
+) -> None:
+    parts = [values(rank, numel, dtype) for rank in range(world_size)]
+    while len(parts) > 1:
+        parts = [parts[index] + parts[index + 1] for index in range(0, len(parts), 2)]
+
+    def body(group: Group) -> None:
+        tensor = values(group.rank, numel, dtype)
+        group.all_reduce(tensor, algorithm="doubling")
+        assert torch.equal(tensor, parts[0])
+
+    results(kind, world_size, body)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("numel", [0, 1, 767, 12_000, 100_000])
+def test_a_repeated_sum_is_the_all_reduce_that_it_stands_for(kind: str, world_size: int, numel: int) -> None:
+    algorithm: Algorithm = "mesh" if world_size == 3 else "doubling"
+
+    def body(group: Group) -> None:
+        add_up = group.repeated_sum(numel)
+        for turn in range(3):
+            wanted = values(group.rank, numel, seed=turn)
+            before = group.stats
+            group.all_reduce(wanted, algorithm=algorithm)
+            between = group.stats
+            add_up.values.copy_(values(group.rank, numel, seed=turn))
+            add_up()
+            after = group.stats
+            assert torch.equal(add_up.values, wanted)
+            assert after.num_exchanges - between.num_exchanges == between.num_exchanges - before.num_exchanges
+            assert after.bytes_sent - between.bytes_sent == between.bytes_sent - before.bytes_sent
+            assert after.bytes_received - between.bytes_received == between.bytes_received - before.bytes_received
+
+    results(kind, world_size, body)
+
+
+def test_one_rank_may_ask_for_a_repeated_sum_and_the_other_for_an_all_reduce(kind: str) -> None:
+    def body(group: Group) -> None:
+        add_up = group.repeated_sum(100)
+        add_up.values.copy_(values(group.rank, 100))
+        if group.rank:
+            add_up()
+        else:
+            group.all_reduce(add_up.values, algorithm="doubling")
+        assert torch.equal(add_up.values, values(0, 100) + values(1, 100))
+
+    results(kind, 2, body)
+
+
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_doubling_with_a_codec_gives_every_rank_the_same_bits(kind: str, codec: str) -> None:
+    def body(group: Group) -> Tensor:
+        tensor, wanted = values(group.rank, 1000), values(group.rank, 1000)
+        group.all_reduce(tensor, codec=codec, algorithm="doubling")
+        group.all_reduce(wanted)
+        assert (tensor - wanted).abs().max() <= {"fp32": 1e-5, "bf16": 0.1, "int8": 0.2, "int4": 4}[codec]
+        return tensor
+
+    first, *others = results(kind, 4, body)
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -361,6 +428,8 @@ def test_stats_count_what_the_algorithms_send(kind: str) -> None:
         two = 2 * (size - 1) * (numel + 16)
         assert counted(group, lambda: group.all_reduce(tensor, algorithm="two_step")) == (2, two, two)
         assert counted(group, lambda: group.all_reduce(tensor, algorithm="ring")) == (6, two, two)
+        doubled = 2 * (4 * numel + 16)
+        assert counted(group, lambda: group.all_reduce(tensor, algorithm="doubling")) == (2, doubled, doubled)
         int8 = (size - 1) * (numel * 66 // 64 + 16)
         assert counted(group, lambda: group.all_reduce(tensor, codec="int8")) == (1, int8, int8)
 
@@ -434,6 +503,7 @@ WRONG: list[tuple[Callable[[Any], None], str]] = [
     (lambda g: g.all_reduce(torch.zeros(4, dtype=torch.bfloat16), codec="int8"), "send them without"),
     (lambda g: g.all_reduce(torch.zeros(4), algorithm="tree"), "algorithm: got 'tree', wanted one of mesh"),
     (lambda g: g.all_reduce(torch.zeros(4), codec="int8", algorithm="ring"), "round sums once per hop"),
+    (lambda g: g.all_reduce(torch.zeros(4, dtype=torch.bfloat16), algorithm="doubling"), "no bfloat16: use mesh"),
     (lambda g: g.all_gather([torch.zeros(4)] * 3, torch.zeros(4)), "outputs: got 3 tensors, wanted 2"),
     (lambda g: g.all_gather([torch.zeros(4)] * 2, torch.zeros(5)), "got 4 values, wanted this rank's 5"),
     (lambda g: g.all_gather([torch.zeros(4)] * 2, torch.zeros(4, dtype=torch.int8)), "wanted one dtype"),
@@ -527,6 +597,35 @@ def test_a_rank_that_hangs_is_named_within_the_time_limit(kind: str) -> None:
     assert two is None
     assert isinstance(zero, PeerLostError) and isinstance(one, PeerLostError)
     assert 2 in zero.ranks + one.ranks
+
+
+def test_a_repeated_sum_tells_of_peers_that_leave_hang_or_do_something_else(kind: str) -> None:
+    ended = threading.Barrier(2)
+
+    def leaves(group: Group) -> None:
+        add_up = group.repeated_sum(100)
+        add_up()
+        if group.rank == 0:
+            add_up()
+
+    def hangs(group: Group) -> None:
+        try:
+            if group.rank == 0:
+                group.repeated_sum(100)()
+        finally:
+            ended.wait(30)
+
+    def does_something_else(group: Group) -> None:
+        group.repeated_sum(100 + group.rank)()
+
+    for body, wanted, message in (
+        (leaves, PeerLostError, "rank 1"),
+        (hangs, PeerLostError, "rank 1"),
+        (does_something_else, TransportError, "rank"),
+    ):
+        error, _ = outcomes(kind, 2, body, timeout_s=1)
+        assert isinstance(error, wanted), (body.__name__, error)
+        assert message in str(error)
 
 
 def test_waiting_between_calls_is_no_fault(kind: str) -> None:

@@ -1,7 +1,7 @@
 """A decoder's forward passes of one request: all of the prompt at once, then one token of each sequence at a time.
 
 Heads and MLP columns are divided as in ``TensorParallel``, which computes the prompt. A single token is a race of
-microseconds: few operators, and one exchange (two a layer) that sends everything to everybody.
+microseconds: few operators, and sums (two a layer) of few messages.
 
 Shapes: B batch, H hidden size, A query heads, G cached heads, K tokens seen, D head size.
 """
@@ -16,9 +16,10 @@ from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.layer import Layer
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
+from isthmus.transport.repeated import RepeatedSum
 
-# Up to here an exchange is bound by latency, and one step is faster than two.
-_MESH_VALUES = 8192
+# Up to here an exchange is bound by latency, and few messages are faster than few bytes.
+_SMALL_VALUES = 8192
 
 
 class Decoding:
@@ -40,6 +41,13 @@ class Decoding:
             capacity=min(total, spec.sliding_window or total),
             attended_BT=tokens.attended_BT,
         )
+        batch = len(tokens.ids_BT)
+        self._hidden_BH = torch.empty(batch, spec.hidden_size)
+        self._add_up: RepeatedSum | None = None
+        if strategy.group is not None and strategy.codec is None and self._hidden_BH.numel() <= _SMALL_VALUES:
+            self._add_up = strategy.group.repeated_sum(self._hidden_BH.numel())
+            self._hidden_BH = self._add_up.values.view(batch, -1)
+        self._is_first = strategy.group is None or strategy.group.rank == 0
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
         self._rotary = model.rotation(torch.arange(total)[None])
         if self._rotary is not None:
@@ -54,22 +62,30 @@ class Decoding:
     def step(self, ids_B: Tensor) -> Tensor:
         """``hidden_BH`` after one more token of each sequence."""
         self._positions_B1 += 1
-        hidden_BH = self._model.embed(ids_B[:, None], self._positions_B1)[:, 0]
+        hidden_BH = self._hidden_BH.copy_(self._model.embed(ids_B[:, None], self._positions_B1)[:, 0])
         rotary = None
         if self._rotary is not None:
             rotary = self._cos_TD[self._positions_B1], self._signed_sin_TD[self._positions_B1]
         views, mask_B11K = self._cache.add_token()
         for layer, cached in zip(self._model.layers, views, strict=True):
-            hidden_BH += self._sum(_attend(layer, layer.norm1(hidden_BH), rotary, cached, mask_B11K))
-            if layer.o_bias is not None:
-                hidden_BH += layer.o_bias
-            hidden_BH += self._sum(layer.mlp(layer.norm2(hidden_BH)))
-            if layer.down_bias is not None:
-                hidden_BH += layer.down_bias
+            self._add(_attend(layer, layer.norm1(hidden_BH), rotary, cached, mask_B11K), layer.o_bias)
+            self._add(layer.mlp(layer.norm2(hidden_BH)), layer.down_bias)
         return hidden_BH if self._model.final_norm is None else self._model.final_norm(hidden_BH)
 
-    def _sum(self, partial_BH: Tensor) -> Tensor:
-        return self._strategy.sum(partial_BH, "mesh" if partial_BH.numel() <= _MESH_VALUES else None)
+    def _add(self, partial_BH: Tensor, bias: Tensor | None) -> None:
+        """Adds the sum of all devices' parts, and the bias, to ``_hidden_BH``."""
+        hidden_BH = self._hidden_BH
+        if self._add_up is None:
+            is_small = partial_BH.numel() <= _SMALL_VALUES
+            partial_BH = self._strategy.sum(partial_BH, "mesh" if is_small else None)
+        if self._is_first or self._add_up is None:
+            hidden_BH += partial_BH
+            if bias is not None:
+                hidden_BH += bias
+        else:  # what was there before, the first device brings
+            hidden_BH.copy_(partial_BH)
+        if self._add_up is not None:
+            self._add_up()
 
 
 def _attend(

@@ -74,6 +74,8 @@ def all_reduce(codec: str, num_values: int, num_devices: int, algorithm: str) ->
     """The sum of all devices' ``num_values``, at every device."""
     if algorithm == "mesh":
         return [_mesh(codec, num_values, num_devices)]
+    if algorithm == "doubling":
+        return _doubling(codec, num_values, num_devices)
     shares = even_shares(num_values, num_devices)
     if algorithm == "ring":
         return _ring(shares)
@@ -111,6 +113,20 @@ def _mesh(codec: str, num_values: int, num_devices: int) -> Exchange:
         added=num_devices * num_values,
     )
     return (one,) * num_devices
+
+
+def _doubling(codec: str, num_values: int, num_devices: int) -> list[Exchange]:
+    message, is_coded = encoded_bytes(codec, num_values) + HEADER_BYTES, codec != "fp32"
+    one = Traffic(
+        num_sent=1,
+        num_received=1,
+        sent_bytes=message,
+        received_bytes=message,
+        encoded=num_values if is_coded else 0,
+        decoded=2 * num_values if is_coded else 0,
+        added=num_values,
+    )
+    return [(one,) * num_devices] * (num_devices.bit_length() - 1)
 
 
 def _reduce_scatter(codec: str, shares: Sequence[int]) -> Exchange:

@@ -40,7 +40,7 @@ class InferencePlan:
     codec: str = "fp32"
     dtype: str = "fp32"
     """What matrices are kept and multiplied in."""
-    algorithm: Literal["mesh", "two_step", "ring"] = "two_step"
+    algorithm: Literal["mesh", "two_step", "ring", "doubling"] = "two_step"
     """Of all-reduces."""
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ thread at a time.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -32,8 +33,9 @@ from isthmus.transport.buffers import bytes_of
 from isthmus.transport.endpoint import Endpoint
 from isthmus.transport.errors import TransportError
 from isthmus.transport.messages import DTYPE_FORMATS, Operation
+from isthmus.transport.repeated import PlainSum, RepeatedSum
 
-Algorithm = Literal["mesh", "two_step", "ring"]
+Algorithm = Literal["mesh", "two_step", "ring", "doubling"]
 
 
 class Handle:
@@ -112,8 +114,11 @@ class Group(Endpoint):
         if not self._in_use.acquire(blocking=False):
             raise TransportError("two threads call one group at once: use start, or a subgroup for each")
         try:
-            with torch.inference_mode():  # which may write to any tensor
+            if torch.is_inference_mode_enabled():  # which may write to any tensor; entering it again takes time
                 call(self, *arguments)
+            else:
+                with torch.inference_mode():
+                    call(self, *arguments)
         finally:
             self._in_use.release()
 
@@ -170,12 +175,23 @@ class Group(Endpoint):
 
         ``algorithm``: ``mesh`` sends everything to everybody, one exchange (small messages); ``two_step`` a
         reduce-scatter and an all-gather, one exchange each, 2 (N − 1) / N of the tensor sent (large ones; a codec
-        rounds twice); ``ring`` the same bytes in 2 (N − 1) exchanges between neighbours.
+        rounds twice); ``ring`` the same bytes in 2 (N − 1) exchanges between neighbours; ``doubling`` everything to one
+        peer in each of log2 N exchanges, for N a power of two (the fewest messages, and fewer bytes than ``mesh``; a
+        codec rounds in each), summed in pairs, not for bfloat16, which it would round in between.
         """
         self._check_algorithm(algorithm, collectives.ALGORITHMS, codec)
         self._check_tensors(tensor)
+        if algorithm == "doubling":
+            self._check_doubling(tensor)
         collectives.check_summable(tensor)
         self._run(collectives.all_reduce, tensor, codec, algorithm)
+
+    def repeated_sum(self, num_values: int) -> RepeatedSum:
+        """A sum of so many FP32 values that will be asked for often: the same bits and messages as ``all_reduce`` with
+        ``doubling``, or ``mesh`` where ranks are no power of two, in less time."""
+        is_power_of_two = not self.world_size & (self.world_size - 1)
+        algorithm: Algorithm = "doubling" if is_power_of_two else "mesh"
+        return PlainSum(num_values, functools.partial(self.all_reduce, algorithm=algorithm))
 
     def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, codec: str | None = None) -> None:
         """Writes rank r's ``inputs[rank]`` to ``outputs[r]``. Sizes may differ between any two ranks. With a codec,
@@ -253,6 +269,13 @@ class Group(Endpoint):
             raise IsthmusError(
                 f"codec: got {summed_codec!r} with a ring, which would round sums once per hop: use algorithm "
                 "mesh or two_step"
+            )
+
+    def _check_doubling(self, tensor: Tensor) -> None:
+        if self.world_size & (self.world_size - 1) or tensor.dtype == torch.bfloat16:
+            raise IsthmusError(
+                f"algorithm: got 'doubling' for {self.world_size} ranks and {tensor.dtype}, wanted a power of two and "
+                "no bfloat16: use mesh"
             )
 
     def _check_members(self, ranks: Sequence[int]) -> tuple[int, ...]:

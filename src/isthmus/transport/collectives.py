@@ -18,7 +18,7 @@ from isthmus.transport.codec import BLOCK_VALUES, Codec
 from isthmus.transport.endpoint import Endpoint
 from isthmus.transport.messages import DTYPE_FORMATS, Operation
 
-ALGORITHMS = ("mesh", "two_step", "ring")
+ALGORITHMS = ("mesh", "two_step", "ring", "doubling")
 _SUM_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.int64: torch.int64}
 
 
@@ -136,12 +136,27 @@ def all_reduce(end: Endpoint, tensor: Tensor, codec: str | None, algorithm: str)
         parts, received = wire.take_parts(tensor)
         end.transfer(prefix, [(peer, encoded) for peer in end.peers], [(peer, received[peer]) for peer in end.peers])
         wire.add(parts, tensor, tensor)
+    elif algorithm == "doubling":
+        _double(end, prefix, wire, tensor.view(-1))
     else:
         flat = tensor.view(-1)
         chunks = flat.split(even_shares(flat.numel(), end.world_size))
         own = chunks[end.rank]
         _reduce_scatter(end, prefix, wire, own, chunks, algorithm == "ring")
         _all_gather(end, prefix, wire, chunks, own, algorithm == "ring")
+
+
+def _double(end: Endpoint, prefix: bytes, wire: _Wire, flat: Tensor) -> None:
+    """Recursive doubling: log2 N exchanges with one peer each, after which both have the sum of 2, 4, … ranks. Both add
+    the same two numbers, and addition commutes: all end with the same bits."""
+    distance = 1
+    while distance < end.world_size:
+        peer = end.rank ^ distance
+        encoded = wire.encode(flat)
+        [received] = wire.room_to_add(flat)
+        end.transfer(prefix, [(peer, encoded)], [(peer, received)])
+        wire.add_received(flat)
+        distance *= 2
 
 
 def even_shares(numel: int, num_shares: int) -> list[int]:
@@ -217,6 +232,23 @@ class _Wire:
         if self.codec is None:
             return self._end.scratch.take("received", (own.numel(),) * self._end.world_size, self.dtype)
         return self._take("received", [own] * self._end.world_size)
+
+    def room_to_add(self, tensor: Tensor) -> list[memoryview]:
+        """Where one contribution of ``tensor``'s size is received; ``add_received`` then adds it."""
+        if self.codec is None:
+            self._received, views = self._end.scratch.take("received", (tensor.numel(),), self.dtype)
+            return views
+        return self.room([tensor])
+
+    def add_received(self, flat: Tensor) -> None:
+        """``flat`` (or what ``encode`` made of it, as the other sees it) and what was received."""
+        if self.codec is None:
+            flat.add_(self._received[0])
+            return
+        [decoded], _ = self._end.scratch.take("sum", (flat.numel(),), torch.float32)
+        self.codec.decode(self._encoded[0], flat)
+        self.codec.decode(self._received[0], decoded)
+        flat.add_(decoded)
 
     def add(self, parts: list[Tensor], output: Tensor, own: Tensor) -> None:
         """``output`` = the sum of ``parts`` in the order of ranks, with this rank's ``own`` (or its encoding) among

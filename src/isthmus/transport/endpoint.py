@@ -85,21 +85,33 @@ class Endpoint(ABC):
     def transfer(self, prefix: bytes, outgoing: Parts, incoming: Parts) -> None:
         """Sends ``outgoing`` and fills ``incoming``, all at once. Blocks until everything is handed to the network
         and has come. After an error the group is of no more use, and every peer learns so."""
-        if self._failure is not None:
-            raise TransportError(f"the group has failed before ({self._failure}): close it") from self._failure
-        start_s = time.perf_counter()
+        start_s = self.begin_exchange()
         try:
             self._exchange(prefix, outgoing, incoming)
-        except BaseException as error:  # also an interrupt: half a message may be on its way
-            self._failure = error
-            self._hang_up(error.ranks if isinstance(error, PeerLostError) else ())
+        except BaseException as error:
+            self.fail(error)
             raise
+        sent = sum(len(payload) for _, payload in outgoing) + HEADER_BYTES * len(outgoing)
+        received = sum(len(payload) for _, payload in incoming) + HEADER_BYTES * len(incoming)
+        self.end_exchange(start_s, 1, sent, received)
+
+    def begin_exchange(self) -> float:
+        """The time. Raises ``TransportError`` where the group has failed before."""
+        if self._failure is not None:
+            raise TransportError(f"the group has failed before ({self._failure}): close it") from self._failure
+        return time.perf_counter()
+
+    def end_exchange(self, start_s: float, num_exchanges: int, bytes_sent: int, bytes_received: int) -> None:
+        """Counts what has been moved."""
         self._waited_s += time.perf_counter() - start_s
-        self._num_exchanges += 1
-        for _, payload in outgoing:
-            self._bytes_sent += len(payload) + HEADER_BYTES
-        for _, payload in incoming:
-            self._bytes_received += len(payload) + HEADER_BYTES
+        self._num_exchanges += num_exchanges
+        self._bytes_sent += bytes_sent
+        self._bytes_received += bytes_received
+
+    def fail(self, error: BaseException) -> None:
+        """The group is of no more use (also after an interrupt: half a message may be on its way)."""
+        self._failure = error
+        self._hang_up(error.ranks if isinstance(error, PeerLostError) else ())
 
     @abstractmethod
     def _exchange(self, prefix: bytes, outgoing: Parts, incoming: Parts) -> None:

@@ -38,6 +38,7 @@ from isthmus.transport.rendezvous import (
     meet,
     read_environment,
 )
+from isthmus.transport.repeated import DoublingSum, RepeatedSum
 
 # Up to here the kernel holds what is not read yet (its receive buffers start at 128 KiB and only some of it is data).
 _STRAIGHT_BYTES = 48 << 10
@@ -213,6 +214,40 @@ class SocketGroup(Group):
         if got < HEADER_BYTES:
             return connection.recvmsg_into([memoryview(self._headers[peer])[got:], payload], 0, flags)[0]
         return connection.recv_into(payload[got - HEADER_BYTES :], 0, flags)
+
+    # --- for sums that are repeated (``repeated``): header and payload in one piece of memory ------------------------
+
+    def repeated_sum(self, num_values: int) -> RepeatedSum:
+        if self.world_size & (self.world_size - 1) or 4 * num_values > _STRAIGHT_BYTES:
+            return super().repeated_sum(num_values)
+        return DoublingSum(self, num_values, self._run, self._exchange_message)
+
+    def _exchange_message(self, peer: int, prefix: bytes, outgoing: memoryview, incoming: memoryview) -> None:
+        """Sends a message and receives one that must have the same header."""
+        connection = self._connections[peer]
+        try:
+            num_sent = connection.send(outgoing, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            num_sent = 0
+        except OSError as error:
+            raise self._lost(peer, error) from error
+        if num_sent < len(outgoing):
+            self._unfinished.add(peer)
+            _Loop(self, prefix, [(peer, [outgoing[num_sent:]])], [(peer, incoming[HEADER_BYTES:])]).run()
+            return
+        got = 0
+        while got < len(incoming):
+            try:
+                num_bytes = connection.recv_into(incoming[got:] if got else incoming)
+            except BlockingIOError as error:
+                raise self._silent([peer]) from error
+            except OSError as error:
+                raise self._lost(peer, error) from error
+            if num_bytes == 0:
+                raise self._lost(peer, None)
+            got += num_bytes
+            if got >= HEADER_BYTES and incoming[:HEADER_BYTES] != outgoing[:HEADER_BYTES]:
+                raise self._unexpected(peer, bytearray(incoming[:HEADER_BYTES]), bytes(outgoing[:HEADER_BYTES]))
 
     def _hang_up(self, lost_ranks: tuple[int, ...]) -> None:
         if self._hung_up:

@@ -27,7 +27,7 @@ class TensorParallel(Strategy):
     ) -> None:
         """``group`` None: this device is alone. ``codec`` is what the partial sums are sent in."""
         super().__init__(model)
-        self.group, self._codec = group, codec
+        self.group, self.codec = group, codec
         self._algorithm: Algorithm = algorithm
 
     def run(self, tokens: Tokens, cache: KVCache | None = None) -> Tensor:
@@ -62,5 +62,5 @@ class TensorParallel(Strategy):
         """The sum over all devices, which may overwrite ``partial``. ``algorithm`` None: this strategy's own."""
         if self.group is not None:
             partial = partial.contiguous()
-            self.group.all_reduce(partial, codec=self._codec, algorithm=algorithm or self._algorithm)
+            self.group.all_reduce(partial, codec=self.codec, algorithm=algorithm or self._algorithm)
         return partial
