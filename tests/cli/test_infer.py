@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from isthmus.cli.main import app
 from isthmus.models.shards import ShardReader
 from isthmus.planning.workload import workload
+from isthmus.reporting.latency_table import latency_markdown
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.report import BenchInferReport
 from isthmus.spec.serialization import from_json
@@ -81,6 +82,8 @@ def test_a_bench_times_every_strategy_and_its_report_can_be_planned_with(model: 
     assert other == ""
     report = from_json(BenchInferReport, path.read_text())
     assert json.loads(leader.splitlines()[-1])["rows"] == json.loads(path.read_text())["rows"]
+    assert path.with_suffix(".md").read_text() == latency_markdown(report.rows)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     kinds = {(row.strategy, row.codec, row.num_devices) for row in report.rows}
     assert kinds == {("single", "fp32", 1)} | {
         (strategy, codec, 2) for strategy in ("tensor", "sequence") for codec in ("fp32", "int8")

@@ -41,7 +41,7 @@ def record(step: int, loss: float, evaluation_loss: float | None = None) -> Step
 def test_importing_reporting_loads_neither_torch_nor_matplotlib() -> None:
     code = """if True:
         import sys
-        from isthmus.reporting import chrome_trace, comparison, environment, host_memory, loss_plot
+        from isthmus.reporting import chrome_trace, comparison, environment, host_memory, latency_table, loss_plot
         from isthmus.reporting import popularity_plot, progress, recorder, timeline_plot
         environment.environment()
         assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules)

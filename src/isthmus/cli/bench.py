@@ -62,7 +62,10 @@ def infer(
         float, typer.Option(min=0, help="Relative error that the planner's own choice may have; see `plan infer`.")
     ] = 0.0,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure the devices again though it was done.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Write the results here as JSON.", metavar="FILE")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the results here as JSON, a table and a picture beside it.", metavar="FILE"),
+    ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a device before giving up.")] = 60.0,
 ) -> None:
     """Time ways of dividing one request among devices, beside what was predicted and the bound.

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from isthmus.inference.engine import Engine
@@ -29,7 +28,8 @@ from isthmus.planning.inference import Candidate, Question, allowed, choose, pre
 from isthmus.profiling.limits import free_memory_bytes
 from isthmus.profiling.network import share_texts, start
 from isthmus.reporting.environment import environment
-from isthmus.reporting.human import human_bytes, human_s
+from isthmus.reporting.latency_plot import plot_latency
+from isthmus.reporting.latency_table import latency_markdown, latency_table
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -108,9 +108,11 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
                 environment=environment() | {"profile": json.loads(to_json(profile))},
                 rows=rows,
             )
-            console.print(rows_table(rows))
+            console.print(latency_table({None: rows}))
             if report is not None:
                 atomic_write(report, to_json(found))
+                atomic_write(report.with_suffix(".md"), latency_markdown(rows))
+                plot_latency({None: rows}, report.with_suffix(".png"), title="Ways of answering one request")
             print(json.dumps({"benchmark": "infer", "rows": json.loads(to_json(found))["rows"]}), flush=True)
 
 
@@ -295,42 +297,3 @@ def _error(answer: Tensor | None, wanted: Tensor | None) -> float | None:
 def _spread(seconds: Sequence[float]) -> Spread:
     p10, median, p90 = (float(value) for value in np.quantile(seconds, (0.1, 0.5, 0.9)))
     return Spread(median=median, p10=p10, p90=p90)
-
-
-def rows_table(rows: Sequence[BenchInferRow]) -> Table:
-    """The bound first, then what was measured and its share of the bound, then what was predicted."""
-    table = Table()
-    for name in (
-        "",
-        "strategy",
-        "devices",
-        "wire",
-        "dtype",
-        "bound",
-        "measured (p10–p90)",
-        "of bound",
-        "predicted",
-        "off by",
-        "sent",
-        "exchanges",
-        "error",
-    ):
-        table.add_column(name, justify="left" if name in ("", "strategy", "wire", "dtype") else "right")
-    for row in sorted(rows, key=lambda row: row.latency_s.median):
-        spread = row.latency_s
-        table.add_row(
-            "→" if row.is_choice else "",
-            f"{row.strategy} {row.algorithm}".strip(),
-            str(row.num_devices),
-            row.codec if row.num_devices > 1 else "",
-            row.dtype,
-            human_s(row.bound_s),
-            f"{human_s(spread.median)} ({human_s(spread.p10)}–{human_s(spread.p90)})",
-            f"{row.bound_s / spread.median:.2f}",
-            human_s(row.predicted_latency_s),
-            f"{row.predicted_latency_s / spread.median - 1:+.0%}",
-            human_bytes(row.bytes_sent_per_device),
-            str(row.num_exchanges),
-            "" if row.max_rel_error is None else f"{row.max_rel_error:.1e}",
-        )
-    return table

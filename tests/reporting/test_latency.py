@@ -1,0 +1,131 @@
+"""Latency of one request: every way is in the picture and in the tables, and nothing is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from rich.console import Console
+
+from isthmus.reporting import latency_plot
+from isthmus.reporting.canvas import SERIES
+from isthmus.reporting.latency_plot import Cells, plot_latency, way_of
+from isthmus.reporting.latency_table import latency_markdown, latency_table
+from isthmus.spec.report import BenchInferRow, Spread
+
+
+def row(strategy: str, latency_s: float, *, codec: str = "fp32", is_choice: bool = False) -> BenchInferRow:
+    return BenchInferRow(
+        strategy=strategy,
+        codec=codec,
+        dtype="fp32",
+        num_devices=1 if strategy == "single" else 4,
+        tokens=128,
+        latency_s=Spread(median=latency_s, p10=0.9 * latency_s, p90=1.2 * latency_s),
+        predicted_latency_s=1.1 * latency_s,
+        bound_s=0.8 * latency_s,
+        bytes_sent_per_device=0 if strategy == "single" else 1_250_000,
+        num_exchanges=0 if strategy == "single" else 12,
+        max_rel_error=1.2e-7,
+        algorithm="two_step" if strategy == "tensor" else "",
+        is_choice=is_choice,
+    )
+
+
+def cell(mbit_per_s: float) -> list[BenchInferRow]:
+    wire_s = 60 / mbit_per_s
+    return [
+        row("single", 1.0),
+        row("tensor", 0.3 + wire_s),
+        row("tensor", 0.3 + wire_s / 4, codec="int8"),
+        row("sequence", 0.28 + wire_s / 2, is_choice=True),
+    ]
+
+
+CELLS = {mbit_per_s * 1e6: cell(mbit_per_s) for mbit_per_s in (1000, 50, 250)}
+
+
+def colours_in(path: Path) -> set[str]:
+    pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
+    return {f"#{colour:06x}" for colour in np.unique(pixels)}
+
+
+def texts_of(monkeypatch: pytest.MonkeyPatch, cells: Cells, tmp_path: Path) -> set[str]:
+    """What is written in the picture, which must all lie inside of it."""
+    texts: set[str] = set()
+
+    def look(figure: Any, path: object) -> None:
+        figure.canvas.draw()
+        inked = figure.get_tightbbox()
+        width_in, height_in = figure.get_size_inches()
+        assert inked.x0 >= 0 and inked.y0 >= 0 and inked.x1 <= width_in and inked.y1 <= height_in
+        texts.update(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(latency_plot, "write_png", look)
+    plot_latency(cells, tmp_path / "unused.png", title="the title")
+    return texts
+
+
+def test_picture_has_a_line_for_every_way_that_needs_links(tmp_path: Path) -> None:
+    plot_latency(CELLS, tmp_path / "latency.png")
+    assert set(SERIES[:3]) <= colours_in(tmp_path / "latency.png")
+    assert SERIES[3] not in colours_in(tmp_path / "latency.png")
+
+
+@pytest.mark.parametrize("cells", [CELLS, {None: cell(50)}], ids=["bandwidths", "one"])
+def test_every_word_lies_inside_of_the_picture(cells: Cells, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    texts = texts_of(monkeypatch, cells, tmp_path)
+    wanted = {"the title", "predicted", "tensor, fp32 wire", "tensor, int8 wire", "sequence, fp32 wire"}
+    wanted |= {"50", "250", "1000", "best single device"} if len(cells) > 1 else {"single", "bound"}
+    assert wanted <= texts
+
+
+def test_of_rows_that_go_the_same_way_the_fastest_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slow = dataclasses.replace(row("tensor", 100.0), algorithm="mesh")
+    plot_latency({None: [row("tensor", 1.0)]}, tmp_path / "one.png")
+    plot_latency({None: [slow, row("tensor", 1.0)]}, tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_ways_are_told_apart_by_what_is_sent_and_what_is_computed_in() -> None:
+    assert way_of(dataclasses.replace(row("single", 1.0), dtype="int8")) == "single, int8 weights"
+    assert way_of(row("tensor", 1.0, codec="bf16")) == "tensor, bf16 wire"
+
+
+@pytest.mark.parametrize("cells", [{}, {None: []}, {5e7: []}])
+def test_a_picture_of_nothing_is_refused(cells: Cells, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows is empty.*isthmus bench infer --report"):
+        plot_latency(cells, tmp_path / "latency.png")
+
+
+def test_rows_of_unknown_bandwidth_do_not_lie_on_an_axis_of_bandwidths(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bandwidth: got None among several"):
+        plot_latency({None: cell(50), 5e7: cell(50)}, tmp_path / "latency.png")
+
+
+def test_markdown_stays_as_it_is() -> None:
+    assert latency_markdown([row("single", 1.0), row("tensor", 0.5, codec="int8", is_choice=True)]) == (
+        "| strategy | devices | wire | dtype | bound | measured (p10–p90) | of bound | predicted | off by | sent | "
+        "exchanges | error |\n"
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+        "| **tensor two_step** | **4** | **int8** | **fp32** | **400 ms** | **500 ms (450 ms–600 ms)** | **0.80** | "
+        "**550 ms** | **+10%** | **1.25 MB** | **12** | **1.2e-07** |\n"
+        "| single | 1 |  | fp32 | 800 ms | 1.00 s (900 ms–1.20 s) | 0.80 | 1.10 s | +10% | 0 B | 0 | 1.2e-07 |\n"
+    )
+
+
+def test_table_has_each_bandwidth_once_widest_first_and_marks_the_choice() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(latency_table(CELLS, ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert [line[:7].strip() for line in text.splitlines() if line[:7].strip().isdigit()] == ["1000", "250", "50"]
+    marked = [line for line in text.splitlines() if "→" in line]
+    assert len(marked) == 3 and all("sequence" in line for line in marked)
