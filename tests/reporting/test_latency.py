@@ -48,7 +48,7 @@ def cell(mbit_per_s: float) -> list[BenchInferRow]:
     ]
 
 
-CELLS = {mbit_per_s * 1e6: cell(mbit_per_s) for mbit_per_s in (1000, 50, 250)}
+CELLS: Cells = {mbit_per_s * 1e6: cell(mbit_per_s) for mbit_per_s in (1000, 50, 250)}
 
 
 def colours_in(path: Path) -> set[str]:

@@ -49,7 +49,7 @@ def set_up(
         subnet=subnet,
         cpu_quota_s=parse_seconds(quota, "quota"),
     )
-    with _ended_by_signals(), contextlib.ExitStack() as undo:
+    with ended_by_signals(), contextlib.ExitStack() as undo:
         standing = Testbed.up(spec, replace=replace)
         undo.callback(standing.down)
         if measure:
@@ -63,13 +63,13 @@ def set_up(
 
 def take_down(name: str) -> None:
     """Removes all of the testbed ``name`` and says whether there was any. Raises as ``remove_testbed`` does."""
-    with _ended_by_signals():
+    with ended_by_signals():
         was_there = remove_testbed(name)
     print(f"testbed {name}: {'removed' if was_there else 'there was none'}")
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """Signals that ask to end raise an exception in the block, so that it cleans up."""
 
     def end(number: int, _: FrameType | None) -> None:

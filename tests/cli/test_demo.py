@@ -1,0 +1,125 @@
+"""The infer part of ``isthmus demo`` as a user types it: what it shows and writes, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.inference.conftest import checkpoint  # noqa: F401
+
+from isthmus.inference.demo import LocalProcesses
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.report import BenchInferReport
+from isthmus.spec.serialization import from_json
+from isthmus.spec.testbed import DeviceSpec, TestbedSpec
+from isthmus.testbed.cgroups import groups_on_host
+from isthmus.testbed.network import namespaces_of
+from isthmus.testbed.requirements import check_host
+
+ISTHMUS = str(Path(sys.executable).parent / "isthmus")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[[str], Path]) -> Path:  # noqa: F811
+    return checkpoint("bert")
+
+
+@contextlib.contextmanager
+def demo(model: Path, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """``isthmus demo --only infer``, which ends with the block, and what it started too."""
+    command = [ISTHMUS, "demo", "--only", "infer", "--model", str(model), "--output", str(output), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+
+
+def needs_testbed() -> None:
+    if namespaces_of("demo") or groups_on_host("demo"):
+        pytest.skip("a testbed named demo is up")
+    try:
+        check_host(TestbedSpec(devices=(DeviceSpec(cpu_share=0.45, bandwidth_bits_per_s=1e9),)))
+    except IsthmusError as error:
+        pytest.skip(str(error))
+
+
+def check_output(text: str, folder: Path, names: list[str]) -> None:
+    assert "→ what the planner takes" in text and "from those of transformers" in text
+    assert (folder / "latency.png").read_bytes().startswith(b"\x89PNG")
+    for name in names:
+        rows = from_json(BenchInferReport, (folder / name / "report.json").read_text()).rows
+        kinds = {(row.strategy, row.codec, row.num_devices) for row in rows}
+        assert kinds >= {(strategy, codec, 4) for strategy in ("tensor", "sequence") for codec in ("fp32", "int8")}
+        assert ("single", "fp32", 1) in kinds and sum(row.is_choice for row in rows) == 1
+
+
+def test_plain_processes_show_every_way_and_say_that_nothing_is_limited(model: Path, tmp_path: Path) -> None:
+    with demo(model, tmp_path, "--processes") as process:
+        text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    assert "plain processes of this machine, neither they nor their links limited: asked for" in text
+    assert "Mbit/s" not in text
+    check_output(text, tmp_path / "infer", ["unlimited"])
+
+
+@pytest.mark.long
+def test_testbed_shows_two_bandwidths_and_is_gone_afterwards(model: Path, tmp_path: Path) -> None:
+    needs_testbed()
+    with demo(model, tmp_path) as process:
+        text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    check_output(text, tmp_path / "infer", ["250-mbit", "50-mbit"])
+    assert namespaces_of("demo") == [] and groups_on_host("demo") == []
+
+
+@pytest.mark.parametrize("options", [("--processes",), ()], ids=["processes", "testbed"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_devices_too(
+    options: tuple[str, ...], number: signal.Signals, model: Path, tmp_path: Path
+) -> None:
+    if not options:
+        needs_testbed()
+    with demo(model, tmp_path, *options) as process:
+        assert process.stdout is not None
+        while "measuring them" not in process.stdout.readline():
+            assert process.poll() is None
+        children = children_of(process, at_least=4)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert options or (namespaces_of("demo") == [] and groups_on_host("demo") == [])
+
+
+def children_of(process: subprocess.Popen[str], at_least: int) -> list[psutil.Process]:
+    ends_at = time.monotonic() + 30
+    while len(children := psutil.Process(process.pid).children(recursive=True)) < at_least:
+        assert time.monotonic() < ends_at
+        time.sleep(0.05)
+    return children
+
+
+def test_a_device_that_fails_ends_the_others_and_gives_its_exit_code(tmp_path: Path) -> None:
+    script = "import os, sys, time; print(os.environ['RANK'], flush=True); os.environ['RANK'] == '1' and sys.exit(7)"
+    outcome = LocalProcesses(2).run([sys.executable, "-c", f"{script}; time.sleep(600)"], output=tmp_path)
+    assert outcome.exit_code == 7
+    assert (tmp_path / "device-1.out").read_text() == "1\n"
+    assert psutil.Process(os.getpid()).children() == []
+
+
+def test_devices_that_take_too_long_are_ended() -> None:
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert LocalProcesses(2).run(sleeping, timeout_s=0.2).exit_code == 124
+    assert psutil.Process(os.getpid()).children() == []
