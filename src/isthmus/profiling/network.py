@@ -24,6 +24,8 @@ _LONGEST_S = 0.12
 _PAUSE_S = 0.03
 _REPEATS = 5
 _SAME = 0.85
+_CHECK_S = 0.01
+_SIMILAR = 1.4
 
 
 def share_texts(group: Group, text: str) -> list[str]:
@@ -54,6 +56,21 @@ def measure_link(group: Group, compute: Callable[[], object]) -> LinkProfile:
         bytes_per_s=bytes_per_s,
         burst_bytes=burst_bytes,
     )
+
+
+def is_as_measured(group: Group, link: LinkProfile) -> bool:
+    """Whether an exchange of some milliseconds still takes what ``link`` says: the same answer on all ranks, in a few
+    tenths of a second."""
+    seconds = link.transfer.seconds
+    index = next((number for number, value in enumerate(seconds) if value >= _CHECK_S), len(seconds) - 1)
+    num_bytes = link.transfer.num_bytes[index]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.world_size)]
+    group.all_gather(sizes, torch.tensor([num_bytes]))
+    smallest = min(int(size) for size in sizes)  # ranks may have profiles of different links
+    index = max((i for i, size in enumerate(link.transfer.num_bytes) if size <= smallest), default=0)
+    found_s = _after_pause_s(group, _exchange(group, smallest), 3)
+    expected_s = _mean(group, seconds[index] + link.latency_s + (group.world_size - 1) * link.message_s)
+    return max(found_s, expected_s) < _SIMILAR * min(found_s, expected_s)
 
 
 def _rate(transfer: Transfer) -> tuple[float, float]:
