@@ -28,7 +28,7 @@ from isthmus.profiling.limits import cpu_quota, free_memory_bytes
 from isthmus.profiling.network import is_as_measured, measure_link, share_texts, start
 from isthmus.profiling.steady import steady_s
 from isthmus.reporting.environment import cpu_name
-from isthmus.spec.cluster import ClusterProfile, CodecTimes, DeviceProfile, LinkProfile, Transfer, WidthTimes
+from isthmus.spec.cluster import ClusterProfile, CodecTimes, DeviceProfile, LinkProfile, Transfer, Waiting, WidthTimes
 from isthmus.spec.profile import Curve
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
@@ -120,7 +120,7 @@ def _no_link(device: DeviceProfile) -> LinkProfile:
         round_trip_s=0.0,
         latency_s=0.0,
         message_s=0.0,
-        waiting_s=0.0,
+        waiting=Waiting(computing_s=(1.0,), seconds=(0.0,)),
         transfer=Transfer(num_bytes=(1,), seconds=(1 / device.memory_bytes_per_s,)),
         bytes_per_s=device.memory_bytes_per_s,
     )
@@ -302,4 +302,4 @@ def _alone_s(parts: _Parts, rows: int, group: Group | None) -> float:
 @torch.inference_mode()
 def _measure_link(reader: ShardReader, group: Group, dtype: str, rows: Sequence[int]) -> LinkProfile:
     _, parts = _read_parts(reader, _WIDTHS[-1], dtype)
-    return measure_link(group, parts.mlp(rows[-1]))
+    return measure_link(group, (parts.mlp(1), parts.mlp(rows[-1])))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from isthmus.planning.curves import evaluate
 from isthmus.planning.exchanges import Traffic
 from isthmus.planning.workload import Work
@@ -54,11 +56,12 @@ class DeviceCosts:
             traffic.decoded * profile.codecs[codec].decode_s + traffic.added * profile.s_per_added_value
         ) * self.factor
 
-    def messages_s(self, traffic: Traffic, is_waited_for: bool) -> float:
-        """What an exchange takes whatever its bytes. ``is_waited_for``: all have computed since the last one."""
+    def messages_s(self, traffic: Traffic, computed_s: float) -> float:
+        """What an exchange takes whatever its bytes, after ``computed_s`` seconds of computing on all devices."""
         link = self.link
         num_messages = max(traffic.num_sent, traffic.num_received)
-        return link.latency_s + num_messages * link.message_s + (link.waiting_s if is_waited_for else 0.0)
+        waiting_s = float(np.interp(computed_s, link.waiting.computing_s, link.waiting.seconds)) if computed_s else 0.0
+        return link.latency_s + num_messages * link.message_s + waiting_s
 
     def transfer_s(self, traffic: Traffic, missing_bytes: float) -> float:
         """What its bytes add. ``missing_bytes``: of the burst that the link lets through after a pause."""

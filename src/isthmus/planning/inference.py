@@ -270,10 +270,10 @@ def _step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: li
         _refill(devices, credits_, compute_s)
         return compute_s
     parts = list(zip(devices, step.work, step.exchange, strict=True))
-    is_waited_for = compute_s > 0
+    computed_s = compute_s
     compute_s = max(device.work_s(work) + device.encode_s(traffic, codec) for device, work, traffic in parts)
     _refill(devices, credits_, compute_s)
-    message_s = max(device.messages_s(traffic, is_waited_for) for device, _, traffic in parts)
+    message_s = max(device.messages_s(traffic, computed_s) for device, _, traffic in parts)
     transfer_s = max(
         device.transfer_s(traffic, device.link.burst_bytes - credit)
         for (device, _, traffic), credit in zip(parts, credits_, strict=True)
