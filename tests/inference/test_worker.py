@@ -15,15 +15,20 @@ import torch
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.joining import WORKER_PORT, WorkerAddress, invite, parse_devices
+from isthmus.inference.planned import Wish, agree_on_plan
 from isthmus.inference.worker import Worker
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import InferencePlan
+from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
 
 Checkpoint = Callable[[str], Path]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 ATTENDED = torch.ones_like(IDS, dtype=torch.bool)
+
+
+def wish(plan: InferencePlan | None) -> Wish:
+    return Wish(request=InferenceRequest(num_tokens=5), plan=plan)
 
 
 @contextmanager
@@ -60,11 +65,26 @@ def test_a_leader_and_its_workers_give_what_one_device_gives(checkpoint: Checkpo
     wanted = Engine(model).hidden(IDS, ATTENDED)
     with working() as (address, lines):
         for _ in range(2):  # a worker can be invited again
-            with invite([address], model=str(model), digest=digest, plan=plan, timeout_s=60) as group:
+            with invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=60) as group:
                 with Engine(model, group=group, plan=plan) as engine:
                     torch.testing.assert_close(engine.hidden(IDS, ATTENDED), wanted, rtol=1e-5, atol=1e-5)
             wait_for(lines, "session ended")
             lines.clear()
+
+
+def test_without_a_plan_leader_and_worker_make_one_together(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    model = checkpoint("bert")
+    reader = ShardReader(model)
+    with working() as (address, lines):
+        with invite([address], model=str(model), digest=reader.digest(), wish=wish(None), timeout_s=60) as group:
+            plan = agree_on_plan(wish(None), reader, group)
+            with Engine(model, group=group, plan=plan) as engine:
+                found = engine.hidden(IDS, ATTENDED)
+        torch.testing.assert_close(found, Engine(model).hidden(IDS, ATTENDED), rtol=1e-5, atol=1e-5)
+        wait_for(lines, "session ended")
 
 
 def test_a_worker_with_another_model_cannot_take_part(checkpoint: Checkpoint) -> None:
@@ -72,7 +92,7 @@ def test_a_worker_with_another_model_cannot_take_part(checkpoint: Checkpoint) ->
     plan = InferencePlan.even("tensor", 2)
     with working(model=checkpoint("roberta")) as (address, _):
         with pytest.raises(IsthmusError, match=r"cannot take part: .* is another model"):
-            invite([address], model=str(model), digest=ShardReader(model).digest(), plan=plan, timeout_s=20)
+            invite([address], model=str(model), digest=ShardReader(model).digest(), wish=wish(plan), timeout_s=20)
 
 
 def test_a_busy_worker_says_so(checkpoint: Checkpoint) -> None:
@@ -80,9 +100,9 @@ def test_a_busy_worker_says_so(checkpoint: Checkpoint) -> None:
     plan = InferencePlan.even("tensor", 2)
     digest = ShardReader(model).digest()
     with working() as (address, _):
-        with invite([address], model=str(model), digest=digest, plan=plan, timeout_s=60) as group:
+        with invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=60) as group:
             with pytest.raises(IsthmusError, match="busy with another leader"):
-                invite([address], model=str(model), digest=digest, plan=plan, timeout_s=20)
+                invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=20)
             with Engine(model, group=group, plan=plan):
                 pass
 
@@ -95,7 +115,7 @@ def test_nobody_there_is_named() -> None:
             [WorkerAddress(host="127.0.0.1", port=port)],
             model="m",
             digest="d",
-            plan=InferencePlan.even("tensor", 2),
+            wish=wish(InferencePlan.even("tensor", 2)),
             timeout_s=5,
         )
 
@@ -110,7 +130,7 @@ def test_what_speaks_no_isthmus_is_dropped_and_the_next_is_served(checkpoint: Ch
                 assert stranger.recv(1) == b""
         wait_for(lines, "no invitation")
         digest = ShardReader(model).digest()
-        with invite([address], model=str(model), digest=digest, plan=plan, timeout_s=60) as group:
+        with invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=60) as group:
             with Engine(model, group=group, plan=plan):
                 pass
 

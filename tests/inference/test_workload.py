@@ -11,9 +11,10 @@ from tests.inference.conftest import on_devices
 
 from isthmus.inference.engine import Engine
 from isthmus.models.shards import ShardReader
-from isthmus.planning.device_costs import weight_bytes
+from isthmus.planning.device_costs import generation_bytes, weight_bytes
 from isthmus.planning.exchanges import all_gather, encoded_bytes, even_shares
-from isthmus.planning.workload import device_shares, workload
+from isthmus.planning.workload import device_shares, passes, workload
+from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import CODECS, DTYPES, InferencePlan, InferenceRequest
 from isthmus.transport import codec as wire
 from isthmus.transport import collectives
@@ -76,6 +77,61 @@ def test_bytes_and_exchanges_are_those_of_a_real_run(plan: InferencePlan, family
     predicted = workload(plan, ShardReader(directory).spec, request)
     assert tuple(sent for sent, _, _ in found) == predicted.sent_bytes()
     assert found[0][1] == predicted.num_exchanges()
+
+
+GENERATING = [
+    InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=UNEVEN),
+    InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=UNEVEN, codec="int8"),
+    InferencePlan.even("tensor", 2),
+    InferencePlan.even("tensor", 2, codec="bf16"),
+    InferencePlan.even("tensor", 4),
+    InferencePlan.even("single", 1),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 200])
+@pytest.mark.parametrize("plan", GENERATING, ids=name)
+def test_bytes_exchanges_and_memory_of_generating_are_those_of_a_real_run(
+    plan: InferencePlan, batch: int, checkpoint: Checkpoint
+) -> None:
+    """A batch of 200 is too large for the exchanges that suit a few values."""
+    directory = checkpoint("llama")
+    spec = ShardReader(directory).spec
+    requests = [InferenceRequest(num_tokens=5, batch=batch, num_new_tokens=count) for count in (3, 7)]
+    ids_BT = torch.randint(3, 90, (batch, 5))
+
+    def work(group: Group) -> tuple[list[int], list[int], list[int]]:
+        with Engine(directory, group=group, plan=plan) as engine:
+            stats, held = [], []
+            for request in requests:
+                before = engine.stats
+                if engine.is_leader:
+                    settings = GenerationSettings(max_new_tokens=request.num_new_tokens)
+                    engine.generate_tokens(ids_BT, torch.ones_like(ids_BT), settings)
+                else:
+                    engine.follow_once()
+                after = engine.stats
+                if before is not None and after is not None:
+                    stats.append((after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges))
+                else:
+                    stats.append((0, 0))
+                model = engine.local_model
+                assert model is not None
+                slots = 2 * len(model.layers) * batch * (5 + request.num_new_tokens)
+                held.append(4 * slots * model.layers[0].num_cached_heads * spec.head_size)
+        if not engine.is_leader:
+            engine.follow()
+        return [sent for sent, _ in stats], [count for _, count in stats], held
+
+    found = on_devices(len(plan.devices), work)
+    [(_, _), (token, count)] = passes(plan, spec, requests[0])
+    assert count == 2
+    for rank, (sent, _, _) in enumerate(found):
+        assert sent[1] - sent[0] == 4 * token.sent_bytes()[rank]
+    assert found[0][1][1] - found[0][1][0] == 4 * token.num_exchanges()
+    for (_, _, held), share in zip(found, device_shares(plan, spec), strict=True):
+        head = 4 * len(share.vocabulary) * spec.hidden_size
+        assert [generation_bytes(spec, share, request, "fp32") - head for request in requests] == held
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ from isthmus.spec.cluster import (
     DeviceProfile,
     LinkProfile,
     Transfer,
+    Waiting,
     WidthTimes,
 )
 from isthmus.spec.hardware import Hardware, LinkRate
@@ -172,7 +173,7 @@ EXAMPLES: dict[str, Any] = {
                 round_trip_s=1e-4,
                 latency_s=5e-5,
                 message_s=2e-4,
-                waiting_s=1e-3,
+                waiting=Waiting(computing_s=(1e-3, 1e-2), seconds=(2e-4, 1e-3)),
                 transfer=Transfer(num_bytes=(16384, 32768), seconds=(0.0, 0.001)),
                 bytes_per_s=1.5e7,
                 burst_bytes=65536.0,

@@ -17,6 +17,7 @@ from isthmus import __version__
 from isthmus.cli import bench, plan, testbed
 from isthmus.cli.demo import demo
 from isthmus.cli.embed import embed
+from isthmus.cli.generate import generate
 from isthmus.cli.profile import profile
 from isthmus.cli.tune import tune
 from isthmus.cli.worker import worker
@@ -58,6 +59,7 @@ app.command()(demo)
 app.command()(profile)
 app.command()(tune)
 app.command()(embed)
+app.command()(generate)
 app.command()(worker)
 app.add_typer(bench.app, name="bench")
 app.add_typer(plan.app, name="plan")

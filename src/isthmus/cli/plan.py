@@ -33,6 +33,7 @@ def infer(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=0, help="To generate for each sequence.")] = 0,
     codec: Annotated[
         str, typer.Option(help="What goes on the wire: [b]fp32,bf16,int8,int4[/], or [b]auto[/] within --max-error.")
     ] = "fp32",
@@ -68,6 +69,7 @@ def infer(
         profile=profile,
         tokens=tokens,
         batch=batch,
+        new_tokens=new_tokens,
         codec=codec,
         dtype=dtype,
         max_error=max_error,

@@ -16,10 +16,9 @@ from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.layer import Layer
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
+from isthmus.planning.workload import SMALL_VALUES, token_algorithm
+from isthmus.transport.base import Algorithm
 from isthmus.transport.repeated import RepeatedSum
-
-# Up to here an exchange is bound by latency, and few messages are faster than few bytes.
-_SMALL_VALUES = 8192
 
 
 class Decoding:
@@ -44,9 +43,11 @@ class Decoding:
         batch = len(tokens.ids_BT)
         self._hidden_BH = torch.empty(batch, spec.hidden_size)
         self._add_up: RepeatedSum | None = None
-        if strategy.group is not None and strategy.codec is None and self._hidden_BH.numel() <= _SMALL_VALUES:
+        if strategy.group is not None and strategy.codec is None and self._hidden_BH.numel() <= SMALL_VALUES:
             self._add_up = strategy.group.repeated_sum(self._hidden_BH.numel())
             self._hidden_BH = self._add_up.values.view(batch, -1)
+        num_devices = 1 if strategy.group is None else strategy.group.world_size
+        self._algorithm: Algorithm | None = token_algorithm(self._hidden_BH.numel(), num_devices)
         self._is_first = strategy.group is None or strategy.group.rank == 0
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
         self._rotary = model.rotation(torch.arange(total)[None])
@@ -76,8 +77,7 @@ class Decoding:
         """Adds the sum of all devices' parts, and the bias, to ``_hidden_BH``."""
         hidden_BH = self._hidden_BH
         if self._add_up is None:
-            is_small = partial_BH.numel() <= _SMALL_VALUES
-            partial_BH = self._strategy.sum(partial_BH, "mesh" if is_small else None)
+            partial_BH = self._strategy.sum(partial_BH, self._algorithm)
         if self._is_first or self._add_up is None:
             hidden_BH += partial_BH
             if bias is not None:

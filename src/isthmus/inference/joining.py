@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from isthmus.inference.planned import Wish
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import InferencePlan
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.transport.base import Group
 from isthmus.transport.rendezvous import listen, receive_frame, send_frame
@@ -28,12 +28,12 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Invitation:
-    """What a leader tells a worker: which model, under which plan, and where to meet."""
+    """What a leader tells a worker: which model, what is wanted of it, and where to meet."""
 
     schema_version: int = 1
     model: str
     digest: str
-    plan: InferencePlan
+    wish: Wish
     rank: int
     world_size: int
     address: str
@@ -78,7 +78,7 @@ def parse_devices(text: str) -> list[WorkerAddress]:
 
 
 def invite(
-    workers: Sequence[WorkerAddress], *, model: str, digest: str, plan: InferencePlan, timeout_s: float = TIMEOUT_S
+    workers: Sequence[WorkerAddress], *, model: str, digest: str, wish: Wish, timeout_s: float = TIMEOUT_S
 ) -> Group:
     """Asks each of ``workers`` to take part and meets them; this process is rank 0. Blocks.
 
@@ -95,7 +95,7 @@ def invite(
             invitation = Invitation(
                 model=model,
                 digest=digest,
-                plan=plan,
+                wish=wish,
                 rank=rank,
                 world_size=len(workers) + 1,
                 address=own_address,

@@ -42,6 +42,7 @@ class PlanOptions:
     profile: Path | None = None
     tokens: int = 128
     batch: int = 1
+    new_tokens: int = 0
     codec: str = "fp32"
     """A codec, or ``auto``: all whose error is within ``max_error``."""
     dtype: str = "fp32"
@@ -76,7 +77,7 @@ def plan_infer(
         cluster = chosen
     question = Question(
         spec=reader.spec,
-        request=InferenceRequest(num_tokens=options.tokens, batch=options.batch),
+        request=InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens),
         profile=profile,
         memory_bytes=tuple(device.memory_bytes for device in cluster.devices) if cluster is not None else (),
         codecs=codecs,

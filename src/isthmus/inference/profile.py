@@ -25,10 +25,10 @@ from isthmus.models.shards import ShardReader
 from isthmus.planning.curves import monotone
 from isthmus.profiling.cache import find, keep
 from isthmus.profiling.limits import cpu_quota, free_memory_bytes
-from isthmus.profiling.network import measure_link, share_texts, start
+from isthmus.profiling.network import is_as_measured, measure_link, share_texts, start
 from isthmus.profiling.steady import steady_s
 from isthmus.reporting.environment import cpu_name
-from isthmus.spec.cluster import ClusterProfile, CodecTimes, DeviceProfile, LinkProfile, Transfer, WidthTimes
+from isthmus.spec.cluster import ClusterProfile, CodecTimes, DeviceProfile, LinkProfile, Transfer, Waiting, WidthTimes
 from isthmus.spec.profile import Curve
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
@@ -51,15 +51,16 @@ def measure_cluster(
     dtypes: Sequence[str] = ("fp32",),
     num_rows: int = 128,
     refresh: bool = False,
+    is_link_kept: bool = False,
     names: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ClusterProfile:
     """What all devices of ``group`` need, the same on each. Called by all; blocks for some seconds.
 
     ``num_rows``: the most tokens a request will have. What was measured of the devices before, in a group of the same
-    kind, is taken from the cache unless ``refresh``; links are measured anew each time. ``names``: the devices', in the
-    order of ranks; their hosts' without. Must be called with PyTorch's
-    number of threads set as it will be when computing.
+    kind, is taken from the cache unless ``refresh``; links are measured anew each time, or with ``is_link_kept`` where
+    one exchange shows that they have changed. ``names``: the devices', in the order of ranks; their hosts' without.
+    Must be called with PyTorch's number of threads set as it will be when computing.
     """
     rows = _grid(num_rows)
     own = _identity(reader, dtypes, rows)
@@ -77,8 +78,12 @@ def measure_cluster(
     known = replace(known, name=name, free_memory_bytes=free_memory_bytes())
     if group is None or group.world_size == 1:
         return _profile(reader, [known], [_no_link(known)], "none")
-    progress("measuring the links")
-    link = _measure_link(reader, group, dtypes[0], rows)
+    link_identity = {"what": "link", "rank": rank, "device": identity}
+    link = _kept_link(group, link_identity) if is_link_kept and not refresh else None
+    if link is None:
+        progress("measuring the links")
+        link = _measure_link(reader, group, dtypes[0], rows)
+        keep(link_identity, link)
     texts = share_texts(group, json.dumps([to_json(known), to_json(link)]))
     pairs = [json.loads(text) for text in texts]
     return _profile(
@@ -87,6 +92,14 @@ def measure_cluster(
         [from_json(LinkProfile, link) for _, link in pairs],
         type(group).__name__.removesuffix("Group").lower(),
     )
+
+
+def _kept_link(group: Group, identity: dict[str, object]) -> LinkProfile | None:
+    """What was measured before, if all have it and it is still so."""
+    link = find(LinkProfile, identity)
+    if any(text == "0" for text in share_texts(group, "0" if link is None else "1")) or link is None:
+        return None
+    return link if is_as_measured(group, link) else None
 
 
 def _profile(
@@ -107,7 +120,7 @@ def _no_link(device: DeviceProfile) -> LinkProfile:
         round_trip_s=0.0,
         latency_s=0.0,
         message_s=0.0,
-        waiting_s=0.0,
+        waiting=Waiting(computing_s=(1.0,), seconds=(0.0,)),
         transfer=Transfer(num_bytes=(1,), seconds=(1 / device.memory_bytes_per_s,)),
         bytes_per_s=device.memory_bytes_per_s,
     )
@@ -289,4 +302,4 @@ def _alone_s(parts: _Parts, rows: int, group: Group | None) -> float:
 @torch.inference_mode()
 def _measure_link(reader: ShardReader, group: Group, dtype: str, rows: Sequence[int]) -> LinkProfile:
     _, parts = _read_parts(reader, _WIDTHS[-1], dtype)
-    return measure_link(group, parts.mlp(rows[-1]))
+    return measure_link(group, (parts.mlp(1), parts.mlp(rows[-1])))

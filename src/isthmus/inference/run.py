@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoTokenizer
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.joining import TIMEOUT_S, WorkerAddress, invite, is_started_per_device
+from isthmus.inference.planned import Wish, agree_on_plan
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import InferencePlan
+from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.transport.base import Group
 from isthmus.transport.rendezvous import read_environment
 from isthmus.transport.sockets import SocketGroup
+
+_TOKENS = 128
 
 
 @contextmanager
@@ -22,17 +29,22 @@ def open_engine(
     model: str,
     *,
     workers: Sequence[WorkerAddress] | None = None,
-    strategy: str | None = None,
+    strategy: str = "auto",
     codec: str = "fp32",
     dtype: str = "fp32",
     weights: Sequence[float] | None = None,
+    request: InferenceRequest | None = None,
+    refresh: bool = False,
     timeout_s: float = TIMEOUT_S,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Engine]:
     """An engine on all devices there are: those that torchrun or a testbed started, or this one and ``workers``.
 
-    ``strategy`` None: sequence for encoders, tensor for decoders. ``weights``: each device's part of the work, evenly
-    if None. The followers' ``with`` body is to call ``follow``. Closes engine and group. Raises ``IsthmusError`` for
-    devices that do not come together or do not have the same model.
+    ``strategy`` ``auto``: as is predicted to be fastest for requests like ``request``, with all devices or fewer; they
+    are measured first where that was not done before, or again with ``refresh``. ``weights``: each device's part of the
+    work; without, the planner's, or evenly under a strategy that is named. ``tell`` gets what happens on the leader.
+    The followers' ``with`` body is to call ``follow``. Closes engine and group. Raises ``IsthmusError`` for devices
+    that do not come together or do not have the same model, and where nothing fits their memory.
     """
     directory = resolve_checkpoint(model)
     reader = ShardReader(directory)
@@ -42,26 +54,50 @@ def open_engine(
     num_devices = 1 + len(workers or ())
     if is_started_per_device():
         num_devices = read_environment()["world_size"]
-    if weights is not None and len(weights) != num_devices:
-        raise IsthmusError(f"weights: got {len(weights)}, wanted {num_devices}, one for each device")
-    default = "tensor" if reader.spec.is_decoder else "sequence"
-    plan = InferencePlan(
-        strategy="single" if num_devices == 1 else strategy or default,
-        devices=tuple(range(num_devices)),
-        weights=tuple(weights or (1.0,) * num_devices),
+    wish = Wish(
+        request=request or InferenceRequest(num_tokens=min(_TOKENS, reader.spec.max_num_tokens)),
         codec=codec,
         dtype=dtype,
+        refresh=refresh,
     )
+    if strategy != "auto" or weights is not None:
+        wish = replace(wish, plan=_plan(reader, num_devices, wish, strategy, weights))
     with ExitStack() as stack:
         group: Group | None = None
         if is_started_per_device():
             group = SocketGroup.from_environment(digest=digest, timeout_s=timeout_s)
         elif workers:
-            group = invite(workers, model=model, digest=digest, plan=plan, timeout_s=timeout_s)
+            group = invite(workers, model=model, digest=digest, wish=wish, timeout_s=timeout_s)
         if group is not None:
             stack.enter_context(group)
-        progress = _progress if sys.stderr.isatty() and (group is None or group.rank == 0) else lambda share: None
+        is_leader = group is None or group.rank == 0
+        plan = agree_on_plan(wish, reader, group, tell=tell if is_leader else lambda text: None)
+        progress = _progress if sys.stderr.isatty() and is_leader else lambda share: None
         yield stack.enter_context(Engine(directory, group=group, plan=plan, progress=progress))
+
+
+def _plan(
+    reader: ShardReader, num_devices: int, wish: Wish, strategy: str, weights: Sequence[float] | None
+) -> InferencePlan:
+    """All devices, without planning."""
+    if weights is not None and len(weights) != num_devices:
+        raise IsthmusError(f"weights: got {len(weights)}, wanted {num_devices}, one for each device")
+    if strategy == "auto":
+        strategy = "tensor" if reader.spec.is_decoder else "sequence"
+    return InferencePlan(
+        strategy="single" if num_devices == 1 else strategy,
+        devices=tuple(range(num_devices)),
+        weights=tuple(weights or (1.0,) * num_devices),
+        codec=wish.codec,
+        dtype=wish.dtype,
+    )
+
+
+def request_of(model: str, texts: Sequence[str], *, batch_size: int, num_new_tokens: int = 0) -> InferenceRequest:
+    """The shape of the first batch that ``texts`` make, by the model's own tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(model))
+    lengths = [len(ids) for ids in tokenizer(list(texts[:batch_size]))["input_ids"]]
+    return InferenceRequest(num_tokens=max(1, *lengths), batch=len(lengths), num_new_tokens=num_new_tokens)
 
 
 def parse_weights(text: str | None) -> list[float] | None:
@@ -75,6 +111,16 @@ def parse_weights(text: str | None) -> list[float] | None:
     if not weights or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
         raise IsthmusError(f"weights: got {text!r}, wanted numbers from 0 up with commas, such as 0.2,0.45,0.6")
     return weights
+
+
+def read_lines(field: str, texts: Sequence[str] | None, path: Path | None) -> list[str]:
+    """``texts`` and the lines of the file (- is standard input). Raises ``IsthmusError`` for none."""
+    found = list(texts or ())
+    if path is not None:
+        found += (sys.stdin.read() if str(path) == "-" else path.read_text()).splitlines()
+    if not found:
+        raise IsthmusError(f"{field}: got none, wanted --{field} or --{field}-file with at least one line")
+    return found
 
 
 def _progress(share: float) -> None:

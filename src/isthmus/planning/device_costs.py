@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from isthmus.planning.curves import evaluate
 from isthmus.planning.exchanges import Traffic
 from isthmus.planning.workload import Work
@@ -36,6 +38,9 @@ class DeviceCosts:
             total_s += self._block_s("attention", work.attention_rows, work.attention_share)
         if work.mlp_rows:
             total_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
+        if work.head_rows:  # as long as the MLP's matrices take, value for value
+            values = work.head_share * self.spec.vocab_size * self.spec.hidden_size
+            total_s += self._block_s("mlp", work.head_rows, 1.0) * values / self.spec.mlp_numel
         if work.embedded_rows:
             total_s += float(evaluate(profile.embedding, work.embedded_rows))
         return total_s * self.factor
@@ -51,11 +56,12 @@ class DeviceCosts:
             traffic.decoded * profile.codecs[codec].decode_s + traffic.added * profile.s_per_added_value
         ) * self.factor
 
-    def messages_s(self, traffic: Traffic, is_waited_for: bool) -> float:
-        """What an exchange takes whatever its bytes. ``is_waited_for``: all have computed since the last one."""
+    def messages_s(self, traffic: Traffic, computed_s: float) -> float:
+        """What an exchange takes whatever its bytes, after ``computed_s`` seconds of computing on all devices."""
         link = self.link
         num_messages = max(traffic.num_sent, traffic.num_received)
-        return link.latency_s + num_messages * link.message_s + (link.waiting_s if is_waited_for else 0.0)
+        waiting_s = float(np.interp(computed_s, link.waiting.computing_s, link.waiting.seconds)) if computed_s else 0.0
+        return link.latency_s + num_messages * link.message_s + waiting_s
 
     def transfer_s(self, traffic: Traffic, missing_bytes: float) -> float:
         """What its bytes add. ``missing_bytes``: of the burst that the link lets through after a pause."""
@@ -66,10 +72,11 @@ class DeviceCosts:
     def least_work_s(self, work: Work) -> float:
         """What arithmetic at the best rate ever seen, and reading the weights once, would take."""
         spec = self.spec
-        weights = spec.attention_numel * work.attention_share + spec.mlp_numel * work.mlp_share
+        head = spec.vocab_size * spec.hidden_size * work.head_share
+        weights = spec.attention_numel * work.attention_share + spec.mlp_numel * work.mlp_share + head
         flops = 4.0 * work.scores * spec.head_size
         flops += 2.0 * work.attention_rows * spec.attention_numel * work.attention_share
-        flops += 2.0 * work.mlp_rows * spec.mlp_numel * work.mlp_share
+        flops += 2.0 * (work.mlp_rows * spec.mlp_numel * work.mlp_share + work.head_rows * head)
         reading_s = weights * WEIGHT_BYTES[self.dtype] / self.profile.memory_bytes_per_s
         return max(flops / self.best_flops, reading_s) * self.profile.alone_factor
 
@@ -122,3 +129,16 @@ def working_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRe
     exchanged = 3 * spec.hidden_size * num_devices
     largest = spec.hidden_size * max(gates * len(share.columns), 3 * len(share.heads) * spec.head_size)
     return 4 * max(rows * (width + exchanged) + request.batch * request.num_tokens**2, 3 * largest)
+
+
+def generation_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRequest, dtype: str) -> int:
+    """What continuing takes beside all that: keys and values (``KVCache``), and the head; 0 for other requests."""
+    if not request.num_new_tokens:
+        return 0
+    heads = share.heads
+    is_grouped = len(share.kv_heads(spec)) == 1 or not (len(heads) % spec.heads_per_kv_head)
+    num_cached = len(share.kv_heads(spec)) if is_grouped else len(heads)
+    seen = request.num_tokens + request.num_new_tokens
+    slots = min(seen, spec.sliding_window or seen)
+    cached = 8 * spec.num_layers * request.batch * slots * num_cached * spec.head_size
+    return cached + len(share.vocabulary) * spec.hidden_size * WEIGHT_BYTES[dtype]

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, weight_bytes, working_bytes
-from isthmus.planning.workload import Step, Work, Workload, device_shares, workload
+from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, generation_bytes, weight_bytes, working_bytes
+from isthmus.planning.workload import Step, Work, Workload, device_shares, passes
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES, InferencePlan, InferenceRequest
@@ -33,8 +33,10 @@ class Candidate:
 
     plan: InferencePlan
     latency_s: float
+    first_token_s: float
+    """Of ``latency_s``, where tokens are generated; else all of it."""
     compute_s: float
-    """Of ``latency_s``; the rest are exchanges, encoding and waiting."""
+    """In layers, of ``latency_s``; the rest are exchanges, encoding, waiting, embeddings and the head."""
     bound_s: float
     sent_bytes: tuple[int, ...]
     num_exchanges: int
@@ -122,26 +124,36 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
     if costs is None:
         costs = {rank: _costs(question, rank, plan.dtype) for rank in plan.devices}
     devices = [_sharing(costs[rank], len(plan.devices), len(question.profile.devices)) for rank in plan.devices]
-    load = workload(plan, question.spec, question.request)
-    latency_s = _simulate(load, lambda step, credits_: _step_s(step, devices, plan.codec, credits_), devices)
+    all_passes = passes(plan, question.spec, question.request)
+
+    def total_s(step_s: Callable[[Step, list[float]], float]) -> list[float]:
+        return [count * _simulate(load, step_s, devices) for load, count in all_passes]
+
+    seconds = total_s(lambda step, credits_: _step_s(step, devices, plan.codec, credits_))
     shares = device_shares(plan, question.spec)
     return Candidate(
         plan=plan,
-        latency_s=latency_s,
-        compute_s=sum(
-            max(device.work_s(work) for device, work in zip(devices, step.work, strict=True)) for step in load.layer
-        )
-        * load.num_layers,
-        bound_s=_simulate(load, lambda step, credits_: _least_step_s(step, devices, credits_), devices),
-        sent_bytes=load.sent_bytes(),
-        num_exchanges=load.num_exchanges(),
+        latency_s=sum(seconds),
+        first_token_s=seconds[0],
+        compute_s=sum(count * load.num_layers * _computing_s(load, devices) for load, count in all_passes),
+        bound_s=sum(total_s(lambda step, credits_: _least_step_s(step, devices, credits_))),
+        sent_bytes=tuple(
+            sum(count * load.sent_bytes()[device] for load, count in all_passes) for device in range(len(devices))
+        ),
+        num_exchanges=sum(count * load.num_exchanges() for load, count in all_passes),
         memory_bytes=tuple(
             weight_bytes(question.spec, share, plan.dtype)
             + working_bytes(question.spec, share, question.request, len(shares))
+            + generation_bytes(question.spec, share, question.request, plan.dtype)
             for share in shares
         ),
         budget_bytes=tuple(question.budget_bytes(rank) for rank in plan.devices),
     )
+
+
+def _computing_s(load: Workload, devices: Sequence[DeviceCosts]) -> float:
+    """Of one layer: the slowest device of each step."""
+    return sum(max(device.work_s(work) for device, work in zip(devices, step.work, strict=True)) for step in load.layer)
 
 
 # --- which plans there are --------------------------------------------------------------------------------------------
@@ -155,7 +167,7 @@ def _plans(
             yield InferencePlan(strategy="single", devices=ranks, weights=(1.0,), dtype=dtype)
         return
     for strategy in ("tensor", "sequence"):
-        if strategy not in question.strategies:
+        if strategy not in question.strategies or (strategy == "sequence" and question.request.num_new_tokens):
             continue
         even = InferencePlan(strategy=strategy, devices=ranks, weights=(1.0,) * len(ranks), dtype=dtype)
         balanced = _balanced(question, even, [costs[rank] for rank in ranks])
@@ -185,7 +197,8 @@ def _balanced(question: Question, even: InferencePlan, devices: Sequence[DeviceC
 
 def _part_s(question: Question, plan: InferencePlan, device: DeviceCosts, share: float) -> float:
     """Seconds of one layer for a device that has ``share`` of it, heads and tokens taken as divisible."""
-    rows = question.request.batch * question.request.num_tokens
+    request = question.request
+    rows = request.batch * (1 if request.num_new_tokens else request.num_tokens)  # tokens to come take most of the time
     if plan.strategy == "tensor":
         return device.work_s(Work(attention_rows=rows, attention_share=share, mlp_rows=rows, mlp_share=share))
     own = max(1, round(rows * share))
@@ -257,10 +270,10 @@ def _step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: li
         _refill(devices, credits_, compute_s)
         return compute_s
     parts = list(zip(devices, step.work, step.exchange, strict=True))
-    is_waited_for = compute_s > 0
+    computed_s = compute_s
     compute_s = max(device.work_s(work) + device.encode_s(traffic, codec) for device, work, traffic in parts)
     _refill(devices, credits_, compute_s)
-    message_s = max(device.messages_s(traffic, is_waited_for) for device, _, traffic in parts)
+    message_s = max(device.messages_s(traffic, computed_s) for device, _, traffic in parts)
     transfer_s = max(
         device.transfer_s(traffic, device.link.burst_bytes - credit)
         for (device, _, traffic), credit in zip(parts, credits_, strict=True)

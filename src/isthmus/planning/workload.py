@@ -6,7 +6,8 @@ compares the bytes and the number of exchanges with those of real runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from isthmus.planning.exchanges import Exchange, all_gather, all_reduce, broadcast, gather
 from isthmus.planning.shares import divide, divide_layer
@@ -14,6 +15,7 @@ from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
 _HEADER_VALUES = 4
+SMALL_VALUES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,9 @@ class Work:
     mlp_rows: int = 0
     mlp_share: float = 0.0
     embedded_rows: int = 0
+    head_rows: int = 0
+    head_share: float = 0.0
+    """Of the words that are scored."""
     copied: int = 0
     """Values copied together."""
 
@@ -95,6 +100,56 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
     if plan.strategy == "sequence":
         answering = (Step(work=idle, exchange=gather([request.batch * spec.hidden_size] * num_devices)),)
     return Workload(before=asking, layer=layer, after=answering, num_layers=spec.num_layers)
+
+
+def passes(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> list[tuple[Workload, int]]:
+    """All forward passes of ``request``, and how often each: of the prompts, then of every new token but the last."""
+    whole = workload(plan, spec, request)
+    if not request.num_new_tokens:
+        return [(whole, 1)]
+    token = _token_workload(plan, spec, request)
+    return [(replace(whole, after=token.after), 1), (token, request.num_new_tokens - 1)]
+
+
+def _token_workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> Workload:
+    """One more token of each sequence, when half of the new ones are there (``inference/decoding``)."""
+    num_devices, batch = len(plan.devices), request.batch
+    seen = request.num_tokens + request.num_new_tokens // 2
+    keys = min(seen, spec.sliding_window or seen)
+    shares = device_shares(plan, spec)
+    attention = tuple(
+        Work(
+            attention_rows=batch,
+            attention_share=_attention_share(spec, share),
+            scores=batch * keys * len(share.heads),
+        )
+        for share in shares
+    )
+    mlp = tuple(Work(mlp_rows=batch, mlp_share=len(share.columns) / spec.intermediate_size) for share in shares)
+    head = tuple(Work(head_rows=batch, head_share=len(share.vocabulary) / spec.vocab_size) for share in shares)
+    before = (Step(work=(Work(embedded_rows=batch),) * num_devices, exchange=None),)
+    if num_devices == 1:
+        layer = (Step(work=attention, exchange=None), Step(work=mlp, exchange=None))
+        after = (Step(work=head, exchange=None),)
+        return Workload(before=before, layer=layer, after=after, num_layers=spec.num_layers)
+    num_values = batch * spec.hidden_size
+    algorithm = token_algorithm(num_values, num_devices) or plan.algorithm
+    exchanges = all_reduce(plan.codec, num_values, num_devices, algorithm)
+    [told] = all_gather("fp32", [3 * batch] * num_devices)  # the best word's score and number, and whether to stop
+    return Workload(
+        before=before,
+        layer=(*_with_exchanges(attention, exchanges), *_with_exchanges(mlp, exchanges)),
+        after=(Step(work=head, exchange=told),),
+        num_layers=spec.num_layers,
+    )
+
+
+def token_algorithm(num_values: int, num_devices: int) -> Literal["doubling", "mesh"] | None:
+    """How so few values are best summed: up to here an exchange is bound by latency, and few messages are faster than
+    few bytes. None: as larger ones are."""
+    if num_values > SMALL_VALUES:
+        return None
+    return "mesh" if num_devices & (num_devices - 1) else "doubling"
 
 
 def _tensor_layer(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[Step, ...]:

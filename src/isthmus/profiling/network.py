@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from isthmus.profiling.steady import steady_s
-from isthmus.spec.cluster import LinkProfile, Transfer
+from isthmus.spec.cluster import LinkProfile, Transfer, Waiting
 from isthmus.transport.base import Group
 
 _ROUND_TRIPS = 30
 _ROUNDS = 24
-_COMPUTING_S = 0.012
+_COMPUTING_S = (0.0005, 0.012)
 _SIZES = tuple(1 << power for power in range(14, 23))
 _LONGEST_S = 0.12
 """Larger exchanges are not tried: beyond, seconds are in proportion to bytes."""
 _PAUSE_S = 0.03
 _REPEATS = 5
 _SAME = 0.85
+_CHECK_S = 0.01
+_SIMILAR = 1.4
 
 
 def share_texts(group: Group, text: str) -> list[str]:
@@ -36,9 +38,9 @@ def share_texts(group: Group, text: str) -> list[str]:
     return [bytes(part.numpy()).decode() for part in texts]
 
 
-def measure_link(group: Group, compute: Callable[[], object]) -> LinkProfile:
-    """This rank's link. ``compute`` is some milliseconds of what the device computes between exchanges. Blocks for two
-    or three seconds."""
+def measure_link(group: Group, computes: Sequence[Callable[[], object]]) -> LinkProfile:
+    """This rank's link. ``computes``: little and much of what the device computes between exchanges, such as one layer
+    of a token and of a text. Blocks for two or three seconds."""
     peers = group.world_size - 1
     round_trip_s = _round_trip_s(group)
     idle_s = _idle_exchange_s(group)
@@ -49,11 +51,26 @@ def measure_link(group: Group, compute: Callable[[], object]) -> LinkProfile:
         round_trip_s=round_trip_s,
         latency_s=max(round_trip_s / 2, idle_s - peers * message_s),
         message_s=message_s,
-        waiting_s=max(0.0, _waiting_s(group, compute) - idle_s),
+        waiting=_waiting(group, computes, idle_s),
         transfer=transfer,
         bytes_per_s=bytes_per_s,
         burst_bytes=burst_bytes,
     )
+
+
+def is_as_measured(group: Group, link: LinkProfile) -> bool:
+    """Whether an exchange of some milliseconds still takes what ``link`` says: the same answer on all ranks, in a few
+    tenths of a second."""
+    seconds = link.transfer.seconds
+    index = next((number for number, value in enumerate(seconds) if value >= _CHECK_S), len(seconds) - 1)
+    num_bytes = link.transfer.num_bytes[index]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.world_size)]
+    group.all_gather(sizes, torch.tensor([num_bytes]))
+    smallest = min(int(size) for size in sizes)  # ranks may have profiles of different links
+    index = max((i for i, size in enumerate(link.transfer.num_bytes) if size <= smallest), default=0)
+    found_s = _after_pause_s(group, _exchange(group, smallest), 3)
+    expected_s = _mean(group, seconds[index] + link.latency_s + (group.world_size - 1) * link.message_s)
+    return max(found_s, expected_s) < _SIMILAR * min(found_s, expected_s)
 
 
 def _rate(transfer: Transfer) -> tuple[float, float]:
@@ -66,26 +83,35 @@ def _rate(transfer: Transfer) -> tuple[float, float]:
     return bytes_per_s, max(0.0, *(num_bytes - seconds * bytes_per_s for num_bytes, seconds in points))
 
 
-def _waiting_s(group: Group, compute: Callable[[], object]) -> float:
-    """What an exchange of next to nothing adds to computing."""
-    repeats = max(1, round(_COMPUTING_S / steady_s(compute)))
+def _waiting(group: Group, computes: Sequence[Callable[[], object]], idle_s: float) -> Waiting:
+    """What an exchange of next to nothing adds to some computing, beside what it takes by itself."""
+    points: dict[float, float] = {}
+    for compute, least_s in zip(computes, _COMPUTING_S, strict=True):
+        repeats = max(1, round(least_s / steady_s(compute)))
 
-    def segment() -> None:
-        for _ in range(repeats):
-            compute()
+        def segment(compute: Callable[[], object] = compute, count: int = repeats) -> None:
+            for _ in range(count):
+                compute()
 
-    start(group)
-    own_s = torch.tensor([steady_s(segment, least_s=_ROUNDS * _COMPUTING_S)])
-    segments = [torch.zeros(1) for _ in range(group.world_size)]
-    group.all_gather(segments, own_s)
-    exchange = _exchange(group, 4)
+        start(group)
+        own_s = _most(group, steady_s(segment, least_s=_ROUNDS * least_s, least_runs=_ROUNDS))
+        exchange = _exchange(group, 4)
 
-    def both() -> None:
-        segment()
-        exchange()
+        def both(segment: Callable[[], None] = segment, exchange: Callable[[], None] = exchange) -> None:
+            segment()
+            exchange()
 
-    start(group)
-    return max(0.0, _timed(both, _ROUNDS) - max(float(each) for each in segments))
+        start(group)
+        points[own_s] = max(0.0, _mean(group, _timed(both, _ROUNDS)) - own_s - idle_s)
+    computing_s = tuple(sorted(points))
+    return Waiting(computing_s=computing_s, seconds=tuple(points[second] for second in computing_s))
+
+
+def _most(group: Group, seconds: float) -> float:
+    """The most of all ranks' ``seconds``."""
+    parts = [torch.zeros(1) for _ in range(group.world_size)]
+    group.all_gather(parts, torch.tensor([seconds]))
+    return max(float(part) for part in parts)
 
 
 def _transfer(group: Group, idle_s: float) -> Transfer:

@@ -137,11 +137,20 @@ class Transfer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Seconds for the last device, which is not always the same, beside the mean of computing, by the seconds that all
+    have computed: under a quota longer computing meets more pauses, and not at the same time on all."""
+
+    computing_s: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinkProfile:
     """One device's link, measured with the real transport.
 
     An exchange in which the device sends (and receives) S bytes in M messages takes ``latency_s`` + M · ``message_s`` +
-    ``transfer`` at S; ``waiting_s`` more where all have computed before it; and what ``burst_bytes`` are short of at
+    ``transfer`` at S; ``waiting`` more where all have computed before it; and what ``burst_bytes`` are short of at
     ``bytes_per_s``.
     """
 
@@ -149,8 +158,7 @@ class LinkProfile:
     """Of the smallest message, there and back, with nothing else to do: half of it is the bound's latency."""
     latency_s: float
     message_s: float
-    waiting_s: float
-    """For the last one, which is not always the same: what the mean of computing does not show."""
+    waiting: Waiting
     transfer: Transfer
     bytes_per_s: float
     """For long."""

@@ -14,13 +14,16 @@ DTYPES = ("fp32", "bf16", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceRequest:
-    """What is asked: ``batch`` sequences of ``num_tokens``."""
+    """What is asked: ``batch`` sequences of ``num_tokens``, to be continued by ``num_new_tokens`` each."""
 
     schema_version: int = 1
     num_tokens: int
     batch: int = 1
+    num_new_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_new_tokens < 0:
+            raise IsthmusError(f"num_new_tokens: got {self.num_new_tokens}, wanted 0 or more")
         if self.num_tokens < 1 or self.batch < 1:
             raise IsthmusError(
                 f"tokens, batch: got {self.num_tokens}, {self.batch}, wanted at least one token and one sequence"
