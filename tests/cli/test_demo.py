@@ -103,6 +103,29 @@ def test_a_signal_ends_the_devices_too(
     assert options or (namespaces_of("demo") == [] and groups_on_host("demo") == [])
 
 
+@pytest.mark.parametrize("options", [("--processes",), ()], ids=["processes", "testbed"])
+def test_a_device_that_dies_ends_the_demo_which_says_where_to_look(
+    options: tuple[str, ...], model: Path, tmp_path: Path
+) -> None:
+    if not options:
+        needs_testbed()
+    with demo(model, tmp_path, *options) as process:
+        assert process.stdout is not None
+        while "measuring them" not in process.stdout.readline():
+            assert process.poll() is None
+        children = children_of(process, at_least=4)
+        children[-1].kill()
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 2
+    assert f"exit code 137; look at what the devices said in {tmp_path}" in unwrapped(text)
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert options or (namespaces_of("demo") == [] and groups_on_host("demo") == [])
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
+
+
 def children_of(process: subprocess.Popen[str], at_least: int) -> list[psutil.Process]:
     ends_at = time.monotonic() + 30
     while len(children := psutil.Process(process.pid).children(recursive=True)) < at_least:

@@ -16,7 +16,7 @@ from rich.console import Console
 from isthmus.reporting import latency_plot
 from isthmus.reporting.canvas import SERIES
 from isthmus.reporting.latency_plot import Cells, plot_latency, way_of
-from isthmus.reporting.latency_table import latency_markdown, latency_table
+from isthmus.reporting.latency_table import NARROW, latency_markdown, latency_table
 from isthmus.spec.report import BenchInferRow, Spread
 
 
@@ -122,7 +122,7 @@ def test_markdown_stays_as_it_is() -> None:
 
 def test_table_has_each_bandwidth_once_widest_first_and_marks_the_choice() -> None:
     console = Console(file=io.StringIO(), width=80)
-    console.print(latency_table(CELLS, ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")))
+    console.print(latency_table(CELLS, NARROW))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "…" not in text

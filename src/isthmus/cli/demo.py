@@ -28,9 +28,9 @@ def demo(
         bool, typer.Option("--processes", help="For infer: plain processes, also where a testbed could be raised.")
     ] = False,
 ) -> None:
-    """Fine-tune a small Mixture-of-Experts model on real text, draw what happened, and compare the policies; then answer
-    a request on four emulated weak devices (as root; else on plain processes) in every way. A few minutes on two
-    cores."""
+    """Fine-tune a small Mixture-of-Experts model on real text, draw what happened and compare the policies; then answer
+    one request on four weak devices in every way. They are emulated as root, else plain processes. A few minutes on
+    two cores."""
     if only != "infer":
         from isthmus.tuning.demo import run_demo
 

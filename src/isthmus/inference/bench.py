@@ -29,7 +29,7 @@ from isthmus.profiling.limits import free_memory_bytes
 from isthmus.profiling.network import share_texts, start
 from isthmus.reporting.environment import environment
 from isthmus.reporting.latency_plot import plot_latency
-from isthmus.reporting.latency_table import latency_markdown, latency_table
+from isthmus.reporting.latency_table import COLUMNS, NARROW, latency_markdown, latency_table
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -42,6 +42,8 @@ from isthmus.transport.sockets import SocketGroup
 
 _GROUPS: dict[str, type[SocketGroup] | type[GlooGroup]] = {"sockets": SocketGroup, "gloo": GlooGroup}
 _WARM_UPS = 2
+_WIDE = 120
+"""Characters that a table of all columns needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
                 environment=environment() | {"profile": json.loads(to_json(profile))},
                 rows=rows,
             )
-            console.print(latency_table({None: rows}))
+            console.print(latency_table({None: rows}, COLUMNS if console.width >= _WIDE else NARROW))
             if report is not None:
                 atomic_write(report, to_json(found))
                 atomic_write(report.with_suffix(".md"), latency_markdown(rows))

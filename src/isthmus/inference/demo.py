@@ -1,4 +1,4 @@
-"""The second part of ``isthmus demo``: one request on several weak devices, under every strategy, beside the prediction.
+"""The second part of ``isthmus demo``: one request on several weak devices, in every way, beside what was predicted.
 
 Needs no download: unless a checkpoint is given, the model is four layers of BERT-base's shape with random weights,
 which are as fast as trained ones.
@@ -22,13 +22,14 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from transformers import AutoModel, BertConfig, BertModel
+from transformers.utils import logging
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.joining import TIMEOUT_S
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
 from isthmus.reporting.latency_plot import plot_latency
-from isthmus.reporting.latency_table import latency_table
+from isthmus.reporting.latency_table import NARROW, latency_table
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.report import BenchInferReport, BenchInferRow
@@ -36,7 +37,6 @@ from isthmus.spec.serialization import from_json
 
 NUM_DEVICES = 4
 TOKENS = 128
-_COLUMNS = ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")
 _RUN_TIMEOUT_S = 240.0
 _ISTHMUS = (sys.executable, "-c", "from isthmus.cli.main import app; app()")
 
@@ -104,11 +104,17 @@ class LocalProcesses:
                 stack.callback(process.kill)
                 processes.append(process)
             while any(process.poll() is None for process in processes):
-                failed = next((process.returncode for process in processes if process.poll()), 0)
+                failed = _first_failure(processes)
                 if failed or (ends_at is not None and time.monotonic() > ends_at):
                     return _Outcome(exit_code=failed or 124)
                 time.sleep(0.05)
-            return _Outcome(exit_code=next((process.returncode for process in processes if process.returncode), 0))
+            return _Outcome(exit_code=_first_failure(processes))
+
+
+def _first_failure(processes: Sequence[subprocess.Popen[Any]]) -> int:
+    """The exit code that is not 0 of those that have ended, 128 + N for signal N; 0: there is none."""
+    failed = next((process.returncode for process in processes if process.poll()), 0)
+    return failed if failed >= 0 else 128 - failed
 
 
 def run_infer_demo(
@@ -128,6 +134,7 @@ def run_infer_demo(
     device fails.
     """
     console = console or Console(stderr=True)
+    logging.disable_progress_bar()  # of a checkpoint that is read in a moment
     if output.exists():
         shutil.rmtree(output)
     output.mkdir(parents=True)
@@ -151,11 +158,12 @@ def run_infer_demo(
         with console.status("comparing with transformers"):
             error = error_of_one_device(directory, reader, tokens)
     plot_latency(cells, output / "latency.png", title=f"One request of {tokens} tokens on {NUM_DEVICES} devices")
-    console.print(latency_table(cells, _COLUMNS))
+    console.print(latency_table(cells, NARROW))
     console.print(
         f"→ what the planner takes. Errors are relative, against one device in FP32,\n"
         f"  whose hidden states differ by {error:.1e} from those of transformers.\n"
-        f"latency      {output}/latency.png, and a report.json for each bandwidth",
+        f"latency      {output}/latency.png\n"
+        f"reports      {output}/{'unlimited' if None in cells else '*-mbit'}/report.json, report.md, report.png",
         highlight=False,
     )
 
@@ -168,10 +176,9 @@ def _bench(devices: Devices, model: Path, folder: Path, tokens: int, *, cache: P
     environment = {"ISTHMUS_CACHE": str(cache)}
     ended = devices.run(command, env=environment, output=folder / "log", timeout_s=_RUN_TIMEOUT_S)
     if ended.exit_code:
-        raise IsthmusError(
-            f"demo: a device ended with exit code {ended.exit_code} (124: it took over {_RUN_TIMEOUT_S:g} s); look at "
-            f"what the devices said in {folder}/log"
-        )
+        took_too_long = f"the devices took over {_RUN_TIMEOUT_S:g} s"
+        failed = took_too_long if ended.exit_code == 124 else f"a device ended with exit code {ended.exit_code}"
+        raise IsthmusError(f"demo: {failed}; look at what the devices said in {folder}/log")
     return from_json(BenchInferReport, report.read_text()).rows
 
 

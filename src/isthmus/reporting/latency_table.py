@@ -25,6 +25,8 @@ COLUMNS = (
     "exchanges",
     "error",
 )
+NARROW = ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")
+"""Fits 80 characters."""
 _TEXTS = ("strategy", "wire", "dtype")
 _CHOICE = "→"
 
