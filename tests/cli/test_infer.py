@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 from isthmus.cli.main import app
 from isthmus.models.shards import ShardReader
-from isthmus.planning.workload import workload
+from isthmus.planning.exchanges import broadcast
+from isthmus.planning.workload import passes, workload
 from isthmus.reporting.latency_table import latency_markdown
+from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.report import BenchInferReport
-from isthmus.spec.serialization import from_json
+from isthmus.spec.serialization import from_json, to_json
 
 ISTHMUS = str(Path(sys.executable).parent / "isthmus")
 NAMES = ("pi-1", "pi-2")
@@ -108,6 +110,45 @@ def test_a_bench_times_every_strategy_and_its_report_can_be_planned_with(model: 
     assert "→ " in printed and "sequence" in printed and "tensor" in printed and "single" in printed
 
 
+def test_a_bench_of_generation_times_tokens_and_sends_what_was_predicted(
+    checkpoint: Callable[[str], Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    path, llama, num_new = tmp_path / "report.json", checkpoint("llama"), 12
+    options = ("--codecs", "fp32,int8", "--tokens", "16", "--new-tokens", str(num_new), "--repeats", "2")
+    run_on_two("bench", "infer", str(llama), *options, "--report", str(path))
+    rows = from_json(BenchInferReport, path.read_text()).rows
+    assert {(row.strategy, row.codec) for row in rows} == {("single", "fp32"), ("tensor", "fp32"), ("tensor", "int8")}
+    spec = ShardReader(llama).spec
+    request = InferenceRequest(num_tokens=16, num_new_tokens=num_new)
+    # How to generate is told too, beside what the planner counts.
+    settings = broadcast(len(to_json(GenerationSettings(max_new_tokens=num_new))), 2)[0]
+    for row in rows:
+        assert row.num_new_tokens == num_new
+        first_s, token_s = row.time_to_first_token_s, row.time_per_token_s
+        assert first_s is not None and token_s is not None
+        assert first_s.median + token_s.p10 < row.latency_s.p90
+        assert row.predicted_time_to_first_token_s is not None and row.predicted_time_per_token_s is not None
+        later_s = (num_new - 1) * row.predicted_time_per_token_s
+        assert row.predicted_time_to_first_token_s + later_s == pytest.approx(row.predicted_latency_s)
+        assert row.max_rel_error is not None and row.max_rel_error < (1e-5 if row.codec == "fp32" else 0.1)
+        if row.num_devices == 1:
+            assert row.bytes_sent_per_device == row.num_exchanges == 0
+            continue
+        plan = InferencePlan(
+            strategy=row.strategy,
+            devices=(0, 1),
+            weights=row.weights,
+            codec=row.codec,
+            algorithm="mesh" if row.algorithm == "mesh" else "two_step",
+        )
+        loads = passes(plan, spec, request)
+        leader = sum(count * load.sent_bytes()[0] for load, count in loads) + settings.sent_bytes
+        other = sum(count * load.sent_bytes()[1] for load, count in loads)
+        assert row.bytes_sent_per_device == max(leader, other)
+        assert row.num_exchanges == sum(count * load.num_exchanges() for load, count in loads) + 1
+
+
 def test_what_was_measured_of_a_cluster_is_known_afterwards_anywhere(model: Path, tmp_path: Path) -> None:
     cluster, plan = write_cluster(tmp_path), tmp_path / "plan.json"
     result = CliRunner().invoke(app, ["plan", "infer", str(model), "--cluster", str(cluster)])
@@ -131,6 +172,12 @@ def test_one_device_measures_itself(model: Path) -> None:
         (["bench", "infer", "MODEL", "--strategies", "magic"], "strategies: got magic, wanted all or some of single"),
         (["bench", "infer", "MODEL", "--codecs", ","], "codecs: got none, wanted all or some of fp32"),
         (["bench", "infer", "MODEL", "--tokens", "9999"], "tokens: got 9999, wanted at most the 512"),
+        (["bench", "infer", "MODEL", "--new-tokens", "4"], "model: 'bert' is an encoder; wanted a decoder"),
+        (["bench", "infer", "LLAMA", "--tokens", "250", "--new-tokens", "9"], "max_new_tokens: got 9 after a prompt"),
+        (
+            ["bench", "infer", "LLAMA", "--strategies", "sequence", "--new-tokens", "4"],
+            "strategies: got sequence, wanted single or tensor",
+        ),
         (["plan", "infer", "MODEL", "--codec", "zip"], "codec: got 'zip', wanted auto or one of fp32"),
         (["plan", "infer", "MODEL", "--devices", "pi-1"], "devices: got names without a cluster"),
         (["plan", "infer", "MODEL", "--cluster", "/nowhere"], "cluster: cannot read /nowhere"),
@@ -138,8 +185,13 @@ def test_one_device_measures_itself(model: Path) -> None:
         (["plan", "infer", "MODEL", "--profile", "CONFIG"], "config.json holds none"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], message: str, model: Path) -> None:
-    words = {"MODEL": str(model), "CONFIG": str(model / "config.json")}
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    message: str,
+    model: Path,
+    checkpoint: Callable[[str], Path],  # noqa: F811
+) -> None:
+    words = {"MODEL": str(model), "LLAMA": str(checkpoint("llama")), "CONFIG": str(model / "config.json")}
     result = CliRunner().invoke(app, [words.get(part, part) for part in arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from isthmus.reporting import latency_plot
 from isthmus.reporting.canvas import SERIES
 from isthmus.reporting.latency_plot import Cells, plot_latency, way_of
-from isthmus.reporting.latency_table import NARROW, latency_markdown, latency_table
+from isthmus.reporting.latency_table import latency_markdown, print_latency
 from isthmus.spec.report import BenchInferRow, Spread
 
 
@@ -120,12 +121,44 @@ def test_markdown_stays_as_it_is() -> None:
     )
 
 
+def generating(name: str, latency_s: float, **changes: Any) -> BenchInferRow:
+    return dataclasses.replace(
+        row(name, latency_s, **changes),
+        num_new_tokens=32,
+        time_to_first_token_s=Spread(median=0.25, p10=0.2, p90=0.3),
+        time_per_token_s=Spread(median=0.02, p10=0.018, p90=0.03),
+        predicted_time_to_first_token_s=0.3,
+        predicted_time_per_token_s=0.021,
+    )
+
+
+def test_markdown_of_generation_has_the_tokens_too() -> None:
+    assert latency_markdown([generating("tensor", 0.5)]) == (
+        "| strategy | devices | wire | dtype | bound | measured (p10–p90) | of bound | predicted | off by | "
+        "first token | token (p10–p90) | token predicted | sent | exchanges | error |\n"
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+        "| tensor two_step | 4 | fp32 | fp32 | 400 ms | 500 ms (450 ms–600 ms) | 0.80 | 550 ms | +10% | 250 ms | "
+        "20.0 ms (18.0 ms–30.0 ms) | 21.0 ms | 1.25 MB | 12 | 1.2e-07 |\n"
+    )
+
+
+@pytest.mark.parametrize("new", [row, generating])
+def test_table_has_all_columns_where_they_fit_and_a_few_on_80(new: Callable[..., BenchInferRow]) -> None:
+    assert "exchanges" in printed({None: [new("tensor", 0.1)]}, 200)
+    for cells in ({None: [new("single", 0.123), new("tensor", 0.1, codec="int8")]}, {5e7: [new("tensor", 0.118)]}):
+        text = printed(cells, 80)
+        assert "exchanges" not in text and "…" not in text
+        assert sum(" ms " in line for line in text.splitlines()) == sum(map(len, cells.values()))
+
+
 def test_table_has_each_bandwidth_once_widest_first_and_marks_the_choice() -> None:
-    console = Console(file=io.StringIO(), width=80)
-    console.print(latency_table(CELLS, NARROW))
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    assert "…" not in text
+    text = printed(CELLS, 80)
     assert [line[:7].strip() for line in text.splitlines() if line[:7].strip().isdigit()] == ["1000", "250", "50"]
     marked = [line for line in text.splitlines() if "→" in line]
     assert len(marked) == 3 and all("sequence" in line for line in marked)
+
+
+def printed(cells: Cells, width: int) -> str:
+    output = io.StringIO()
+    print_latency(cells, Console(file=output, width=width))
+    return output.getvalue()

@@ -56,6 +56,10 @@ def infer(
     dtypes: Annotated[str, typer.Option(help="What is computed in: of [b]fp32,bf16,int8[/], or [b]all[/].")] = "fp32",
     tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    new_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="To be generated for each sequence (decoders); 0: its hidden states are asked for."),
+    ] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Requests to each plan, in turns.")] = 10,
     transport: Annotated[Literal["sockets", "gloo"], typer.Option(help="What carries messages.")] = "sockets",
     max_error: Annotated[
@@ -73,6 +77,7 @@ def infer(
     Runs once per device:
 
         sudo isthmus testbed run -- isthmus bench infer ./bert --codecs fp32,int8 --report bench.json
+        sudo isthmus testbed run -- isthmus bench infer ./llama --tokens 64 --new-tokens 32
     """
     from isthmus.inference.bench import BenchOptions, bench_infer, parse_names
     from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES
@@ -84,6 +89,7 @@ def infer(
         dtypes=parse_names("dtypes", dtypes, DTYPES),
         tokens=tokens,
         batch=batch,
+        new_tokens=new_tokens,
         repeats=repeats,
         transport=transport,
         max_error=max_error,

@@ -1,35 +1,30 @@
 """``isthmus bench infer``: ways of answering one request, in turns on the same devices, beside what was predicted.
 
-Runs once per device (torchrun, ``isthmus testbed run``). Plans answer the same request in turns, so noise of the
-machine meets all alike, and the leader's clock counts from asking to having the answer.
+Runs once per device (torchrun, ``isthmus testbed run``). Decoders can be asked for tokens too (``new_tokens``).
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from isthmus.inference.engine import Engine
+from isthmus.inference.generation import check_can_generate, check_length
 from isthmus.inference.joining import TIMEOUT_S, is_started_per_device
-from isthmus.inference.model import LocalModel
 from isthmus.inference.profile import measure_cluster
+from isthmus.inference.timing import Timed, time_plans
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
 from isthmus.planning.inference import Candidate, Question, allowed, choose, predict, weigh
-from isthmus.profiling.limits import free_memory_bytes
-from isthmus.profiling.network import share_texts, start
+from isthmus.profiling.network import share_texts
 from isthmus.reporting.environment import environment
 from isthmus.reporting.latency_plot import plot_latency
-from isthmus.reporting.latency_table import COLUMNS, NARROW, latency_markdown, latency_table
+from isthmus.reporting.latency_table import latency_markdown, print_latency
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -41,9 +36,6 @@ from isthmus.transport.gloo import GlooGroup
 from isthmus.transport.sockets import SocketGroup
 
 _GROUPS: dict[str, type[SocketGroup] | type[GlooGroup]] = {"sockets": SocketGroup, "gloo": GlooGroup}
-_WARM_UPS = 2
-_WIDE = 120
-"""Characters that a table of all columns needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +48,8 @@ class BenchOptions:
     dtypes: tuple[str, ...] = ("fp32",)
     tokens: int = 128
     batch: int = 1
+    new_tokens: int = 0
+    """0: hidden states are asked for."""
     repeats: int = 10
     transport: str = "sockets"
     max_error: float = 0.0
@@ -81,9 +75,7 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
     if options.repeats < 1:
         raise IsthmusError(f"repeats: got {options.repeats}, wanted 1 or more")
     reader = ShardReader(resolve_checkpoint(options.model))
-    request = InferenceRequest(num_tokens=options.tokens, batch=options.batch)
-    if options.tokens > reader.spec.max_num_tokens:
-        raise IsthmusError(f"tokens: got {options.tokens}, wanted at most the {reader.spec.max_num_tokens} it allows")
+    request = _request(options, reader)
     with ExitStack() as stack:
         group: Group | None = None
         if is_started_per_device():
@@ -103,19 +95,35 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
         )
         entries = _same_on_all(group, _entries(options, reader, request, profile))
         tell(f"timing {len(entries)} plans")
-        rows = _run(stack, reader, group, request, entries, options)
+        timed = time_plans(stack, reader, group, request, [entry.plan for entry in entries], options.repeats)
         if is_leader:
+            rows = tuple(
+                _row(entry, each, request, options.transport) for entry, each in zip(entries, timed, strict=True)
+            )
             found = BenchInferReport(
                 config=_config(options),
                 environment=environment() | {"profile": json.loads(to_json(profile))},
                 rows=rows,
             )
-            console.print(latency_table({None: rows}, COLUMNS if console.width >= _WIDE else NARROW))
+            print_latency({None: rows}, console)
             if report is not None:
                 atomic_write(report, to_json(found))
                 atomic_write(report.with_suffix(".md"), latency_markdown(rows))
                 plot_latency({None: rows}, report.with_suffix(".png"), title="Ways of answering one request")
             print(json.dumps({"benchmark": "infer", "rows": json.loads(to_json(found))["rows"]}), flush=True)
+
+
+def _request(options: BenchOptions, reader: ShardReader) -> InferenceRequest:
+    """Raises ``IsthmusError`` for what cannot be asked of the model."""
+    most = reader.spec.max_num_tokens
+    if options.tokens > most:
+        raise IsthmusError(f"tokens: got {options.tokens}, wanted at most the {most} it allows")
+    if options.new_tokens:
+        check_can_generate(reader, InferencePlan.even("single", 1))
+        check_length(reader, options.tokens, options.new_tokens)
+        if options.strategies == ("sequence",):
+            raise IsthmusError("strategies: got sequence, wanted single or tensor: who generates divides no tokens")
+    return InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens)
 
 
 def _config(options: BenchOptions) -> dict[str, object]:
@@ -129,10 +137,12 @@ def _config(options: BenchOptions) -> dict[str, object]:
 class _Entry:
     """A plan that is timed, and what was predicted of it."""
 
-    plan: InferencePlan
-    predicted_s: float
-    bound_s: float
+    predicted: Candidate
     is_choice: bool
+
+    @property
+    def plan(self) -> InferencePlan:
+        return self.predicted.plan
 
 
 def _entries(
@@ -163,137 +173,45 @@ def _entries(
         )
     ).chosen
     plans = dict.fromkeys([*(candidate.plan for candidate in best.values()), choice.plan])
-    return [_entry(question, plan, is_choice=plan == choice.plan) for plan in plans]
-
-
-def _entry(question: Question, plan: InferencePlan, *, is_choice: bool) -> _Entry:
-    predicted = predict(question, plan)
-    return _Entry(plan=plan, predicted_s=predicted.latency_s, bound_s=predicted.bound_s, is_choice=is_choice)
+    return [_Entry(predicted=predict(question, plan), is_choice=plan == choice.plan) for plan in plans]
 
 
 def _same_on_all(group: Group | None, entries: list[_Entry]) -> list[_Entry]:
     """The leader's. All devices have the same profile, but not surely the same arithmetic."""
     if group is None:
         return entries
-    texts = share_texts(
-        group, json.dumps([[to_json(each.plan), each.predicted_s, each.bound_s, each.is_choice] for each in entries])
-    )
-    return [
-        _Entry(plan=from_json(InferencePlan, plan), predicted_s=predicted_s, bound_s=bound_s, is_choice=is_choice)
-        for plan, predicted_s, bound_s, is_choice in json.loads(texts[0])
-    ]
+    texts = share_texts(group, json.dumps([to_json(entry) for entry in entries]))
+    return [from_json(_Entry, text) for text in json.loads(texts[0])]
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------
+# --- what is reported -------------------------------------------------------------------------------------------------
 
 
-def _run(
-    stack: ExitStack,
-    reader: ShardReader,
-    group: Group | None,
-    request: InferenceRequest,
-    entries: Sequence[_Entry],
-    options: BenchOptions,
-) -> tuple[BenchInferRow, ...]:
-    """Rows on the leader, in the order of ``entries``; on the others none."""
-    engines: list[Engine] = []
-    known: list[LocalModel] = []
-    for entry in entries:
-        engine = stack.enter_context(Engine(reader.directory, group=group, plan=entry.plan, known=known))
-        engines.append(engine)
-        if engine.local_model is not None and engine.local_model not in known:
-            known.append(engine.local_model)
-    ids_BT = torch.randint(reader.spec.vocab_size, (request.batch, request.num_tokens), generator=_generator())
-    attended_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    seconds: list[list[float]] = [[] for _ in entries]
-    answers: list[Tensor | None] = [None] * len(entries)
-    sent_bytes, num_exchanges = [0] * len(entries), [0] * len(entries)
-    for turn in range(_WARM_UPS + options.repeats):
-        for step in range(len(entries)):
-            index = (turn + step) % len(entries)
-            engine = engines[index]
-            if group is not None:
-                start(group)
-            before = engine.stats
-            start_s = time.perf_counter()
-            if engine.is_leader:
-                answers[index] = engine.mean(ids_BT, attended_BT)
-            else:
-                engine.follow_once()
-            if turn >= _WARM_UPS:
-                seconds[index].append(time.perf_counter() - start_s)
-            after = engine.stats
-            if before is not None and after is not None:
-                sent_bytes[index] = after.bytes_sent - before.bytes_sent
-                num_exchanges[index] = after.num_exchanges - before.num_exchanges
-    most_bytes = _most(group, sent_bytes)
-    if group is not None and group.rank:
-        for engine in reversed(engines):  # as the leader closes them: over gloo each goodbye waits to be heard
-            engine.follow()
-        return ()
-    wanted = _reference(reader, known, ids_BT, attended_BT)
-    return tuple(
-        replace(
-            _row(entry, request, options),
-            latency_s=_spread(seconds[index]),
-            bytes_sent_per_device=most_bytes[index],
-            num_exchanges=num_exchanges[index],
-            max_rel_error=_error(answers[index], wanted),
-        )
-        for index, entry in enumerate(entries)
-    )
-
-
-def _row(entry: _Entry, request: InferenceRequest, options: BenchOptions) -> BenchInferRow:
-    """What is known of a row before it is measured."""
+def _row(entry: _Entry, timed: Timed, request: InferenceRequest, transport: str) -> BenchInferRow:
+    plan, predicted = entry.plan, entry.predicted
+    later_s = predicted.latency_s - predicted.first_token_s
     return BenchInferRow(
-        strategy=entry.plan.strategy,
-        codec=entry.plan.codec,
-        dtype=entry.plan.dtype,
-        num_devices=len(entry.plan.devices),
+        strategy=plan.strategy,
+        codec=plan.codec,
+        dtype=plan.dtype,
+        num_devices=len(plan.devices),
         tokens=request.batch * request.num_tokens,
-        latency_s=_spread([0.0]),
-        predicted_latency_s=entry.predicted_s,
-        bound_s=entry.bound_s,
-        bytes_sent_per_device=0,
-        num_exchanges=0,
-        max_rel_error=0.0,
-        transport=options.transport if len(entry.plan.devices) > 1 else "none",
-        algorithm=entry.plan.algorithm if entry.plan.strategy == "tensor" else "",
-        weights=entry.plan.weights,
+        latency_s=_spread(timed.latencies_s),
+        predicted_latency_s=predicted.latency_s,
+        bound_s=predicted.bound_s,
+        bytes_sent_per_device=timed.sent_bytes,
+        num_exchanges=timed.num_exchanges,
+        max_rel_error=timed.max_rel_error,
+        transport=transport if len(plan.devices) > 1 else "none",
+        algorithm=plan.algorithm if plan.strategy == "tensor" else "",
+        weights=plan.weights,
         is_choice=entry.is_choice,
+        num_new_tokens=request.num_new_tokens,
+        time_to_first_token_s=_spread(timed.first_token_s) if timed.first_token_s else None,
+        time_per_token_s=_spread(timed.token_s) if timed.token_s else None,
+        predicted_time_to_first_token_s=predicted.first_token_s if timed.first_token_s else None,
+        predicted_time_per_token_s=later_s / (request.num_new_tokens - 1) if timed.token_s else None,
     )
-
-
-def _most(group: Group | None, values: list[int]) -> list[int]:
-    """Each value's largest over the devices."""
-    if group is None:
-        return values
-    own = torch.tensor(values)
-    parts = [torch.empty_like(own) for _ in range(group.world_size)]
-    group.all_gather(parts, own)
-    return torch.stack(parts).amax(dim=0).tolist()
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _reference(reader: ShardReader, known: Sequence[LocalModel], ids_BT: Tensor, attended_BT: Tensor) -> Tensor | None:
-    """What this device alone answers in FP32; None where its memory has no room for that."""
-    spec = reader.spec
-    needed = 5 * spec.num_layers * (spec.attention_numel + spec.mlp_numel)
-    plan = InferencePlan.even("single", 1)
-    has_it = any(model.num_bytes == 4 * spec.num_layers * (spec.attention_numel + spec.mlp_numel) for model in known)
-    if not has_it and free_memory_bytes() < needed:
-        return None
-    return Engine(reader.directory, plan=plan, known=known).mean(ids_BT, attended_BT)
-
-
-def _error(answer: Tensor | None, wanted: Tensor | None) -> float | None:
-    if answer is None or wanted is None:
-        return None
-    return float((answer - wanted).abs().max() / wanted.abs().max())
 
 
 def _spread(seconds: Sequence[float]) -> Spread:

@@ -29,7 +29,7 @@ from isthmus.inference.joining import TIMEOUT_S
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
 from isthmus.reporting.latency_plot import plot_latency
-from isthmus.reporting.latency_table import NARROW, latency_table
+from isthmus.reporting.latency_table import print_latency
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.report import BenchInferReport, BenchInferRow
@@ -158,7 +158,7 @@ def run_infer_demo(
         with console.status("comparing with transformers"):
             error = error_of_one_device(directory, reader, tokens)
     plot_latency(cells, output / "latency.png", title=f"One request of {tokens} tokens on {NUM_DEVICES} devices")
-    console.print(latency_table(cells, NARROW))
+    print_latency(cells, console)
     console.print(
         f"→ what the planner takes. Errors are relative, against one device in FP32,\n"
         f"  whose hidden states differ by {error:.1e} from those of transformers.\n"

@@ -5,42 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.reporting.latency_plot import Cells
-from isthmus.spec.report import BenchInferRow
+from isthmus.spec.report import BenchInferRow, Spread
 
-COLUMNS = (
-    "strategy",
-    "devices",
-    "wire",
-    "dtype",
-    "bound",
-    "measured (p10–p90)",
-    "of bound",
-    "predicted",
-    "off by",
-    "sent",
-    "exchanges",
-    "error",
-)
-NARROW = ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")
-"""Fits 80 characters."""
+_HOW = ("strategy", "devices", "wire", "dtype")
+_FOUND = ("bound", "measured (p10–p90)", "of bound", "predicted", "off by")
+_COST = ("sent", "exchanges", "error")
+_GENERATED = ("first token", "token (p10–p90)", "token predicted")
+_NARROW = ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")
+_NARROW_GENERATED = ("strategy", "wire", "first token", "token", "token predicted", "of bound", "sent")
 _TEXTS = ("strategy", "wire", "dtype")
 _CHOICE = "→"
 
 
-def latency_table(cells: Cells, columns: Sequence[str] = COLUMNS) -> Table:
+def print_latency(cells: Cells, console: Console) -> None:
+    """All columns where they fit ``console``, else the most important ones."""
+    table = latency_table(cells)
+    unlimited = console.options.update(max_width=1000)  # else the answer is never more than there is
+    fits = console.measure(table, options=unlimited).maximum <= console.width
+    console.print(table if fits else latency_table(cells, is_narrow=True))
+
+
+def latency_table(cells: Cells, *, is_narrow: bool = False) -> Table:
     """The bound first, then what was measured and its share of the bound, then what was predicted; the planner's choice
-    has an arrow. With a section per bandwidth, widest first, where ``cells`` says what it was; fastest first."""
+    has an arrow. With a section per bandwidth, widest first, where ``cells`` says what it was; fastest first.
+
+    ``is_narrow``: fewer columns, which fit 80 characters.
+    """
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     has_bandwidth = None not in cells
     if has_bandwidth:
         table.add_column("Mbit/s", justify="right")
+    columns = _columns([row for rows in cells.values() for row in rows], is_narrow=is_narrow)
     for name in ("", *columns):
-        # A head of two lines keeps a few columns within 80 characters.
-        table.add_column(name.replace("of ", "of\n"), justify="left" if name in ("", *_TEXTS) else "right")
+        table.add_column(name.replace(" ", "\n"), justify="left" if name in ("", *_TEXTS) else "right")
     for bandwidth in sorted(cells, key=lambda bandwidth: -(bandwidth or 0)):
         table.add_section()
         for place, row in enumerate(_in_order(cells[bandwidth])):
@@ -52,13 +54,21 @@ def latency_table(cells: Cells, columns: Sequence[str] = COLUMNS) -> Table:
 
 def latency_markdown(rows: Sequence[BenchInferRow]) -> str:
     """The same as GitHub markdown, fastest first; the planner's choice is bold."""
-    lines = [f"| {' | '.join(COLUMNS)} |"]
-    lines.append(f"|{'|'.join('---' if name in _TEXTS else '---:' for name in COLUMNS)}|")
+    columns = _columns(rows)
+    lines = [f"| {' | '.join(columns)} |"]
+    lines.append(f"|{'|'.join('---' if name in _TEXTS else '---:' for name in columns)}|")
     for row in _in_order(rows):
         found = _row_cells(row)
-        texts = [f"**{found[name]}**" if row.is_choice and found[name] else found[name] for name in COLUMNS]
+        texts = [f"**{found[name]}**" if row.is_choice and found[name] else found[name] for name in columns]
         lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
+
+
+def _columns(rows: Sequence[BenchInferRow], *, is_narrow: bool = False) -> tuple[str, ...]:
+    is_generated = any(row.num_new_tokens for row in rows)
+    if is_narrow:
+        return _NARROW_GENERATED if is_generated else _NARROW
+    return (*_HOW, *_FOUND, *(_GENERATED if is_generated else ()), *_COST)
 
 
 def _in_order(rows: Sequence[BenchInferRow]) -> list[BenchInferRow]:
@@ -66,19 +76,27 @@ def _in_order(rows: Sequence[BenchInferRow]) -> list[BenchInferRow]:
 
 
 def _row_cells(row: BenchInferRow) -> dict[str, str]:
-    spread = row.latency_s
+    latency_s, token_s = row.latency_s, row.time_per_token_s
     return {
         "strategy": f"{row.strategy} {row.algorithm}".strip(),
         "devices": str(row.num_devices),
         "wire": row.codec if row.num_devices > 1 else "",
         "dtype": row.dtype,
         "bound": human_s(row.bound_s),
-        "measured (p10–p90)": f"{human_s(spread.median)} ({human_s(spread.p10)}–{human_s(spread.p90)})",
-        "measured": human_s(spread.median),
-        "of bound": f"{row.bound_s / spread.median:.2f}",
+        "measured (p10–p90)": _with_range(latency_s),
+        "measured": human_s(latency_s.median),
+        "of bound": f"{row.bound_s / latency_s.median:.2f}",
         "predicted": human_s(row.predicted_latency_s),
-        "off by": f"{row.predicted_latency_s / spread.median - 1:+.0%}",
+        "off by": f"{row.predicted_latency_s / latency_s.median - 1:+.0%}",
+        "first token": "" if row.time_to_first_token_s is None else human_s(row.time_to_first_token_s.median),
+        "token (p10–p90)": "" if token_s is None else _with_range(token_s),
+        "token": "" if token_s is None else human_s(token_s.median),
+        "token predicted": ("" if row.predicted_time_per_token_s is None else human_s(row.predicted_time_per_token_s)),
         "sent": human_bytes(row.bytes_sent_per_device),
         "exchanges": str(row.num_exchanges),
         "error": "" if row.max_rel_error is None else f"{row.max_rel_error:.1e}",
     }
+
+
+def _with_range(spread: Spread) -> str:
+    return f"{human_s(spread.median)} ({human_s(spread.p10)}–{human_s(spread.p90)})"

@@ -115,16 +115,21 @@ class BenchInferRow:
     num_exchanges: int
     """Of the leader."""
     max_rel_error: float | None = None
-    """Largest difference from one device in FP32, by the largest size of a hidden state. None: not compared."""
+    """Largest difference from one device in FP32, by the largest size of a hidden state; where tokens are generated, of
+    the prompt's. None: not compared."""
     transport: str = "sockets"
     algorithm: str = ""
     weights: tuple[float, ...] = ()
     """Each device's part of the work."""
     is_choice: bool = False
     """Whether the planner would take it."""
+    num_new_tokens: int = 0
+    """Generated for each sequence. 0: none, hidden states were asked for, and the four below are None."""
     time_to_first_token_s: Spread | None = None
-    """Of generation only."""
     time_per_token_s: Spread | None = None
+    """Of every one but the first, of all requests. None where there is only one."""
+    predicted_time_to_first_token_s: float | None = None
+    predicted_time_per_token_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

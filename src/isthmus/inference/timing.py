@@ -1,0 +1,147 @@
+"""Answers one request under several plans in turns, so that noise of the machine meets all alike, and notes when.
+
+The leader's clock counts from asking to having the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from isthmus.inference.engine import Engine
+from isthmus.inference.model import LocalModel
+from isthmus.models.shards import ShardReader
+from isthmus.profiling.limits import free_memory_bytes
+from isthmus.profiling.network import start
+from isthmus.spec.generation import GenerationSettings
+from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.transport.base import Group
+
+_WARM_UPS = 2
+_WARM_UP_TOKENS = 8
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """What was seen of one plan, on the leader."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    """Of each request that was timed."""
+    first_token_s: list[float] = field(default_factory=list)
+    """Likewise; empty where nothing is generated."""
+    token_s: list[float] = field(default_factory=list)
+    """Of every further token of all of them."""
+    sent_bytes: int = 0
+    """Of one request, on the device that sends most."""
+    num_exchanges: int = 0
+    answer_BH: Tensor | None = None
+    """The mean of the prompt's hidden states."""
+    max_rel_error: float | None = None
+    """Of ``answer_BH``, against this device alone in FP32. None: there was no room for that."""
+
+
+def time_plans(
+    stack: ExitStack,
+    reader: ShardReader,
+    group: Group | None,
+    request: InferenceRequest,
+    plans: Sequence[InferencePlan],
+    repeats: int,
+) -> list[Timed]:
+    """``repeats`` answers under each plan, after some that are not timed; empty on all devices but the leader.
+
+    The prompt's tokens are random. Where tokens are generated, it is greedily, and always all ``num_new_tokens``.
+    Called on all devices of ``group`` alike; blocks. Engines are closed with ``stack``.
+    """
+    engines: list[Engine] = []
+    known: list[LocalModel] = []
+    for plan in plans:
+        engine = stack.enter_context(Engine(reader.directory, group=group, plan=plan, known=known))
+        engines.append(engine)
+        if engine.local_model is not None and engine.local_model not in known:
+            known.append(engine.local_model)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(reader.spec.vocab_size, (request.batch, request.num_tokens), generator=generator)
+    found = [Timed() for _ in plans]
+    for turn in range(_WARM_UPS + repeats):
+        is_timed = turn >= _WARM_UPS
+        num_new_tokens = request.num_new_tokens if is_timed else min(_WARM_UP_TOKENS, request.num_new_tokens)
+        for step in range(len(plans)):
+            index = (turn + step) % len(plans)
+            if group is not None:
+                start(group)
+            _answer(engines[index], ids_BT, num_new_tokens, found[index], is_timed=is_timed)
+    _share_most(group, found)
+    if request.num_new_tokens:
+        for engine, timed in zip(engines, found, strict=True):
+            _hidden(engine, ids_BT, timed)
+    if group is not None and group.rank:
+        for engine in reversed(engines):  # as the leader closes them: over gloo each goodbye waits to be heard
+            engine.follow()
+        return []
+    _compare(reader, known, ids_BT, found)
+    return found
+
+
+def _answer(engine: Engine, ids_BT: Tensor, num_new_tokens: int, timed: Timed, *, is_timed: bool) -> None:
+    """One request; what was seen of it comes into ``timed``."""
+    times_s: list[float] = []
+
+    def note(ids: list[int]) -> bool:
+        times_s.append(time.perf_counter())
+        return False
+
+    before = engine.stats
+    start_s = time.perf_counter()
+    if num_new_tokens and engine.is_leader:
+        settings = GenerationSettings(max_new_tokens=num_new_tokens)
+        engine.generate_tokens(ids_BT, torch.ones_like(ids_BT), settings, note)
+    else:
+        _hidden(engine, ids_BT, timed)
+    end_s = time.perf_counter()
+    after = engine.stats
+    if before is not None and after is not None:
+        timed.sent_bytes = after.bytes_sent - before.bytes_sent
+        timed.num_exchanges = after.num_exchanges - before.num_exchanges
+    if is_timed:
+        timed.latencies_s.append(end_s - start_s)
+        timed.first_token_s += [first_s - start_s for first_s in times_s[:1]]
+        timed.token_s += [late_s - early_s for early_s, late_s in pairwise(times_s)]
+
+
+def _hidden(engine: Engine, ids_BT: Tensor, timed: Timed) -> None:
+    """On the leader the request for hidden states, on the others whatever the leader asks for."""
+    if engine.is_leader:
+        timed.answer_BH = engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+    else:
+        engine.follow_once()
+
+
+def _share_most(group: Group | None, found: Sequence[Timed]) -> None:
+    """Each plan's ``sent_bytes`` becomes the largest over the devices."""
+    if group is None:
+        return
+    own = torch.tensor([timed.sent_bytes for timed in found])
+    parts = [torch.empty_like(own) for _ in range(group.world_size)]
+    group.all_gather(parts, own)
+    for timed, most in zip(found, torch.stack(parts).amax(dim=0).tolist(), strict=True):
+        timed.sent_bytes = most
+
+
+def _compare(reader: ShardReader, known: Sequence[LocalModel], ids_BT: Tensor, found: Sequence[Timed]) -> None:
+    """Fills in ``max_rel_error``, unless this device's memory has no room for the whole model in FP32."""
+    spec = reader.spec
+    num_bytes = 4 * spec.num_layers * (spec.attention_numel + spec.mlp_numel)
+    if free_memory_bytes() < 1.25 * num_bytes and all(model.num_bytes != num_bytes for model in known):
+        return
+    alone = Engine(reader.directory, plan=InferencePlan.even("single", 1), known=known)
+    wanted_BH = alone.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+    for timed in found:
+        if timed.answer_BH is not None:
+            timed.max_rel_error = float((timed.answer_BH - wanted_BH).abs().max() / wanted_BH.abs().max())
