@@ -18,15 +18,14 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "isthmus"
 
-_RUNTIME = {"spec", "planning", "simulation", "models", "profiling", "reporting", "transport", "native"}
+_RUNTIME = {"spec", "planning", "simulation", "models", "profiling", "reporting", "transport"}
 # What each part may import of isthmus besides itself. A part that does not exist yet is no error.
 MAY_IMPORT = {
     "spec": set[str](),
     "planning": {"spec"},
     "simulation": {"spec", "planning"},
-    "native": {"spec"},
     "models": {"spec"},
-    "transport": {"spec", "native"},
+    "transport": {"spec"},
     "reporting": {"spec"},
     "profiling": {"spec", "models", "planning", "transport"},
     "tuning": _RUNTIME,

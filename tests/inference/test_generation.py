@@ -10,9 +10,10 @@ import pytest
 import torch
 from tests.inference.conftest import DECODERS, on_devices, reference
 
+from isthmus.inference import model
 from isthmus.inference.engine import Engine
 from isthmus.inference.generation import OnTokens
-from isthmus.native import decode
+from isthmus.inference.kernels import load_kernels
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
@@ -76,8 +77,8 @@ def generate(
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens one by one by what is compiled, and by PyTorch."""
     if request.param == "torch":
-        monkeypatch.setattr(decode, "kernels", lambda: None)
-    elif decode.kernels() is None:
+        monkeypatch.setattr(model, "load_kernels", lambda: None)
+    elif load_kernels() is None:
         pytest.skip("there is no C compiler")
 
 

@@ -19,9 +19,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from isthmus.inference.kernels import Kernels
 from isthmus.inference.linear import make_linear
 from isthmus.models.shards import ShardReader
-from isthmus.native import decode
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
@@ -31,7 +31,7 @@ class Head:
     """The scores of one device's words. ``words`` are those of each device, ``num_bytes`` what this one's take."""
 
     def __init__(
-        self, reader: ShardReader, words: Sequence[Range], rank: int, dtype: str, kernels: decode.Kernels | None = None
+        self, reader: ShardReader, words: Sequence[Range], rank: int, dtype: str, kernels: Kernels | None = None
     ) -> None:
         name = "token.weight" if reader.spec.is_head_tied else "head.weight"
         self.words = words

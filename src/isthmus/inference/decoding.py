@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isthmus.inference.kernels import MOST_ROWS
 from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.layer import Layer
 from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
-from isthmus.native.decode import MOST_ROWS
 from isthmus.planning.workload import SMALL_VALUES, token_algorithm
 from isthmus.transport.base import Algorithm
 from isthmus.transport.repeated import RepeatedSum

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from isthmus.inference.kernels import Kernels
 from isthmus.inference.linear import Linear, make_linear
 from isthmus.models.shards import ShardReader
-from isthmus.native import decode
 from isthmus.spec.transformer import LayerShare, Range
 
 
@@ -56,7 +56,7 @@ class Layer:
     """The share of layer ``number`` that this device holds, in ``dtype`` (see ``linear``)."""
 
     def __init__(
-        self, reader: ShardReader, number: int, share: LayerShare, dtype: str, kernels: decode.Kernels | None = None
+        self, reader: ShardReader, number: int, share: LayerShare, dtype: str, kernels: Kernels | None = None
     ) -> None:
         spec = reader.spec
         self.spec = spec
@@ -151,7 +151,7 @@ class Layer:
 
 
 def _read_linear(
-    reader: ShardReader, layer: int, parts: list[tuple[str, Range]], dtype: str, kernels: decode.Kernels | None
+    reader: ShardReader, layer: int, parts: list[tuple[str, Range]], dtype: str, kernels: Kernels | None
 ) -> Linear:
     """Matrices one below the other, so that one product gives all of them."""
     weight = torch.cat([reader.read(f"{name}.weight", layer, rows=rows) for name, rows in parts])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.native import decode
+from isthmus.inference.kernels import DTYPE_NUMBERS, MOST_ROWS, CLinear, Kernels, address
 from isthmus.spec.inference import DTYPES
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,12 +71,12 @@ class Int8Linear(Linear):
 class RowsLinear(Linear):
     """Weights as they lie in a checkpoint, row after row: FP32, bf16, or 8 bits with a scale for each row.
 
-    For a decoder, whose tokens mostly come one by one: ``native/decode.c`` reads such weights at the rate of memory,
+    For a decoder, whose tokens mostly come one by one: ``decode.c`` reads such weights at the rate of memory,
     twice as fast as PyTorch its own order of FP32. The products of a whole prompt are PyTorch's, for FP32 a tenth
     slower than ``FloatLinear``'s.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str, kernels: decode.Kernels) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str, kernels: Kernels) -> None:
         self._scales: Tensor | None = None
         if dtype == "int8" and weight.numel():
             self._scales, weight = _to_int8(weight)
@@ -86,12 +86,12 @@ class RowsLinear(Linear):
         self._weight, self._bias = weight.contiguous(), bias
         self._kernels = kernels
         self.num_bytes = self._weight.nbytes + (0 if self._scales is None else self._scales.nbytes)
-        self.native = decode.CLinear(
-            *(decode.address(each) for each in (self._weight, self._scales, bias)), decode.DTYPES[dtype], *weight.shape
+        self.native = CLinear(
+            *(address(each) for each in (self._weight, self._scales, bias)), DTYPE_NUMBERS[dtype], *weight.shape
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() <= decode.MOST_ROWS:
+        if x.shape[:-1].numel() <= MOST_ROWS:
             return self._few(x)
         if self._scales is not None:
             return self._many_int8(x, self._scales)
@@ -128,7 +128,7 @@ def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return scales, (rows / scales[:, None]).round_().to(torch.int8)
 
 
-def make_linear(weight: Tensor, bias: Tensor | None, dtype: str, kernels: decode.Kernels | None = None) -> Linear:
+def make_linear(weight: Tensor, bias: Tensor | None, dtype: str, kernels: Kernels | None = None) -> Linear:
     """``weight`` (out, in) and ``bias`` (out) in FP32, kept as ``dtype`` says. ``kernels``: for tokens one by one.
     Raises ``ValueError`` for other dtypes."""
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""A decoder's layers for one more token of each sequence by ``native/decode.c``: what its calls point to.
+"""A decoder's layers for one more token of each sequence by ``decode.c``: what its calls point to.
 
 Shapes: B batch, H hidden size, T positions, D head size.
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from isthmus.inference.kernels import ACTIVATIONS, NORMS, CLayer, CLinear, CNorm, CShape, CToken, Kernels, address
 from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.layer import Layer, Norm
 from isthmus.inference.linear import Linear, RowsLinear
-from isthmus.native import decode
 
 
 class NativeBlocks:
@@ -25,7 +25,7 @@ class NativeBlocks:
         self,
         layers: list[Layer],
         cache: KVCache,
-        kernels: decode.Kernels,
+        kernels: Kernels,
         hidden_BH: Tensor,
         part_BH: Tensor,
         *,
@@ -44,24 +44,24 @@ class NativeBlocks:
         self._sources = torch.tensor(first.cached_sources)
         self._kept = (hidden_BH, part_BH, positions_B1, rotary)
         cos_TD, sin_TD = rotary or (None, None)
-        self._token = decode.CToken(
+        self._token = CToken(
             batch=batch,
             capacity=cache.capacity,
-            positions=decode.address(positions_B1),
-            cos=decode.address(cos_TD),
-            sin=decode.address(sin_TD),
-            mask=decode.address(cache.mask_B11C),
-            scratch=decode.address(self._scratch),
-            narrowed=decode.address(self._narrowed),
+            positions=address(positions_B1),
+            cos=address(cos_TD),
+            sin=address(sin_TD),
+            mask=address(cache.mask_B11C),
+            scratch=address(self._scratch),
+            narrowed=address(self._narrowed),
         )
         self._shape = _shape(first, self._sources)
         self._layers = [_layer(layer) for layer in layers]
-        hidden, part = decode.address(hidden_BH), decode.address(part_BH)
+        hidden, part = address(hidden_BH), address(part_BH)
 
         def bind() -> Iterator[Callable[[], None]]:
             shape, token = ctypes.byref(self._shape), ctypes.byref(self._token)
             for number, layer in enumerate(map(ctypes.byref, self._layers)):
-                cached = decode.address(cache.of_layer(number))
+                cached = address(cache.of_layer(number))
                 yield lambda layer=layer, cached=cached: kernels.attention(
                     shape, layer, token, cached, hidden, part, adds
                 )
@@ -74,36 +74,36 @@ class NativeBlocks:
         self._token.slot, self._token.used = self._cache.next_slot()
 
 
-def _shape(layer: Layer, sources: Tensor) -> decode.CShape:
+def _shape(layer: Layer, sources: Tensor) -> CShape:
     spec = layer.spec
-    return decode.CShape(
+    return CShape(
         hidden=spec.hidden_size,
         heads=len(layer.share.heads),
         kv_heads=len(layer.kv_heads),
         cached_heads=layer.num_cached_heads,
         head_size=spec.head_size,
         columns=len(layer.share.columns),
-        norm=decode.NORMS[spec.norm],
-        activation=decode.ACTIVATIONS[spec.activation],
+        norm=NORMS[spec.norm],
+        activation=ACTIVATIONS[spec.activation],
         has_gate=spec.has_gate,
-        kv_of_cached=decode.address(sources),
+        kv_of_cached=address(sources),
         epsilon=spec.norm_epsilon,
     )
 
 
-def _layer(layer: Layer) -> decode.CLayer:
-    return decode.CLayer(
+def _layer(layer: Layer) -> CLayer:
+    return CLayer(
         *(_native(linear) for linear in (layer.qkv, layer.o, layer.up, layer.down)),
         *(_norm(norm) for norm in (layer.norm1, layer.norm2)),
-        *(None if norm is None else decode.address(norm.weight) for norm in (layer.q_norm, layer.k_norm)),
-        *(decode.address(bias) for bias in (layer.o_bias, layer.down_bias)),
+        *(None if norm is None else address(norm.weight) for norm in (layer.q_norm, layer.k_norm)),
+        *(address(bias) for bias in (layer.o_bias, layer.down_bias)),
     )
 
 
-def _norm(norm: Norm) -> decode.CNorm:
-    return decode.CNorm(decode.address(norm.weight), decode.address(norm.bias))
+def _norm(norm: Norm) -> CNorm:
+    return CNorm(address(norm.weight), address(norm.bias))
 
 
-def _native(linear: Linear) -> decode.CLinear:
+def _native(linear: Linear) -> CLinear:
     assert isinstance(linear, RowsLinear)
     return linear.native

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from isthmus.native import sums
+from isthmus.transport import native_sums
 from isthmus.transport.buffers import bytes_of
 from isthmus.transport.collectives import ALGORITHMS
 from isthmus.transport.endpoint import Endpoint
@@ -50,7 +50,7 @@ class PlainSum(RepeatedSum):
 class DoublingSum(RepeatedSum):
     """Recursive doubling with the messages of the general call, each in one piece of memory with its header.
 
-    ``native/sums.c`` does it, where it can be had, and leaves to Python whatever does not go smoothly.
+    ``sums.c`` does it, where it can be had, and leaves to Python whatever does not go smoothly.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class DoublingSum(RepeatedSum):
         self._peers = [end.rank ^ 1 << step for step in range(end.world_size.bit_length() - 1)]
         self._format = DTYPE_FORMATS[torch.float32]
         self._outgoing[:HEADER_BYTES] = complete_header(bytes(_PREFIX_BYTES), 4 * num_values)
-        self._native = sums.add_up()
+        self._native = native_sums.add_up()
         self._sockets = torch.tensor([sockets[peer] for peer in self._peers], dtype=torch.int32)
-        self._state = sums.CSum(
+        self._state = native_sums.CSum(
             sockets=self._sockets.data_ptr(),
             outgoing=self.values.data_ptr() - HEADER_BYTES,
             incoming=self._received.data_ptr() - HEADER_BYTES,
@@ -101,10 +101,10 @@ class DoublingSum(RepeatedSum):
         state = self._state
         state.step = state.sent = state.received = 0
         while state.step < len(self._peers):
-            outcome = sums.OTHER if self._native is None else self._native(self._state_pointer)
-            if outcome == sums.SILENT:
+            outcome = native_sums.OTHER if self._native is None else self._native(self._state_pointer)
+            if outcome == native_sums.SILENT:
                 raise self._silent([self._peers[state.step]])
-            if outcome == sums.OTHER:  # the plain way does this step, or tells what is wrong
+            if outcome == native_sums.OTHER:  # the plain way does this step, or tells what is wrong
                 peer = self._peers[state.step]
                 self._exchange(peer, prefix, self._outgoing, self._incoming, state.sent, state.received)
                 self.values.add_(self._received)

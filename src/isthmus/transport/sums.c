@@ -1,5 +1,5 @@
 /* A sum of FP32 values over ranks by recursive doubling over sockets: for each peer in turn, send what there is, receive
- * as much, add. Messages begin with a header that is the same in both directions. Structure as in native/sums.py. */
+ * as much, add. Messages begin with a header that is the same in both directions. Structure as in native_sums.py. */
 
 #include <errno.h>
 #include <stdint.h>

@@ -3,7 +3,7 @@
  * take longer than reading them.
  *
  * Weights are rows (out, in): FP32, bf16, or int8 with an FP32 scale for each row. Activations and sums are FP32.
- * Structures and their order are those of native/decode.py. Shapes: B batch, H hidden size, A query heads, K key/value
+ * Structures and their order are those of kernels.py. Shapes: B batch, H hidden size, A query heads, K key/value
  * heads, G heads in the cache, C slots, D head size, I columns.
  */
 

@@ -1,4 +1,6 @@
-"""Compiles the C file of this package that is asked for, once a machine, and loads it.
+"""Compiles a C file of this package, once on each machine, and loads it: for what is too small for an operator each.
+
+Nothing needs it: where there is no compiler, PyTorch or Python does the same, slower. Stdlib only.
 
 The library is kept in the cache under a name made of the source, the compiler's options and the processor: several
 machines may share a home directory.
@@ -31,27 +33,26 @@ _CPU_LINES = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL | None:
-    """The functions of ``NAME.c``. None where it cannot be compiled, which is said once on stderr, or with
+def load(source: Path) -> ctypes.CDLL | None:
+    """The functions of ``source``. None where it cannot be compiled, which is said once on stderr, or with
     ``ISTHMUS_NATIVE=0``. Blocks for some seconds the first time on a machine."""
     if os.environ.get("ISTHMUS_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(build(name)))
+        return ctypes.CDLL(str(build(source)))
     except (IsthmusError, OSError) as error:
-        print(f"isthmus: {error}; PyTorch does it, slower (ISTHMUS_NATIVE=0 says that this is wanted)", file=sys.stderr)
+        print(f"isthmus: {error}; goes on without, slower (ISTHMUS_NATIVE=0: this is wanted)", file=sys.stderr)
         return None
 
 
-def build(name: str) -> Path:
+def build(source: Path) -> Path:
     """The compiled library, from the cache or made. Raises ``IsthmusError`` that says what is missing."""
-    source = Path(__file__).with_name(f"{name}.c")
     text = source.read_bytes()
     digest = hashlib.sha256(b"\0".join([text, *map(str.encode, _OPTIONS), _processor().encode()])).hexdigest()[:24]
-    library = cache_directory() / "native" / f"{name}-{digest}.so"
+    library = cache_directory() / "native" / f"{source.stem}-{digest}.so"
     if library.is_file():
         return library
-    compiler = _compiler()
+    compiler = _compiler(source)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as scratch:
         made = Path(scratch) / library.name
         _compile([compiler, *_OPTIONS, "-march=native", str(source), "-o", str(made), "-lm"])
@@ -59,13 +60,13 @@ def build(name: str) -> Path:
     return library
 
 
-def _compiler() -> str:
+def _compiler(source: Path) -> str:
     wanted = os.environ.get("CC")
     for name in [wanted] if wanted else ["cc", "gcc", "clang"]:
         if found := shutil.which(name):
             return found
     what = f"no {wanted} (named by CC)" if wanted else "no C compiler"
-    raise IsthmusError(f"{what} was found for the kernels that generate text: install one (Debian: apt install gcc)")
+    raise IsthmusError(f"{what} was found for {source.name}: install one (Debian: apt install gcc)")
 
 
 def _compile(command: list[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
+from pathlib import Path
 
-from isthmus.native.build import load
+from isthmus.spec.compiling import load
 
 DONE, INTERRUPTED, SILENT, OTHER = range(4)
 
@@ -19,8 +20,8 @@ class CSum(ctypes.Structure):
 
 
 def add_up() -> Callable[..., int] | None:
-    """The function, which takes a pointer to ``CSum``; None where it cannot be had (``build.load``)."""
-    library = load("sums")
+    """The function, which takes a pointer to ``CSum``; None where it cannot be had (``compiling.load``)."""
+    library = load(Path(__file__).with_name("sums.c"))
     if library is None:
         return None
     library.add_up.argtypes, library.add_up.restype = (ctypes.POINTER(CSum),), ctypes.c_int

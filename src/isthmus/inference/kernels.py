@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from isthmus.native.build import load
+from isthmus.spec.compiling import load
 
-DTYPES = {"fp32": 0, "bf16": 1, "int8": 2}
+DTYPE_NUMBERS = {"fp32": 0, "bf16": 1, "int8": 2}
 NORMS = {"rms": 0, "layer": 1}
 ACTIVATIONS = {
     **{"silu": 0, "swish": 0, "gelu": 1, "relu": 3},
@@ -72,9 +73,9 @@ class Kernels:
         self.mlp = _typed(library.mlp, *blocks, c_void_p, c_void_p, c_int)
 
 
-def kernels() -> Kernels | None:
-    """None where they cannot be had (``build.load``)."""
-    library = load("decode")
+def load_kernels() -> Kernels | None:
+    """None where they cannot be had (``compiling.load``)."""
+    library = load(Path(__file__).with_name("decode.c"))
     return None if library is None else Kernels(library)
 
 

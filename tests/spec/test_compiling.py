@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.native import build
+import isthmus
+from isthmus.spec import compiling
 from isthmus.spec.errors import IsthmusError
+
+_SOURCE = Path(isthmus.__file__).parent
+DECODE, SUMS = _SOURCE / "inference" / "decode.c", _SOURCE / "transport" / "sums.c"
 
 
 @pytest.fixture(autouse=True)
@@ -30,38 +34,38 @@ def test_a_library_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv(
         "CC", compiler(tmp_path, f'echo called >> {log}; while [ "$1" != -o ]; do shift; done; echo > "$2"')
     )
-    first = build.build("decode")
-    assert first.is_file() and build.build("decode") == first
-    assert build.build("sums") != first
+    first = compiling.build(DECODE)
+    assert first.is_file() and compiling.build(DECODE) == first
+    assert compiling.build(SUMS) != first
     assert log.read_text().split() == ["called", "called"]
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(IsthmusError, match=r"no C compiler was found .* apt install gcc"):
-        build.build("decode")
+        compiling.build(DECODE)
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(IsthmusError, match=r"no no-such-compiler \(named by CC\) was found"):
-        build.build("decode")
+        compiling.build(DECODE)
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", compiler(tmp_path, "echo math.h: No such file >&2; exit 1"))
     with pytest.raises(IsthmusError, match=r"could not compile .*decode.c \(math.h: No such file\): .* libc6-dev"):
-        build.build("decode")
+        compiling.build(DECODE)
 
 
 def test_loading_says_once_that_pytorch_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    build.load.cache_clear()
+    compiling.load.cache_clear()
     try:
-        assert build.load("decode") is None and build.load("decode") is None
+        assert compiling.load(DECODE) is None and compiling.load(DECODE) is None
         assert capsys.readouterr().err.count("no C compiler") == 1
-        build.load.cache_clear()
+        compiling.load.cache_clear()
         monkeypatch.setenv("ISTHMUS_NATIVE", "0")
-        assert build.load("decode") is None
+        assert compiling.load(DECODE) is None
         assert capsys.readouterr().err == ""
     finally:
-        build.load.cache_clear()
+        compiling.load.cache_clear()
