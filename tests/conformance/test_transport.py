@@ -16,6 +16,7 @@ from tests.transport.groups import KINDS, outcomes, results, run_threads
 from torch import Tensor
 
 from isthmus.spec.errors import IsthmusError
+from isthmus.transport import native_sums
 from isthmus.transport.base import Algorithm, Group
 from isthmus.transport.codec import CODEC_NAMES, create_codec
 from isthmus.transport.errors import MismatchError, PeerLostError, TransportError
@@ -137,6 +138,16 @@ def test_doubling_adds_pairs_of_pairs_the_same_bits_on_every_rank(
     results(kind, world_size, body)
 
 
+@pytest.fixture(params=["native", "python"])
+def kind_of_sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated sums over sockets by what is compiled, and without."""
+    if request.param == "python":
+        monkeypatch.setattr(native_sums, "add_up", lambda: None)
+    elif native_sums.add_up() is None:
+        pytest.skip("there is no C compiler")
+
+
+@pytest.mark.usefixtures("kind_of_sums")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("numel", [0, 1, 767, 12_000, 100_000])
 def test_a_repeated_sum_is_the_all_reduce_that_it_stands_for(kind: str, world_size: int, numel: int) -> None:
@@ -160,6 +171,7 @@ def test_a_repeated_sum_is_the_all_reduce_that_it_stands_for(kind: str, world_si
     results(kind, world_size, body)
 
 
+@pytest.mark.usefixtures("kind_of_sums")
 def test_one_rank_may_ask_for_a_repeated_sum_and_the_other_for_an_all_reduce(kind: str) -> None:
     def body(group: Group) -> None:
         add_up = group.repeated_sum(100)
@@ -599,6 +611,7 @@ def test_a_rank_that_hangs_is_named_within_the_time_limit(kind: str) -> None:
     assert 2 in zero.ranks + one.ranks
 
 
+@pytest.mark.usefixtures("kind_of_sums")
 def test_a_repeated_sum_tells_of_peers_that_leave_hang_or_do_something_else(kind: str) -> None:
     ended = threading.Barrier(2)
 

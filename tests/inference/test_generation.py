@@ -10,8 +10,10 @@ import pytest
 import torch
 from tests.inference.conftest import DECODERS, on_devices, reference
 
+from isthmus.inference import model
 from isthmus.inference.engine import Engine
 from isthmus.inference.generation import OnTokens
+from isthmus.inference.kernels import load_kernels
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
@@ -71,6 +73,16 @@ def generate(
     return found
 
 
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens one by one by what is compiled, and by PyTorch."""
+    if request.param == "torch":
+        monkeypatch.setattr(model, "load_kernels", lambda: None)
+    elif load_kernels() is None:
+        pytest.skip("there is no C compiler")
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", DECODERS)
 def test_greedy_tokens_are_those_of_transformers(family: str, plan: str, checkpoint: Checkpoint) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from isthmus.cli.sharing import Refresh, Timeout
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -20,9 +22,7 @@ def infer(
     model: Annotated[str, typer.Argument(help="Hugging Face id or checkpoint directory.")],
     cluster: Annotated[
         Path | None,
-        typer.Option(
-            help="The devices: cluster.json, see the README. Left out: those that were started.", metavar="FILE"
-        ),
+        typer.Option(help="Devices: cluster.json, see README. Left out: those that were started.", metavar="FILE"),
     ] = None,
     devices: Annotated[
         str | None, typer.Option(help="Plan with only these of the cluster, by name, with commas.", metavar="NAME,…")
@@ -49,9 +49,9 @@ def infer(
         ),
     ] = 0.0,
     rows: Annotated[int, typer.Option(min=1, help="Plans to print.")] = 20,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the devices again though it was done.")] = False,
+    refresh: Refresh = False,
     output: Annotated[Path | None, typer.Option(help="Write the plan here as JSON.", metavar="FILE")] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a device before giving up.")] = 60.0,
+    timeout: Timeout = 60.0,
 ) -> None:
     """Predict every way of dividing one request among devices, and choose.
 

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from isthmus.inference.kernels import Kernels
 from isthmus.inference.linear import make_linear
 from isthmus.models.shards import ShardReader
 from isthmus.spec.generation import GenerationSettings
@@ -29,11 +30,13 @@ from isthmus.transport.base import Group
 class Head:
     """The scores of one device's words. ``words`` are those of each device, ``num_bytes`` what this one's take."""
 
-    def __init__(self, reader: ShardReader, words: Sequence[Range], rank: int, dtype: str) -> None:
+    def __init__(
+        self, reader: ShardReader, words: Sequence[Range], rank: int, dtype: str, kernels: Kernels | None = None
+    ) -> None:
         name = "token.weight" if reader.spec.is_head_tied else "head.weight"
         self.words = words
         self.own_words = words[rank]
-        self._linear = make_linear(reader.read(name, rows=self.own_words), None, dtype)
+        self._linear = make_linear(reader.read(name, rows=self.own_words), None, dtype, kernels)
         self.num_bytes = self._linear.num_bytes
 
     def __call__(self, hidden_BH: Tensor) -> Tensor:

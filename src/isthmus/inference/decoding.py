@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isthmus.inference.kernels import MOST_ROWS
 from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.layer import Layer
+from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.planning.workload import SMALL_VALUES, token_algorithm
@@ -41,20 +43,39 @@ class Decoding:
             attended_BT=tokens.attended_BT,
         )
         batch = len(tokens.ids_BT)
+        self._biases = [bias for layer in model.layers for bias in (layer.o_bias, layer.down_bias)]
+        group = strategy.group
         self._hidden_BH = torch.empty(batch, spec.hidden_size)
         self._add_up: RepeatedSum | None = None
-        if strategy.group is not None and strategy.codec is None and self._hidden_BH.numel() <= SMALL_VALUES:
-            self._add_up = strategy.group.repeated_sum(self._hidden_BH.numel())
+        if group is not None and self._hidden_BH.numel() <= SMALL_VALUES:
+            self._add_up = group.repeated_sum(self._hidden_BH.numel())
             self._hidden_BH = self._add_up.values.view(batch, -1)
-        num_devices = 1 if strategy.group is None else strategy.group.world_size
-        self._algorithm: Algorithm | None = token_algorithm(self._hidden_BH.numel(), num_devices)
-        self._is_first = strategy.group is None or strategy.group.rank == 0
+        self._algorithm: Algorithm | None = token_algorithm(
+            self._hidden_BH.numel(), 1 if group is None else group.world_size
+        )
+        self._is_in_place = group is None or self._add_up is not None
+        """Each device's part of a block, with what was there before on the first, takes the place of ``_hidden_BH``."""
+        self._is_first = group is None or group.rank == 0
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
-        self._rotary = model.rotation(torch.arange(total)[None])
-        if self._rotary is not None:
-            sin_TD = self._rotary.sin[0, 0]
-            self._cos_TD = self._rotary.cos[0, 0]
-            self._signed_sin_TD = torch.cat((-sin_TD[:, : spec.head_size // 2], sin_TD[:, spec.head_size // 2 :]), 1)
+        self._rotary_TD = None
+        rotation = model.rotation(torch.arange(total)[None])
+        if rotation is not None:
+            cos_TD, sin_TD = rotation.cos[0, 0], rotation.sin[0, 0]
+            half = spec.head_size // 2
+            self._rotary_TD = cos_TD.contiguous(), torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), 1)
+        self._native: NativeBlocks | None = None
+        if model.kernels is not None and batch <= MOST_ROWS:
+            self._part_BH = self._hidden_BH if self._is_in_place else torch.empty_like(self._hidden_BH)
+            self._native = NativeBlocks(
+                model.layers,
+                self._cache,
+                model.kernels,
+                self._hidden_BH,
+                self._part_BH,
+                adds=self._is_in_place and self._is_first,
+                positions_B1=self._positions_B1,
+                rotary=self._rotary_TD,
+            )
 
     def prefill(self) -> Tensor:
         """``hidden_BH`` after the prompts."""
@@ -64,28 +85,43 @@ class Decoding:
         """``hidden_BH`` after one more token of each sequence."""
         self._positions_B1 += 1
         hidden_BH = self._hidden_BH.copy_(self._model.embed(ids_B[:, None], self._positions_B1)[:, 0])
+        if self._native is None:
+            self._run_layers(hidden_BH)
+        else:
+            self._native.next_token()
+            for block, bias in zip(self._native.blocks, self._biases, strict=True):
+                block()
+                self._combine(self._part_BH, bias)
+        return hidden_BH if self._model.final_norm is None else self._model.final_norm(hidden_BH)
+
+    def _run_layers(self, hidden_BH: Tensor) -> None:
         rotary = None
-        if self._rotary is not None:
-            rotary = self._cos_TD[self._positions_B1], self._signed_sin_TD[self._positions_B1]
+        if self._rotary_TD is not None:
+            rotary = self._rotary_TD[0][self._positions_B1], self._rotary_TD[1][self._positions_B1]
         views, mask_B11K = self._cache.add_token()
         for layer, cached in zip(self._model.layers, views, strict=True):
             self._add(_attend(layer, layer.norm1(hidden_BH), rotary, cached, mask_B11K), layer.o_bias)
             self._add(layer.mlp(layer.norm2(hidden_BH)), layer.down_bias)
-        return hidden_BH if self._model.final_norm is None else self._model.final_norm(hidden_BH)
 
     def _add(self, partial_BH: Tensor, bias: Tensor | None) -> None:
         """Adds the sum of all devices' parts, and the bias, to ``_hidden_BH``."""
-        hidden_BH = self._hidden_BH
-        if self._add_up is None:
-            partial_BH = self._strategy.sum(partial_BH, self._algorithm)
-        if self._is_first or self._add_up is None:
-            hidden_BH += partial_BH
-            if bias is not None:
-                hidden_BH += bias
-        else:  # what was there before, the first device brings
-            hidden_BH.copy_(partial_BH)
+        if self._is_in_place:
+            if self._is_first:
+                self._hidden_BH += partial_BH
+                if bias is not None:
+                    self._hidden_BH += bias
+            else:
+                self._hidden_BH.copy_(partial_BH)
+        self._combine(partial_BH, bias)
+
+    def _combine(self, partial_BH: Tensor, bias: Tensor | None) -> None:
+        """What is left of ``_add`` when each device's part is where it belongs."""
         if self._add_up is not None:
             self._add_up()
+        elif not self._is_in_place:
+            self._hidden_BH += self._strategy.sum(partial_BH, self._algorithm)
+            if bias is not None:
+                self._hidden_BH += bias
 
 
 def _attend(

@@ -33,7 +33,7 @@ class Generation:
         group = strategy.group
         shares = [LayerShare.whole(reader.spec)] if group is None else divide_layer(reader.spec, plan.weights)
         rank = 0 if group is None else group.rank
-        self._head = Head(reader, [share.vocabulary for share in shares], rank, plan.dtype)
+        self._head = Head(reader, [share.vocabulary for share in shares], rank, plan.dtype, strategy.model.kernels)
 
     @torch.inference_mode()
     def run(

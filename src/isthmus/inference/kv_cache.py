@@ -24,31 +24,38 @@ class KVCache:
         self.num_tokens = num_tokens
         """Tokens so far, padding included."""
         self._kv = torch.empty(num_layers, batch, 2, num_heads, capacity, head_size)
-        self._mask_B11C: Tensor | None = None
+        self.mask_B11C: Tensor | None = None
+        """What a token may not see of the slots: -inf there, else 0. None where nothing was padded."""
         kept_BK = attended_BT[:, -capacity:]
         if not kept_BK.all():
-            self._mask_B11C = torch.zeros(batch, 1, 1, capacity)
-            self._in_slots(self._mask_B11C, torch.zeros(kept_BK.shape).masked_fill(~kept_BK, -torch.inf)[:, None, None])
+            self.mask_B11C = torch.zeros(batch, 1, 1, capacity)
+            self._in_slots(self.mask_B11C, torch.zeros(kept_BK.shape).masked_fill(~kept_BK, -torch.inf)[:, None, None])
 
     def fill(self, layer: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
         """Keeps what a later token may see of the prompt's keys and values."""
         for slots_BGCD, new_BGTD in zip(self._kv[layer].unbind(1), (key_BGTD, value_BGTD), strict=True):
             self._in_slots(slots_BGCD.transpose(2, 3), new_BGTD[:, :, -self.capacity :].transpose(2, 3))
 
-    def add_token(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
-        """Makes room for one more token of each sequence. For every layer: where its key and value go (B, 2, G, D),
-        and the keys and values (B, G, K, D) that it sees, itself among them. And what it may not see of them:
-        -inf there, else 0, (B, 1, 1, K), or None where nothing was padded."""
+    def of_layer(self, layer: int) -> Tensor:
+        """Keys, then values: (B, 2, G, C, D)."""
+        return self._kv[layer]
+
+    def next_slot(self) -> tuple[int, int]:
+        """Makes room for one more token of each sequence: its slot, and how many are in use with it."""
         slot = self.num_tokens % self.capacity
         self.num_tokens += 1
-        num_used = min(self.num_tokens, self.capacity)
+        if self.mask_B11C is not None:
+            self.mask_B11C[..., slot] = 0.0
+        return slot, min(self.num_tokens, self.capacity)
+
+    def add_token(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+        """``next_slot``, as views. For every layer: where the new key and value go (B, 2, G, D), and the keys and
+        values (B, G, K, D) that the token sees, itself among them. And their mask (B, 1, 1, K), if there is one."""
+        slot, num_used = self.next_slot()
         new = self._kv.select(4, slot).unbind(0)
         used = self._kv.narrow(4, 0, num_used).unbind(0)
         views = [(new_B2GD, used_B2GKD[:, 0], used_B2GKD[:, 1]) for new_B2GD, used_B2GKD in zip(new, used, strict=True)]
-        if self._mask_B11C is None:
-            return views, None
-        self._mask_B11C[..., slot] = 0.0
-        return views, self._mask_B11C[..., :num_used]
+        return views, None if self.mask_B11C is None else self.mask_B11C[..., :num_used]
 
     def _in_slots(self, slots: Tensor, kept: Tensor) -> None:
         """Writes the last tokens of the prompt (last dimension) where ``add_token`` will look for them."""

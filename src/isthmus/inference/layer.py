@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from isthmus.inference.kernels import Kernels
 from isthmus.inference.linear import Linear, make_linear
 from isthmus.models.shards import ShardReader
 from isthmus.spec.transformer import LayerShare, Range
@@ -54,7 +55,9 @@ class Rotation:
 class Layer:
     """The share of layer ``number`` that this device holds, in ``dtype`` (see ``linear``)."""
 
-    def __init__(self, reader: ShardReader, number: int, share: LayerShare, dtype: str) -> None:
+    def __init__(
+        self, reader: ShardReader, number: int, share: LayerShare, dtype: str, kernels: Kernels | None = None
+    ) -> None:
         spec = reader.spec
         self.spec = spec
         self.share = share
@@ -67,11 +70,11 @@ class Layer:
         self.k_norm = Norm(reader, "k_norm", number, kind="rms") if spec.has_qk_norm else None
 
         query_rows, kv_rows = self._rows(share.heads), self._rows(self.kv_heads)
-        self.qkv = _read_linear(reader, number, [("q", query_rows), ("k", kv_rows), ("v", kv_rows)], dtype)
-        self.o = make_linear(reader.read("o.weight", number, columns=query_rows), None, dtype)
+        self.qkv = _read_linear(reader, number, [("q", query_rows), ("k", kv_rows), ("v", kv_rows)], dtype, kernels)
+        self.o = make_linear(reader.read("o.weight", number, columns=query_rows), None, dtype, kernels)
         ups = [("gate", share.columns)] if spec.has_gate else []
-        self.up = _read_linear(reader, number, [*ups, ("up", share.columns)], dtype)
-        self.down = make_linear(reader.read("down.weight", number, columns=share.columns), None, dtype)
+        self.up = _read_linear(reader, number, [*ups, ("up", share.columns)], dtype, kernels)
+        self.down = make_linear(reader.read("down.weight", number, columns=share.columns), None, dtype, kernels)
         self.o_bias = reader.read("o.bias", number) if reader.has("o.bias", number) else None
         self.down_bias = reader.read("down.bias", number) if reader.has("down.bias", number) else None
 
@@ -84,6 +87,13 @@ class Layer:
     def num_cached_heads(self) -> int:
         """Key/value heads as a cache keeps them (``as_cached``)."""
         return len(self.kv_heads) if self._is_grouped else len(self.share.heads)
+
+    @property
+    def cached_sources(self) -> list[int]:
+        """Which of this device's key/value heads each of the cached ones is."""
+        if self._is_grouped or self._kv_index is None:
+            return list(range(len(self.kv_heads)))
+        return self._kv_index.tolist()
 
     def as_cached(self, key: Tensor, dim: int) -> Tensor:
         """Keys or values with heads along ``dim`` as a cache keeps them: once each, where as many query heads use each
@@ -140,9 +150,11 @@ class Layer:
         return torch.arange(heads.start, heads.stop) // group - self.kv_heads.start
 
 
-def _read_linear(reader: ShardReader, layer: int, parts: list[tuple[str, Range]], dtype: str) -> Linear:
+def _read_linear(
+    reader: ShardReader, layer: int, parts: list[tuple[str, Range]], dtype: str, kernels: Kernels | None
+) -> Linear:
     """Matrices one below the other, so that one product gives all of them."""
     weight = torch.cat([reader.read(f"{name}.weight", layer, rows=rows) for name, rows in parts])
     has_bias = reader.has(f"{parts[0][0]}.bias", layer)
     bias = torch.cat([reader.read(f"{name}.bias", layer, rows=rows) for name, rows in parts]) if has_bias else None
-    return make_linear(weight, bias, dtype)
+    return make_linear(weight, bias, dtype, kernels)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from isthmus.inference.kernels import ACTIVATIONS, load_kernels
 from isthmus.inference.layer import Layer, Norm, Rotation
 from isthmus.models.shards import ShardReader
 from isthmus.spec.transformer import LayerShare, Range
@@ -35,9 +36,11 @@ class LocalModel:
         self.final_norm = Norm(reader, "final_norm") if reader.has("final_norm.weight") else None
         self._inverse_frequencies, self._rotary_scale = _rotary(reader)
         self.layer_range = Range(start=0, stop=self.spec.num_layers) if layer_range is None else layer_range
+        self.kernels = load_kernels() if self.spec.is_decoder and self.spec.activation in ACTIVATIONS else None
+        """For tokens that come one by one; None: by PyTorch."""
         self.layers: list[Layer] = []
         for number in range(self.layer_range.start, self.layer_range.stop):
-            self.layers.append(Layer(reader, number, share, dtype))
+            self.layers.append(Layer(reader, number, share, dtype, self.kernels))
             reader.release()
             progress(len(self.layers) / len(self.layer_range))
         self._tables = {

@@ -133,8 +133,9 @@ def _token_workload(plan: InferencePlan, spec: TransformerSpec, request: Inferen
         after = (Step(work=head, exchange=None),)
         return Workload(before=before, layer=layer, after=after, num_layers=spec.num_layers)
     num_values = batch * spec.hidden_size
-    algorithm = token_algorithm(num_values, num_devices) or plan.algorithm
-    exchanges = all_reduce(plan.codec, num_values, num_devices, algorithm)
+    algorithm = token_algorithm(num_values, num_devices)
+    codec = plan.codec if algorithm is None else "fp32"
+    exchanges = all_reduce(codec, num_values, num_devices, algorithm or plan.algorithm)
     [told] = all_gather("fp32", [3 * batch] * num_devices)  # the best word's score and number, and whether to stop
     return Workload(
         before=before,
@@ -145,8 +146,8 @@ def _token_workload(plan: InferencePlan, spec: TransformerSpec, request: Inferen
 
 
 def token_algorithm(num_values: int, num_devices: int) -> Literal["doubling", "mesh"] | None:
-    """How so few values are best summed: up to here an exchange is bound by latency, and few messages are faster than
-    few bytes. None: as larger ones are."""
+    """How so few values are best summed, in FP32: up to here an exchange is bound by latency, and few messages are
+    faster than few bytes. None: as larger ones are."""
     if num_values > SMALL_VALUES:
         return None
     return "mesh" if num_devices & (num_devices - 1) else "doubling"

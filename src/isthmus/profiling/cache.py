@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from isthmus.spec.files import atomic_write
+from isthmus.spec.files import atomic_write, cache_directory
 from isthmus.spec.profile import Profile
 from isthmus.spec.serialization import from_json, to_json
 
 Measured = TypeVar("Measured")
-
-
-def cache_directory() -> Path:
-    """``$ISTHMUS_CACHE``, else ``isthmus`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if "ISTHMUS_CACHE" in os.environ:
-        return Path(os.environ["ISTHMUS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isthmus"
 
 
 def cached_profile(identity: Mapping[str, object], measure: Callable[[], Profile], *, refresh: bool = False) -> Profile:

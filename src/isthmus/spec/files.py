@@ -15,6 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def cache_directory() -> Path:
+    """``$ISTHMUS_CACHE``, else ``isthmus`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if "ISTHMUS_CACHE" in os.environ:
+        return Path(os.environ["ISTHMUS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isthmus"
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Writes ``data`` (text as UTF-8) to the file ``path``, replacing it in one step; missing parents are made.
 

@@ -220,25 +220,38 @@ class SocketGroup(Group):
     def repeated_sum(self, num_values: int) -> RepeatedSum:
         if self.world_size & (self.world_size - 1) or 4 * num_values > _STRAIGHT_BYTES:
             return super().repeated_sum(num_values)
-        return DoublingSum(self, num_values, self._run, self._exchange_message)
+        return DoublingSum(
+            self,
+            num_values,
+            run=self._run,
+            exchange=self._exchange_message,
+            sockets={peer: connection.fileno() for peer, connection in self._connections.items()},
+            silent=self._silent,
+        )
 
-    def _exchange_message(self, peer: int, prefix: bytes, outgoing: memoryview, incoming: memoryview) -> None:
-        """Sends a message and receives one that must have the same header."""
+    def _exchange_message(
+        self, peer: int, prefix: bytes, outgoing: memoryview, incoming: memoryview, num_sent: int, got: int
+    ) -> None:
+        """Sends a message and receives one that must have the same header, of each of which so much is done."""
         connection = self._connections[peer]
-        try:
-            num_sent = connection.send(outgoing, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            num_sent = 0
-        except OSError as error:
-            raise self._lost(peer, error) from error
+        if num_sent < len(outgoing):
+            try:
+                num_sent += connection.send(outgoing[num_sent:], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise self._lost(peer, error) from error
         if num_sent < len(outgoing):
             self._unfinished.add(peer)
             _Loop(self, prefix, [(peer, [outgoing[num_sent:]])], [(peer, incoming[HEADER_BYTES:])]).run()
             return
-        got = 0
-        while got < len(incoming):
+        while True:
+            if got >= HEADER_BYTES and incoming[:HEADER_BYTES] != outgoing[:HEADER_BYTES]:
+                raise self._unexpected(peer, bytearray(incoming[:HEADER_BYTES]), bytes(outgoing[:HEADER_BYTES]))
+            if got == len(incoming):
+                return
             try:
-                num_bytes = connection.recv_into(incoming[got:] if got else incoming)
+                num_bytes = connection.recv_into(incoming[got:])
             except BlockingIOError as error:
                 raise self._silent([peer]) from error
             except OSError as error:
@@ -246,8 +259,6 @@ class SocketGroup(Group):
             if num_bytes == 0:
                 raise self._lost(peer, None)
             got += num_bytes
-            if got >= HEADER_BYTES and incoming[:HEADER_BYTES] != outgoing[:HEADER_BYTES]:
-                raise self._unexpected(peer, bytearray(incoming[:HEADER_BYTES]), bytes(outgoing[:HEADER_BYTES]))
 
     def _hang_up(self, lost_ranks: tuple[int, ...]) -> None:
         if self._hung_up:
