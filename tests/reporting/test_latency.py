@@ -145,10 +145,10 @@ def test_markdown_of_generation_has_the_tokens_too() -> None:
 @pytest.mark.parametrize("new", [row, generating])
 def test_table_has_all_columns_where_they_fit_and_a_few_on_80(new: Callable[..., BenchInferRow]) -> None:
     assert "exchanges" in printed({None: [new("tensor", 0.1)]}, 200)
-    for cells in ({None: [new("single", 0.123), new("tensor", 0.1, codec="int8")]}, {5e7: [new("tensor", 0.118)]}):
-        text = printed(cells, 80)
+    for bandwidth in (None, 5e7):
+        text = printed({bandwidth: [new("single", 0.123), new("tensor", 0.1, codec="int8")]}, 80)
         assert "exchanges" not in text and "…" not in text
-        assert sum(" ms " in line for line in text.splitlines()) == sum(map(len, cells.values()))
+        assert sum(" ms " in line for line in text.splitlines()) == 2
 
 
 def test_table_has_each_bandwidth_once_widest_first_and_marks_the_choice() -> None:
