@@ -85,6 +85,7 @@ def link(bytes_per_s: float, *, burst_bytes: float = 0.0, latency_s: float = 2e-
         latency_s=latency_s,
         message_s=1e-4,
         waiting=Waiting(computing_s=(1e-3, 1e-2), seconds=(2e-4, 1e-3)),
+        sum_step_s=3e-4,
         transfer=Transfer(num_bytes=sizes, seconds=tuple(max(0.0, size - burst_bytes) / bytes_per_s for size in sizes)),
         bytes_per_s=bytes_per_s,
         burst_bytes=burst_bytes,

@@ -174,6 +174,7 @@ EXAMPLES: dict[str, Any] = {
                 latency_s=5e-5,
                 message_s=2e-4,
                 waiting=Waiting(computing_s=(1e-3, 1e-2), seconds=(2e-4, 1e-3)),
+                sum_step_s=3e-4,
                 transfer=Transfer(num_bytes=(16384, 32768), seconds=(0.0, 0.001)),
                 bytes_per_s=1.5e7,
                 burst_bytes=65536.0,

@@ -57,12 +57,7 @@ class Decoding:
         """Each device's part of a block, with what was there before on the first, takes the place of ``_hidden_BH``."""
         self._is_first = group is None or group.rank == 0
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
-        self._rotary_TD = None
-        rotation = model.rotation(torch.arange(total)[None])
-        if rotation is not None:
-            cos_TD, sin_TD = rotation.cos[0, 0], rotation.sin[0, 0]
-            half = spec.head_size // 2
-            self._rotary_TD = cos_TD.contiguous(), torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), 1)
+        self._rotary_TD = model.rotary_table(total)
         self._native: NativeBlocks | None = None
         if model.kernels is not None and batch <= MOST_ROWS:
             self._part_BH = self._hidden_BH if self._is_in_place else torch.empty_like(self._hidden_BH)

@@ -33,7 +33,9 @@ class Generation:
         group = strategy.group
         shares = [LayerShare.whole(reader.spec)] if group is None else divide_layer(reader.spec, plan.weights)
         rank = 0 if group is None else group.rank
+        reader.release()  # the model keeps the files mapped as they are, for its tables
         self._head = Head(reader, [share.vocabulary for share in shares], rank, plan.dtype, strategy.model.kernels)
+        reader.release()
 
     @torch.inference_mode()
     def run(

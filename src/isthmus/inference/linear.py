@@ -15,6 +15,7 @@ from isthmus.inference.kernels import DTYPE_NUMBERS, MOST_ROWS, CLinear, Kernels
 from isthmus.spec.inference import DTYPES
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ROWS_AT_ONCE = 1024
 _MULTIPLIES_INT8 = platform.machine() in ("x86_64", "AMD64")
 """PyTorch has fast products of 8-bit numbers here."""
 
@@ -54,7 +55,8 @@ class Int8Linear(Linear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        largest = torch.linalg.vector_norm(weight, torch.inf, dim=1)
+        scales = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
             # PyTorch 2.13 deprecates making such a tensor and still has no other way to these kernels, which are two to
@@ -79,7 +81,9 @@ class RowsLinear(Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: str, kernels: Kernels) -> None:
         self._scales: Tensor | None = None
         if dtype == "int8" and weight.numel():
-            self._scales, weight = _to_int8(weight)
+            # In parts: a vocabulary's rows would for a moment take many times the memory that they are to take.
+            scales, parts = zip(*map(_to_int8, weight.split(_ROWS_AT_ONCE)), strict=True)
+            self._scales, weight = torch.cat(scales), torch.cat(parts)
         else:  # a device without a part of the layer has nothing to quantise
             dtype = "fp32" if dtype == "int8" else dtype
             weight = weight.to(_TORCH_DTYPES[dtype])
@@ -124,8 +128,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Scales (n) of rows (n, m), and what they multiply."""
-    scales = rows.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return scales, (rows / scales[:, None]).round_().to(torch.int8)
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)
+    scales = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return scales, torch.div(rows, scales[:, None]).round_().to(torch.int8)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None, dtype: str, kernels: Kernels | None = None) -> Linear:

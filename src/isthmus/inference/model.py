@@ -71,6 +71,14 @@ class LocalModel:
         angles_B1TD = angles_BTD[:, None]
         return Rotation(cos=angles_B1TD.cos() * self._rotary_scale, sin=angles_B1TD.sin() * self._rotary_scale)
 
+    def rotary_table(self, num_positions: int) -> tuple[Tensor, Tensor] | None:
+        """cos (T, D), and sin with a negative first half, of positions 0 to T - 1; None for a model without."""
+        rotation = self.rotation(torch.arange(num_positions)[None])
+        if rotation is None:
+            return None
+        cos_TD, (first_TD, second_TD) = rotation.cos[0, 0], rotation.sin[0, 0].chunk(2, dim=-1)
+        return cos_TD.contiguous(), torch.cat((-first_TD, second_TD), dim=-1)
+
 
 def _rotary(reader: ShardReader) -> tuple[Tensor | None, float]:
     """Inverse frequencies (D/2,) and the factor of cos and sin, by whatever rule the configuration names."""

@@ -18,8 +18,9 @@ from isthmus.inference.linear import Linear, RowsLinear
 
 
 class NativeBlocks:
-    """One request's. ``blocks`` are attention and MLP of all layers in turn. Each reads ``hidden_BH`` and writes this
-    device's part to ``part_BH``; with ``adds``, for which the two are one tensor, it adds that and the bias."""
+    """One request's. ``blocks`` are attention and MLP of all layers in turn, to be called while this lives. Each reads
+    ``hidden_BH`` and writes this device's part to ``part_BH``; with ``adds``, for which the two are one tensor, it adds
+    that and the bias."""
 
     def __init__(
         self,

@@ -13,16 +13,20 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import count
+from itertools import count, cycle
 
 import torch
 from torch import Tensor
 
+from isthmus.inference.kernels import MOST_ROWS
+from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.layer import Layer
 from isthmus.inference.model import LocalModel
+from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
 from isthmus.planning.curves import monotone
+from isthmus.planning.device_costs import WEIGHT_BYTES
 from isthmus.profiling.cache import find, keep
 from isthmus.profiling.limits import cpu_quota, free_memory_bytes
 from isthmus.profiling.network import is_as_measured, measure_link, share_texts, start
@@ -121,6 +125,7 @@ def _no_link(device: DeviceProfile) -> LinkProfile:
         latency_s=0.0,
         message_s=0.0,
         waiting=Waiting(computing_s=(1.0,), seconds=(0.0,)),
+        sum_step_s=0.0,
         transfer=Transfer(num_bytes=(1,), seconds=(1 / device.memory_bytes_per_s,)),
         bytes_per_s=device.memory_bytes_per_s,
     )
@@ -149,14 +154,17 @@ def _grid(num_rows: int) -> list[int]:
 
 
 class _Parts:
-    """Runs the two blocks of a layer as any strategy does, with as many keys as rows and nothing to sum up."""
+    """Runs the two blocks of a layer as any strategy does, with as many keys as rows and nothing to sum up. So few rows
+    as a decoder continues at once are one token of each of so many sequences."""
 
     def __init__(self, model: LocalModel) -> None:
         self.model = model
         self._block = TensorParallel(model, None)._block
         self._turns = count()
 
-    def attention(self, rows: int) -> Callable[[], Tensor]:
+    def attention(self, rows: int) -> Callable[[], object]:
+        if (blocks := self._token_blocks(rows)) is not None:
+            return _in_turn(blocks, 0)
         hidden = torch.randn(1, rows, self.model.spec.hidden_size)
         rotation = self.model.rotation(torch.arange(rows)[None])
 
@@ -168,7 +176,9 @@ class _Parts:
 
         return run
 
-    def mlp(self, rows: int) -> Callable[[], Tensor]:
+    def mlp(self, rows: int) -> Callable[[], object]:
+        if (blocks := self._token_blocks(rows)) is not None:
+            return _in_turn(blocks, 1)
         hidden = torch.randn(1, rows, self.model.spec.hidden_size)
 
         def run() -> Tensor:
@@ -177,14 +187,50 @@ class _Parts:
 
         return run
 
+    def _token_blocks(self, rows: int) -> NativeBlocks | None:
+        model = self.model
+        if model.kernels is None or rows > MOST_ROWS:
+            return None
+        cache = KVCache(
+            num_layers=len(model.layers),
+            num_heads=model.layers[0].num_cached_heads,
+            head_size=model.spec.head_size,
+            capacity=2,
+            attended_BT=torch.ones(rows, 1),
+        )
+        hidden_BH, positions_B1 = torch.randn(rows, model.spec.hidden_size), torch.ones(rows, 1, dtype=torch.int64)
+        native = NativeBlocks(
+            model.layers,
+            cache,
+            model.kernels,
+            hidden_BH,
+            torch.empty_like(hidden_BH),
+            adds=False,
+            positions_B1=positions_B1,
+            rotary=model.rotary_table(2),
+        )
+        native.next_token()
+        return native
+
     def _next(self) -> Layer:
         return self.model.layers[next(self._turns) % len(self.model.layers)]
+
+
+def _in_turn(native: NativeBlocks, first: int) -> Callable[[], object]:
+    """Every other block."""
+    turns = cycle(native.blocks[first::2])
+
+    def run() -> NativeBlocks:
+        next(turns)()
+        return native  # which keeps what the blocks point to
+
+    return run
 
 
 def _read_parts(reader: ShardReader, width: int, dtype: str) -> tuple[float, _Parts]:
     """Some layers of which this device has one part in ``width``, and that part."""
     share, part = _narrow(reader.spec, width)
-    per_layer = (reader.spec.attention_numel + reader.spec.mlp_numel) * part * 4
+    per_layer = (reader.spec.attention_numel + reader.spec.mlp_numel) * part * WEIGHT_BYTES[dtype]
     room = min(_CACHE_BYTES, free_memory_bytes() // 4)
     num_layers = max(1, min(reader.spec.num_layers, math.ceil(room / per_layer)))
     return part, _Parts(LocalModel(reader, share, dtype, layer_range=Range(start=0, stop=num_layers)))
@@ -302,4 +348,5 @@ def _alone_s(parts: _Parts, rows: int, group: Group | None) -> float:
 @torch.inference_mode()
 def _measure_link(reader: ShardReader, group: Group, dtype: str, rows: Sequence[int]) -> LinkProfile:
     _, parts = _read_parts(reader, _WIDTHS[-1], dtype)
-    return measure_link(group, (parts.mlp(1), parts.mlp(rows[-1])))
+    num_summed = reader.spec.hidden_size if reader.spec.is_decoder else 0
+    return measure_link(group, (parts.mlp(1), parts.mlp(rows[-1])), num_summed=num_summed)

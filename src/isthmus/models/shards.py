@@ -6,6 +6,8 @@ device ever needs room for the whole model.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 from pathlib import Path
@@ -37,7 +39,8 @@ class ShardReader:
         self._prefix = self.family.prefix_in(self._files)
 
     def release(self) -> None:
-        """Maps the files anew: what was read so far no longer counts as this process's memory."""
+        """Maps the files anew: what was read so far no longer counts as this process's memory. Nor does what was freed
+        since, which GNU's C library would keep."""
         self._files.clear()
         for path in checkpoint_files(self.directory):
             try:
@@ -47,6 +50,8 @@ class ShardReader:
                     f"checkpoint: {path} is truncated or not a safetensors file ({error}); download it again"
                 ) from error
             self._files.update(dict.fromkeys(file.keys(), file))
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
     def has(self, name: str, layer: int | None = None) -> bool:
         """Whether the checkpoint has the uniform tensor (see ``transformer_families``)."""

@@ -269,6 +269,10 @@ def _step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: li
     if step.exchange is None:
         _refill(devices, credits_, compute_s)
         return compute_s
+    if step.is_prepared:
+        seconds = compute_s + max(device.link.sum_step_s for device in devices)
+        _refill(devices, credits_, seconds)
+        return seconds
     parts = list(zip(devices, step.work, step.exchange, strict=True))
     computed_s = compute_s
     compute_s = max(device.work_s(work) + device.encode_s(traffic, codec) for device, work, traffic in parts)

@@ -43,6 +43,8 @@ class Step:
 
     work: tuple[Work, ...]
     exchange: Exchange | None
+    is_prepared: bool = False
+    """Of a sum that is repeated for every token (``transport/repeated``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,10 @@ def _token_workload(plan: InferencePlan, spec: TransformerSpec, request: Inferen
     [told] = all_gather("fp32", [3 * batch] * num_devices)  # the best word's score and number, and whether to stop
     return Workload(
         before=before,
-        layer=(*_with_exchanges(attention, exchanges), *_with_exchanges(mlp, exchanges)),
+        layer=tuple(
+            replace(step, is_prepared=algorithm is not None)
+            for step in (*_with_exchanges(attention, exchanges), *_with_exchanges(mlp, exchanges))
+        ),
         after=(Step(work=head, exchange=told),),
         num_layers=spec.num_layers,
     )

@@ -17,6 +17,7 @@ from isthmus.transport.base import Group
 
 _ROUND_TRIPS = 30
 _ROUNDS = 24
+_SUMS = 256
 _COMPUTING_S = (0.0005, 0.012)
 _SIZES = tuple(1 << power for power in range(14, 23))
 _LONGEST_S = 0.12
@@ -38,9 +39,10 @@ def share_texts(group: Group, text: str) -> list[str]:
     return [bytes(part.numpy()).decode() for part in texts]
 
 
-def measure_link(group: Group, computes: Sequence[Callable[[], object]]) -> LinkProfile:
+def measure_link(group: Group, computes: Sequence[Callable[[], object]], *, num_summed: int = 0) -> LinkProfile:
     """This rank's link. ``computes``: little and much of what the device computes between exchanges, such as one layer
-    of a token and of a text. Blocks for two or three seconds."""
+    of a token and of a text. ``num_summed``: the values of a repeated sum after the little. Blocks for two or three
+    seconds."""
     peers = group.world_size - 1
     round_trip_s = _round_trip_s(group)
     idle_s = _idle_exchange_s(group)
@@ -52,6 +54,7 @@ def measure_link(group: Group, computes: Sequence[Callable[[], object]]) -> Link
         latency_s=max(round_trip_s / 2, idle_s - peers * message_s),
         message_s=message_s,
         waiting=_waiting(group, computes, idle_s),
+        sum_step_s=_sum_step_s(group, computes[0], num_summed) if num_summed else 0.0,
         transfer=transfer,
         bytes_per_s=bytes_per_s,
         burst_bytes=burst_bytes,
@@ -105,6 +108,23 @@ def _waiting(group: Group, computes: Sequence[Callable[[], object]], idle_s: flo
         points[own_s] = max(0.0, _mean(group, _timed(both, _ROUNDS)) - own_s - idle_s)
     computing_s = tuple(sorted(points))
     return Waiting(computing_s=computing_s, seconds=tuple(points[second] for second in computing_s))
+
+
+def _sum_step_s(group: Group, compute: Callable[[], object], num_values: int) -> float:
+    """What a repeated sum adds to some computing, by the exchanges that it consists of."""
+    add_up = group.repeated_sum(num_values)
+    before = group.stats.num_exchanges
+    add_up()
+    num_exchanges = group.stats.num_exchanges - before
+    start(group)
+    own_s = _most(group, steady_s(compute))
+
+    def both() -> None:
+        compute()
+        add_up()
+
+    start(group)
+    return max(0.0, _mean(group, _timed(both, _SUMS)) - own_s) / num_exchanges
 
 
 def _most(group: Group, seconds: float) -> float:

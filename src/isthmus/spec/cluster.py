@@ -159,6 +159,8 @@ class LinkProfile:
     latency_s: float
     message_s: float
     waiting: Waiting
+    sum_step_s: float
+    """All that an exchange of a repeated sum takes after a token's computing, waiting included; 0 for encoders."""
     transfer: Transfer
     bytes_per_s: float
     """For long."""
