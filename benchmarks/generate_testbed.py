@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ import psutil
 import torch
 
 from isthmus.inference.engine import Engine
+from isthmus.inference.kernels import load_kernels
+from isthmus.inference.linear import make_linear
 from isthmus.models.shards import ShardReader
+from isthmus.profiling.steady import steady_s
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan
 from isthmus.testbed import DeviceSpec, Testbed, TestbedSpec
@@ -86,15 +90,11 @@ class Stopwatch:
 
 
 def memory_bytes_per_s() -> float:
-    """At which this device reads memory, in products like those of a token."""
+    """At which this device reads memory: the faster of a sum and of the products of a token."""
     weight = torch.randn(_MEMORY_BYTES // 4 // 1024, 1024)
-    x = torch.randn(1024)
-    times_s = []
-    for _ in range(8):
-        start_s = time.perf_counter()
-        torch.mv(weight, x)
-        times_s.append(time.perf_counter() - start_s)
-    return weight.nbytes / statistics.median(times_s[2:])
+    x = torch.randn(1, 1024)
+    tasks = [weight.sum, partial(make_linear(weight, None, "fp32", load_kernels()), x)]
+    return weight.nbytes / min(steady_s(task, least_s=0.2) for task in tasks)
 
 
 def run_isthmus(arguments: argparse.Namespace, measure: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
