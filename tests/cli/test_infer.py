@@ -172,6 +172,8 @@ def test_one_device_measures_itself(model: Path) -> None:
         (["bench", "infer", "MODEL", "--strategies", "magic"], "strategies: got magic, wanted all or some of single"),
         (["bench", "infer", "MODEL", "--codecs", ","], "codecs: got none, wanted all or some of fp32"),
         (["bench", "infer", "MODEL", "--tokens", "9999"], "tokens: got 9999, wanted at most the 512"),
+        (["plan", "infer", "MODEL", "--tokens", "9999"], "tokens: got 9999, wanted at most the 512"),
+        (["plan", "infer", "MODEL", "--new-tokens", "9"], "'bert' is an encoder"),
         (["bench", "infer", "MODEL", "--new-tokens", "4"], "model: 'bert' is an encoder; wanted a decoder"),
         (["bench", "infer", "LLAMA", "--tokens", "250", "--new-tokens", "9"], "max_new_tokens: got 9 after a prompt"),
         (

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from isthmus.inference.generation import check_can_generate, check_length
+from isthmus.inference.generation import check_request
 from isthmus.inference.joining import TIMEOUT_S, is_started_per_device
 from isthmus.inference.profile import measure_cluster
 from isthmus.inference.timing import Timed, time_plans
@@ -115,15 +115,11 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
 
 def _request(options: BenchOptions, reader: ShardReader) -> InferenceRequest:
     """Raises ``IsthmusError`` for what cannot be asked of the model."""
-    most = reader.spec.max_num_tokens
-    if options.tokens > most:
-        raise IsthmusError(f"tokens: got {options.tokens}, wanted at most the {most} it allows")
-    if options.new_tokens:
-        check_can_generate(reader, InferencePlan.even("single", 1))
-        check_length(reader, options.tokens, options.new_tokens)
-        if options.strategies == ("sequence",):
-            raise IsthmusError("strategies: got sequence, wanted single or tensor: who generates divides no tokens")
-    return InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens)
+    request = InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens)
+    check_request(reader, request)
+    if options.new_tokens and options.strategies == ("sequence",):
+        raise IsthmusError("strategies: got sequence, wanted single or tensor: who generates divides no tokens")
+    return request
 
 
 def _config(options: BenchOptions) -> dict[str, object]:

@@ -15,7 +15,7 @@ from isthmus.models.shards import ShardReader
 from isthmus.planning.shares import divide_layer
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
-from isthmus.spec.inference import InferencePlan
+from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare
 
 OnTokens = Callable[[list[int]], bool]
@@ -83,6 +83,16 @@ def check_can_generate(reader: ShardReader, plan: InferencePlan) -> None:
         raise IsthmusError(
             f"strategy: got {plan.strategy!r}, wanted 'tensor' to generate: devices divide heads, not tokens"
         )
+
+
+def check_request(reader: ShardReader, request: InferenceRequest) -> None:
+    """Raises ``IsthmusError`` for what cannot be asked of the model on any devices."""
+    most = reader.spec.max_num_tokens
+    if request.num_tokens > most:
+        raise IsthmusError(f"tokens: got {request.num_tokens}, wanted at most the {most} it allows")
+    if request.num_new_tokens:
+        check_can_generate(reader, InferencePlan.even("single", 1))
+        check_length(reader, request.num_tokens, request.num_new_tokens)
 
 
 def check_length(reader: ShardReader, num_prompt_tokens: int, max_new_tokens: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.inference.generation import check_request
 from isthmus.inference.joining import TIMEOUT_S, is_started_per_device
 from isthmus.inference.profile import measure_cluster
 from isthmus.models.checkpoint_files import resolve_checkpoint
@@ -58,6 +59,8 @@ def plan_infer(
     """Prints the fastest ``num_rows`` plans and why the first is taken, and writes that plan to ``output``. None on
     devices that do not lead. Blocks for seconds where it has to measure."""
     reader = ShardReader(resolve_checkpoint(options.model))
+    request = InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens)
+    check_request(reader, request)
     if options.devices is not None and options.cluster is None:
         raise IsthmusError("devices: got names without a cluster, wanted --cluster too, which says who they are")
     cluster = read_cluster(options.cluster).select() if options.cluster is not None else None
@@ -77,7 +80,7 @@ def plan_infer(
         cluster = chosen
     question = Question(
         spec=reader.spec,
-        request=InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens),
+        request=request,
         profile=profile,
         memory_bytes=tuple(device.memory_bytes for device in cluster.devices) if cluster is not None else (),
         codecs=codecs,

@@ -91,8 +91,8 @@ def listen(address: str, port: int = 0) -> socket.socket:
         return socket.create_server((address, port), family=family, backlog=64)
     except OSError as error:
         raise RendezvousError(
-            f"cannot listen on {address}:{port} ({error}): MASTER_ADDR must be an address of rank 0's own, MASTER_PORT "
-            "a free port"
+            f"cannot listen on {address}:{port} ({error}): it must be an address of this machine and a free "
+            "port (MASTER_ADDR and MASTER_PORT of rank 0, --listen and --port of a worker)"
         ) from error
 
 
