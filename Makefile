@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 # Without a GPU this must be asked for by itself and first: torch as somebody's dependency may bring gigabytes of CUDA.
 TORCH ?= $(shell if nvidia-smi >/dev/null 2>&1; then echo "'torch<2.14'"; else echo torch==2.13.0; fi)
 # The tests are tiny and two run at a time: more threads each would only fight over the cores.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: setup demo test test-long check bench
 

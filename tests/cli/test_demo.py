@@ -25,6 +25,7 @@ from isthmus.testbed.network import namespaces_of
 from isthmus.testbed.requirements import check_host
 from isthmus.testbed.testbed import remove_testbed
 
+pytestmark = pytest.mark.xdist_group("demo")  # all raise the testbed of that name
 END_TIMEOUT_S = 150
 """Far more than it takes: where nothing is in the page cache, importing PyTorch alone takes a minute."""
 ISTHMUS = str(Path(sys.executable).parent / "isthmus")

@@ -88,7 +88,7 @@ def test_a_bench_times_every_strategy_and_its_report_can_be_planned_with(model: 
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     kinds = {(row.strategy, row.codec, row.num_devices) for row in report.rows}
     assert kinds == {("single", "fp32", 1)} | {
-        (strategy, codec, 2) for strategy in ("tensor", "sequence") for codec in ("fp32", "int8")
+        (strategy, codec, 2) for strategy in ("tensor", "sequence", "pipeline") for codec in ("fp32", "int8")
     }
     assert sum(row.is_choice for row in report.rows) == 1
     spec = ShardReader(model).spec

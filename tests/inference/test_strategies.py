@@ -11,10 +11,13 @@ from tests.inference.conftest import CONFIGS, DECODERS, on_devices, reference
 
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy, Tokens
+from isthmus.inference.strategies.pipeline import Pipeline
+from isthmus.inference.strategies.scattered_tensor import ScatteredTensorParallel
 from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
-from isthmus.planning.shares import divide_layer
+from isthmus.planning import shares
+from isthmus.planning.shares import divide, divide_layer
 from isthmus.spec.transformer import LayerShare, Range
 from isthmus.transport.base import Algorithm, Group
 
@@ -94,6 +97,23 @@ def sequence_parallel(weights: tuple[float, ...], codec: str | None = None) -> C
     return make
 
 
+def scattered(weights: tuple[float, ...], codec: str | None = None) -> Callable[[ShardReader, Group], Strategy]:
+    def make(reader: ShardReader, group: Group) -> Strategy:
+        share = divide_layer(reader.spec, weights, column_unit=1)[group.rank]
+        return ScatteredTensorParallel(LocalModel(reader, share, "fp32"), group, weights=weights, codec=codec)
+
+    return make
+
+
+def pipeline(weights: tuple[float, ...], codec: str | None = None) -> Callable[[ShardReader, Group], Strategy]:
+    def make(reader: ShardReader, group: Group) -> Strategy:
+        layers = divide(reader.spec.num_layers, weights)[group.rank]
+        model = LocalModel(reader, LayerShare.whole(reader.spec), "fp32", layer_range=layers)
+        return Pipeline(model, group, codec=codec)
+
+    return make
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_one_device_is_plain_transformers(family: str, checkpoint: Checkpoint) -> None:
     assert_equal(run(family, checkpoint, 1, alone))
@@ -119,12 +139,44 @@ def test_tokens_divided(family: str, weights: tuple[float, ...], checkpoint: Che
     assert_equal(run(family, checkpoint, len(weights), sequence_parallel(weights)))
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), UNEVEN, (0.0, 1.0, 0.05, 1.0)], ids=str)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_heads_and_columns_divided_and_what_lies_between_by_tokens(
+    family: str, weights: tuple[float, ...], checkpoint: Checkpoint
+) -> None:
+    assert_equal(run(family, checkpoint, len(weights), scattered(weights)))
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 64], ids=["two micro-batches", "one"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 1.0), UNEVEN], ids=str)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_layers_divided(
+    family: str,
+    weights: tuple[float, ...],
+    micro_batch_tokens: int,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shares, "_MICRO_BATCH_TOKENS", micro_batch_tokens)
+    assert_equal(run(family, checkpoint, len(weights), pipeline(weights)))
+
+
+def test_a_pipeline_keeps_the_order_of_many_micro_batches(checkpoint: Checkpoint) -> None:
+    directory = checkpoint("bert")
+    ids_BT = torch.randint(3, 99, (40, 32), generator=torch.Generator().manual_seed(2))
+    tokens = Tokens.of(ids_BT)
+    parts = on_devices(3, lambda group: pipeline(UNEVEN)(ShardReader(directory), group).run(tokens))
+    whole = alone(ShardReader(directory), None).run(tokens)  # pyright: ignore[reportArgumentType]
+    assert [part.shape[1] for part in parts] == [0, 0, 32]
+    assert_equal((parts[2], whole))
+
+
 @pytest.mark.parametrize("algorithm", ["mesh", "two_step", "ring"])
 def test_every_all_reduce(algorithm: Algorithm, checkpoint: Checkpoint) -> None:
     assert_equal(run("llama", checkpoint, 3, tensor_parallel(UNEVEN, algorithm=algorithm)))
 
 
-@pytest.mark.parametrize("make", [tensor_parallel, sequence_parallel])
+@pytest.mark.parametrize("make", [tensor_parallel, sequence_parallel, scattered, pipeline])
 @pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.05), ("int4", 0.6)])
 def test_codecs_stay_near(make: Callable, codec: str, tolerance: float, checkpoint: Checkpoint) -> None:
     assert_equal(run("bert", checkpoint, 3, make(UNEVEN, codec=codec)), tolerance)

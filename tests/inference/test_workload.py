@@ -13,9 +13,11 @@ from isthmus.inference.engine import Engine
 from isthmus.models.shards import ShardReader
 from isthmus.planning.device_costs import generation_bytes, weight_bytes
 from isthmus.planning.exchanges import all_gather, encoded_bytes, even_shares
-from isthmus.planning.workload import device_shares, passes, workload
+from isthmus.planning.workload import device_shares, layer_ranges, passes, workload
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import CODECS, DTYPES, InferencePlan, InferenceRequest
+from isthmus.spec.transformer import LayerShare
 from isthmus.transport import codec as wire
 from isthmus.transport import collectives
 from isthmus.transport.base import Group
@@ -26,7 +28,7 @@ UNEVEN = (0.2, 0.45, 0.6)
 PLANS = [
     InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=UNEVEN, codec=codec, algorithm=algorithm)
     for codec in CODECS
-    for algorithm in ("mesh", "two_step")
+    for algorithm in ("mesh", "two_step", "scatter")
 ]
 PLANS += [
     InferencePlan(strategy="sequence", devices=(0, 1, 2), weights=weights, codec=codec)
@@ -38,6 +40,12 @@ PLANS += [
     InferencePlan.even("sequence", 2),
     InferencePlan.even("single", 1),
 ]
+PIPELINES = [
+    InferencePlan(strategy="pipeline", devices=(0, 1, 2), weights=weights, codec=codec)
+    for codec in CODECS
+    for weights in (UNEVEN, (1.0, 1.0, 1.0))
+]
+PIPELINES += [InferencePlan(strategy="pipeline", devices=(0, 2), weights=(2.0, 1.0))]
 
 
 def measured(directory: Path, plan: InferencePlan, request: InferenceRequest) -> list[tuple[int, int, int]]:
@@ -77,6 +85,27 @@ def test_bytes_and_exchanges_are_those_of_a_real_run(plan: InferencePlan, family
     predicted = workload(plan, ShardReader(directory).spec, request)
     assert tuple(sent for sent, _, _ in found) == predicted.sent_bytes()
     assert found[0][1] == predicted.num_exchanges()
+
+
+@pytest.mark.parametrize("plan", PIPELINES, ids=name)
+@pytest.mark.parametrize("batch", [1, 15])
+def test_a_pipeline_passes_on_what_was_said(plan: InferencePlan, batch: int, checkpoint: Checkpoint) -> None:
+    """15 sequences are three micro-batches."""
+    directory = checkpoint("bert")
+    spec = ShardReader(directory).spec
+    request = InferenceRequest(num_tokens=11, batch=batch)
+    found = measured(directory, plan, request)
+    predicted = workload(plan, spec, request)
+    assert tuple(sent for sent, _, _ in found) == predicted.sent_bytes()
+    assert found[0][1] == predicted.num_exchanges()
+    assert [held for _, _, held in found] == [
+        weight_bytes(spec, LayerShare.whole(spec), "fp32", len(layers)) for layers in layer_ranges(plan, spec)
+    ]
+
+
+def test_a_pipeline_needs_a_layer_for_every_device(checkpoint: Checkpoint) -> None:
+    with pytest.raises(IsthmusError, match=r"pipeline for 4 devices .* leaves one without any of the 3 layers"):
+        layer_ranges(InferencePlan.even("pipeline", 4), ShardReader(checkpoint("bert")).spec)
 
 
 GENERATING = [
@@ -141,7 +170,9 @@ def test_weights_take_what_was_said(family: str, dtype: str, checkpoint: Checkpo
     plan = InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=UNEVEN, dtype=dtype)
     found = measured(directory, plan, InferenceRequest(num_tokens=3))
     spec = ShardReader(directory).spec
-    assert [held for _, _, held in found] == [weight_bytes(spec, share, dtype) for share in device_shares(plan, spec)]
+    assert [held for _, _, held in found] == [
+        weight_bytes(spec, share, dtype, spec.num_layers) for share in device_shares(plan, spec)
+    ]
 
 
 @pytest.mark.parametrize("codec", CODECS)

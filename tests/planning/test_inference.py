@@ -11,7 +11,7 @@ from tests.planning.clusters import BERT, LLAMA, cluster, device, even_cluster, 
 
 from isthmus.planning.device_costs import PROCESS_BYTES, weight_bytes
 from isthmus.planning.inference import Question, allowed, choose, predict, weigh
-from isthmus.planning.workload import device_shares
+from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare
@@ -36,8 +36,9 @@ def test_no_plan_that_is_chosen_exceeds_any_memory(speeds: list[float], rate: fl
     except IsthmusError:
         assert not any(candidate.fits for candidate in weigh(asked))
         return
-    for rank, share in zip(chosen.plan.devices, device_shares(chosen.plan, BERT), strict=True):
-        assert weight_bytes(BERT, share, "fp32") < free[rank]
+    shares, layers = device_shares(chosen.plan, BERT), layer_ranges(chosen.plan, BERT)
+    for rank, share, own_layers in zip(chosen.plan.devices, shares, layers, strict=True):
+        assert weight_bytes(BERT, share, "fp32", len(own_layers)) < free[rank]
 
 
 def test_weights_move_to_devices_that_have_room() -> None:
@@ -163,10 +164,21 @@ def test_a_burst_is_used_up_and_comes_back_while_computing() -> None:
     assert without_s - latency_s == pytest.approx(12 * 65536 / 1e7, rel=0.05)
 
 
+def test_a_pipeline_is_for_many_sequences() -> None:
+    """On links on which nothing else pays."""
+    one = replace(question(even_cluster(4, 1e6)), request=InferenceRequest(num_tokens=128))
+    many = replace(one, request=InferenceRequest(num_tokens=128, batch=32))
+    assert choose(one).chosen.plan.strategy == "single"
+    chosen = choose(many).chosen
+    assert chosen.plan.strategy == "pipeline"
+    alone_s = next(candidate.latency_s for candidate in weigh(many) if candidate.plan.strategy == "single")
+    assert 2 < alone_s / chosen.latency_s < 4
+
+
 def test_memory_of_every_device_is_its_part_of_the_weights() -> None:
     plan = InferencePlan.even("tensor", 4)
-    parts = [weight_bytes(BERT, share, "fp32") for share in device_shares(plan, BERT)]
-    assert sum(parts) == weight_bytes(BERT, LayerShare.whole(BERT), "fp32") == 12 * 7077888 * 4
+    parts = [weight_bytes(BERT, share, "fp32", 12) for share in device_shares(plan, BERT)]
+    assert sum(parts) == weight_bytes(BERT, LayerShare.whole(BERT), "fp32", 12) == 12 * 7077888 * 4
     candidate = predict(question(even_cluster(4, 1e8)), plan)
     assert all(0 < need - part < 32 * MIB for need, part in zip(candidate.memory_bytes, parts, strict=True))
 

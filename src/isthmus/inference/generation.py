@@ -81,8 +81,10 @@ def check_can_generate(reader: ShardReader, plan: InferencePlan) -> None:
         )
     if plan.strategy not in ("single", "tensor"):
         raise IsthmusError(
-            f"strategy: got {plan.strategy!r}, wanted 'tensor' to generate: devices divide heads, not tokens"
+            f"strategy: got {plan.strategy!r}, wanted 'tensor' to generate: devices divide heads, not tokens or layers"
         )
+    if plan.algorithm == "scatter":
+        raise IsthmusError("algorithm: got 'scatter', wanted another to generate: every device needs the last token")
 
 
 def check_request(reader: ShardReader, request: InferenceRequest) -> None:

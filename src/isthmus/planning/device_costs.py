@@ -33,11 +33,12 @@ class DeviceCosts:
     def work_s(self, work: Work) -> float:
         """Seconds of computing ``work``."""
         profile = self.profile
-        total_s = work.scores * profile.s_per_score + work.copied * profile.s_per_added_value
+        layer_s = work.scores * profile.s_per_score
         if work.attention_rows:
-            total_s += self._block_s("attention", work.attention_rows, work.attention_share)
+            layer_s += self._block_s("attention", work.attention_rows, work.attention_share)
         if work.mlp_rows:
-            total_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
+            layer_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
+        total_s = work.num_layers * layer_s + work.copied * profile.s_per_added_value
         if work.head_rows:  # as long as the MLP's matrices take, value for value
             values = work.head_share * self.spec.vocab_size * self.spec.hidden_size
             total_s += self._block_s("mlp", work.head_rows, 1.0) * values / self.spec.mlp_numel
@@ -73,10 +74,11 @@ class DeviceCosts:
         """What arithmetic at the best rate ever seen, and reading the weights once, would take."""
         spec = self.spec
         head = spec.vocab_size * spec.hidden_size * work.head_share
-        weights = spec.attention_numel * work.attention_share + spec.mlp_numel * work.mlp_share + head
-        flops = 4.0 * work.scores * spec.head_size
-        flops += 2.0 * work.attention_rows * spec.attention_numel * work.attention_share
-        flops += 2.0 * (work.mlp_rows * spec.mlp_numel * work.mlp_share + work.head_rows * head)
+        attention, mlp = spec.attention_numel * work.attention_share, spec.mlp_numel * work.mlp_share
+        weights = head
+        weights += work.num_layers * (attention * (work.attention_rows > 0) + mlp * (work.mlp_rows > 0))
+        products = work.attention_rows * attention + work.mlp_rows * mlp
+        flops = work.num_layers * (4.0 * work.scores * spec.head_size + 2.0 * products) + 2.0 * work.head_rows * head
         reading_s = weights * WEIGHT_BYTES[self.dtype] / self.profile.memory_bytes_per_s
         return max(flops / self.best_flops, reading_s) * self.profile.alone_factor
 
@@ -109,8 +111,8 @@ def _at_share(widths: tuple[WidthTimes, ...], block: str, rows: int, share: floa
     return max(line_s, points[0][1] * min(1.0, share / points[0][0]))
 
 
-def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str) -> int:
-    """Of all layers' matrices as a device keeps them (``LocalModel.num_bytes``)."""
+def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str, num_layers: int) -> int:
+    """Of the layers' matrices as a device keeps them (``LocalModel.num_bytes``)."""
     heads, kv_heads, columns = len(share.heads), len(share.kv_heads(spec)), len(share.columns)
     outer = (heads + 2 * kv_heads) * spec.head_size
     inner = columns * (2 if spec.has_gate else 1)
@@ -118,7 +120,7 @@ def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str) -> int:
     scales = 0
     if dtype == "int8":
         scales = outer + inner + spec.hidden_size * ((heads > 0) + (columns > 0))
-    return spec.num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
+    return num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
 
 
 def working_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRequest, num_devices: int) -> int:

@@ -79,7 +79,42 @@ def all_reduce(codec: str, num_values: int, num_devices: int, algorithm: str) ->
     shares = even_shares(num_values, num_devices)
     if algorithm == "ring":
         return _ring(shares)
-    return [_reduce_scatter(codec, shares), *all_gather(codec, shares)]
+    return [reduce_scatter(codec, shares), *all_gather(codec, shares)]
+
+
+def reduce_scatter(codec: str, shares: Sequence[int]) -> Exchange:
+    """Device i gets the sum of all devices' i-th ``shares`` values."""
+    sizes = [encoded_bytes(codec, count) for count in shares]
+    peers, total, is_coded = len(shares) - 1, sum(sizes), codec != "fp32"
+    return tuple(
+        Traffic(
+            num_sent=peers,
+            num_received=peers,
+            sent_bytes=total - size + peers * HEADER_BYTES,
+            received_bytes=peers * (size + HEADER_BYTES),
+            encoded=sum(shares) if is_coded else 0,
+            decoded=len(shares) * count if is_coded else 0,
+            added=len(shares) * count,
+        )
+        for size, count in zip(sizes, shares, strict=True)
+    )
+
+
+def pass_on(codec: str, values: Sequence[int]) -> Exchange:
+    """Device i's ``values[i]`` go to device i + 1; the last one keeps its own."""
+    sizes = [encoded_bytes(codec, count) + HEADER_BYTES if count else 0 for count in values[:-1]] + [0]
+    coded = [count if codec != "fp32" else 0 for count in values[:-1]] + [0]
+    return tuple(
+        Traffic(
+            num_sent=int(size > 0),
+            num_received=int(before > 0),
+            sent_bytes=size,
+            received_bytes=before,
+            encoded=encoded,
+            decoded=decoded,
+        )
+        for size, before, encoded, decoded in zip(sizes, [0, *sizes], coded, [0, *coded], strict=False)
+    )
 
 
 def broadcast(num_bytes: int, num_devices: int) -> Exchange:
@@ -127,23 +162,6 @@ def _doubling(codec: str, num_values: int, num_devices: int) -> list[Exchange]:
         added=num_values,
     )
     return [(one,) * num_devices] * (num_devices.bit_length() - 1)
-
-
-def _reduce_scatter(codec: str, shares: Sequence[int]) -> Exchange:
-    sizes = [encoded_bytes(codec, count) for count in shares]
-    peers, total, is_coded = len(shares) - 1, sum(sizes), codec != "fp32"
-    return tuple(
-        Traffic(
-            num_sent=peers,
-            num_received=peers,
-            sent_bytes=total - size + peers * HEADER_BYTES,
-            received_bytes=peers * (size + HEADER_BYTES),
-            encoded=sum(shares) if is_coded else 0,
-            decoded=len(shares) * count if is_coded else 0,
-            added=len(shares) * count,
-        )
-        for size, count in zip(sizes, shares, strict=True)
-    )
 
 
 def _ring(shares: Sequence[int]) -> list[Exchange]:

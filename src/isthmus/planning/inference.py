@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, generation_bytes, weight_bytes, working_bytes
-from isthmus.planning.workload import Step, Work, Workload, device_shares, passes
+from isthmus.planning.shares import divide, micro_batches
+from isthmus.planning.workload import Step, Work, Workload, device_shares, layer_ranges, passes
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES, InferencePlan, InferenceRequest
@@ -36,7 +37,7 @@ class Candidate:
     first_token_s: float
     """Of ``latency_s``, where tokens are generated; else all of it."""
     compute_s: float
-    """In layers, of ``latency_s``; the rest are exchanges, encoding, waiting, embeddings and the head."""
+    """Of ``latency_s``; the rest are exchanges, encoding and waiting."""
     bound_s: float
     sent_bytes: tuple[int, ...]
     num_exchanges: int
@@ -130,30 +131,35 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
         return [count * _simulate(load, step_s, devices) for load, count in all_passes]
 
     seconds = total_s(lambda step, credits_: _step_s(step, devices, plan.codec, credits_))
-    shares = device_shares(plan, question.spec)
+    shares, layers = device_shares(plan, question.spec), layer_ranges(plan, question.spec)
     return Candidate(
         plan=plan,
         latency_s=sum(seconds),
         first_token_s=seconds[0],
-        compute_s=sum(count * load.num_layers * _computing_s(load, devices) for load, count in all_passes),
+        compute_s=sum(count * _computing_s(load, devices) for load, count in all_passes),
         bound_s=sum(total_s(lambda step, credits_: _least_step_s(step, devices, credits_))),
         sent_bytes=tuple(
             sum(count * load.sent_bytes()[device] for load, count in all_passes) for device in range(len(devices))
         ),
         num_exchanges=sum(count * load.num_exchanges() for load, count in all_passes),
         memory_bytes=tuple(
-            weight_bytes(question.spec, share, plan.dtype)
+            weight_bytes(question.spec, share, plan.dtype, len(own_layers))
             + working_bytes(question.spec, share, question.request, len(shares))
             + generation_bytes(question.spec, share, question.request, plan.dtype)
-            for share in shares
+            for share, own_layers in zip(shares, layers, strict=True)
         ),
         budget_bytes=tuple(question.budget_bytes(rank) for rank in plan.devices),
     )
 
 
 def _computing_s(load: Workload, devices: Sequence[DeviceCosts]) -> float:
-    """Of one layer: the slowest device of each step."""
-    return sum(max(device.work_s(work) for device, work in zip(devices, step.work, strict=True)) for step in load.layer)
+    """The slowest device of each step."""
+    parts = ((load.before, 1), (load.layer, load.num_layers), (load.after, 1))
+    return sum(count * max(map(_work_s, devices, step.work)) for steps, count in parts for step in steps)
+
+
+def _work_s(device: DeviceCosts, work: Work) -> float:
+    return device.work_s(work)
 
 
 # --- which plans there are --------------------------------------------------------------------------------------------
@@ -166,17 +172,26 @@ def _plans(
         if "single" in question.strategies:
             yield InferencePlan(strategy="single", devices=ranks, weights=(1.0,), dtype=dtype)
         return
-    for strategy in ("tensor", "sequence"):
-        if strategy not in question.strategies or (strategy == "sequence" and question.request.num_new_tokens):
+    for strategy in ("tensor", "sequence", "pipeline"):
+        if strategy not in question.strategies or (strategy != "tensor" and question.request.num_new_tokens):
+            continue
+        if strategy == "pipeline" and len(ranks) > question.spec.num_layers:
             continue
         even = InferencePlan(strategy=strategy, devices=ranks, weights=(1.0,) * len(ranks), dtype=dtype)
         balanced = _balanced(question, even, [costs[rank] for rank in ranks])
+        algorithms = ("two_step",)
+        if strategy == "tensor":
+            algorithms = ("two_step", "mesh") if question.request.num_new_tokens else ("two_step", "mesh", "scatter")
         for weights in dict.fromkeys((even.weights, balanced, _within_memory(question, even, balanced))):
-            if weights is None:
+            if weights is None or (strategy == "pipeline" and not _gives_layers_to_all(weights, question.spec)):
                 continue
             for codec in question.codecs:
-                for algorithm in ("two_step", "mesh") if strategy == "tensor" else ("two_step",):
+                for algorithm in algorithms:
                     yield replace(even, weights=weights, codec=codec, algorithm=algorithm)
+
+
+def _gives_layers_to_all(weights: Sequence[float], spec: TransformerSpec) -> bool:
+    return all(len(part) for part in divide(spec.num_layers, weights))
 
 
 def _balanced(question: Question, even: InferencePlan, devices: Sequence[DeviceCosts]) -> tuple[float, ...]:
@@ -201,20 +216,25 @@ def _part_s(question: Question, plan: InferencePlan, device: DeviceCosts, share:
     rows = request.batch * (1 if request.num_new_tokens else request.num_tokens)  # tokens to come take most of the time
     if plan.strategy == "tensor":
         return device.work_s(Work(attention_rows=rows, attention_share=share, mlp_rows=rows, mlp_share=share))
+    if plan.strategy == "pipeline":
+        rows = len(micro_batches(request.batch, request.num_tokens)[0]) * request.num_tokens
+        return share * device.work_s(Work(attention_rows=rows, attention_share=1.0, mlp_rows=rows, mlp_share=1.0))
     own = max(1, round(rows * share))
     return device.work_s(Work(attention_rows=own, attention_share=1.0, mlp_rows=own, mlp_share=1.0))
 
 
 def _within_memory(question: Question, even: InferencePlan, weights: tuple[float, ...]) -> tuple[float, ...] | None:
     """``weights`` with what does not fit a device's memory moved to the others; None where nothing is to be moved, or
-    all together have too little room. For tensor parallelism, where weights are memory."""
-    if even.strategy != "tensor":
+    all together have too little room. For tensor parallelism and pipelines, where weights are memory."""
+    if even.strategy not in ("tensor", "pipeline"):
         return None
     spec, request, num_devices = question.spec, question.request, len(weights)
     [whole] = device_shares(replace(even, strategy="single", devices=(0,), weights=(1.0,)), spec)
-    total = weight_bytes(spec, whole, even.dtype)
-    # A head and the unit of columns may be added by rounding.
-    slack = 1.0 / spec.num_heads + 16.0 / spec.intermediate_size
+    total = weight_bytes(spec, whole, even.dtype, spec.num_layers)
+    # A head and the unit of columns, or a layer, may be added by rounding.
+    slack = 1.0 / spec.num_layers
+    if even.strategy == "tensor":
+        slack = 1.0 / spec.num_heads + 16.0 / spec.intermediate_size
     rest = working_bytes(spec, whole, request, num_devices)
     most = [max(0.0, (question.budget_bytes(rank) - rest) / total - slack) for rank in even.devices]
     parts = [weight / sum(weights) for weight in weights]
@@ -283,7 +303,8 @@ def _step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: li
         for (device, _, traffic), credit in zip(parts, credits_, strict=True)
     )
     _spend(step, devices, credits_, transfer_s)
-    return compute_s + message_s + transfer_s + max(device.decode_s(traffic, codec) for device, _, traffic in parts)
+    compute_s += max(device.decode_s(traffic, codec) for device, _, traffic in parts)
+    return message_s + (max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s)
 
 
 def _least_step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[float]) -> float:
@@ -297,7 +318,8 @@ def _least_step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[flo
         for device, traffic, credit in zip(devices, step.exchange, credits_, strict=True)
     )
     _spend(step, devices, credits_, transfer_s)
-    return compute_s + max(device.link.round_trip_s for device in devices) / 2 + transfer_s
+    transfer_s += max(device.link.round_trip_s for device in devices) / 2
+    return max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s
 
 
 def _refill(devices: Sequence[DeviceCosts], credits_: list[float], seconds: float) -> None:

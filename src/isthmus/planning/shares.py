@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
+_MICRO_BATCH_TOKENS = 64
+
 
 def divide(total: int, weights: Sequence[float], *, unit: int = 1) -> list[Range]:
     """Adjacent ranges that cover ``total``, in proportion to ``weights`` (not negative, not all 0), in whole ``unit``s
@@ -24,6 +26,13 @@ def divide(total: int, weights: Sequence[float], *, unit: int = 1) -> list[Range
         ranges.append(Range(start=start, stop=stop))
         start = stop
     return ranges
+
+
+def micro_batches(batch: int, num_tokens: int) -> list[Range]:
+    """Sequences that pass through a pipeline together: few, so that all devices soon have some, but enough tokens for
+    products to be fast."""
+    size = -(-_MICRO_BATCH_TOKENS // num_tokens)
+    return [Range(start=start, stop=min(batch, start + size)) for start in range(0, batch, size)]
 
 
 def divide_layer(spec: TransformerSpec, weights: Sequence[float], *, column_unit: int = 16) -> list[LayerShare]:

@@ -9,8 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from isthmus.planning.exchanges import Exchange, all_gather, all_reduce, broadcast, gather
-from isthmus.planning.shares import divide, divide_layer
+from isthmus.planning.exchanges import (
+    Exchange,
+    all_gather,
+    all_reduce,
+    broadcast,
+    gather,
+    pass_on,
+    reduce_scatter,
+)
+from isthmus.planning.shares import divide, divide_layer, micro_batches
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
@@ -29,6 +38,8 @@ class Work:
     """Pairs of query and key, over heads and sequences."""
     mlp_rows: int = 0
     mlp_share: float = 0.0
+    num_layers: int = 1
+    """So many of them; what follows is not of layers."""
     embedded_rows: int = 0
     head_rows: int = 0
     head_share: float = 0.0
@@ -45,6 +56,8 @@ class Step:
     exchange: Exchange | None
     is_prepared: bool = False
     """Of a sum that is repeated for every token (``transport/repeated``)."""
+    overlaps: bool = False
+    """The exchange goes on while the next step is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +75,14 @@ class Workload:
 
     def sent_bytes(self) -> tuple[int, ...]:
         """By device, of the whole request."""
-        num_devices = len(self.layer[0].work)
+        num_devices = len(self.steps[0].work)
         exchanges = [step.exchange for step in self.steps if step.exchange is not None]
         return tuple(sum(exchange[device].sent_bytes for exchange in exchanges) for device in range(num_devices))
 
     def num_exchanges(self) -> int:
-        """Of the leader, which takes part in all."""
-        return sum(step.exchange is not None for step in self.steps)
+        """Of the leader."""
+        leaders = [step.exchange[0] for step in self.steps if step.exchange is not None]
+        return sum(bool(each.num_sent or each.num_received) for each in leaders)
 
 
 def device_shares(plan: InferencePlan, spec: TransformerSpec) -> list[LayerShare]:
@@ -78,17 +92,34 @@ def device_shares(plan: InferencePlan, spec: TransformerSpec) -> list[LayerShare
     return [LayerShare.whole(spec)] * len(plan.devices)
 
 
+def layer_ranges(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
+    """Which layers every device of ``plan`` has. Raises ``IsthmusError`` where a pipeline leaves one without."""
+    if plan.strategy != "pipeline":
+        return [Range(start=0, stop=spec.num_layers)] * len(plan.devices)
+    ranges = divide(spec.num_layers, plan.weights)
+    if not all(len(part) for part in ranges):
+        raise IsthmusError(
+            f"strategy: got pipeline for {len(plan.devices)} devices of weights {plan.weights}, which leaves one "
+            f"without any of the {spec.num_layers} layers: take fewer devices, or another strategy"
+        )
+    return ranges
+
+
 def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> Workload:
     """What the plan's devices (in its order) do for ``request``: the vector of each sequence (``Engine.mean``)."""
     num_devices = len(plan.devices)
     rows = request.batch * request.num_tokens
-    if plan.strategy == "sequence":
-        ranges = divide(request.num_tokens, plan.weights)
-        layer = _sequence_layer(plan, spec, request, ranges)
+    ranges = divide(request.num_tokens, plan.weights)
+    own_rows, layer, ticks = [rows] * num_devices, (), ()
+    is_scattered = plan.strategy == "sequence" or (plan.strategy == "tensor" and plan.algorithm == "scatter")
+    if is_scattered:
         own_rows = [request.batch * len(part) for part in ranges]
+    if plan.strategy == "sequence":
+        layer = _sequence_layer(plan, spec, request, ranges)
+    elif plan.strategy == "pipeline":
+        own_rows, ticks = [0] * num_devices, _pipeline_ticks(plan, spec, request)
     else:
-        layer = _tensor_layer(plan, spec, request)
-        own_rows = [rows] * num_devices
+        layer = _tensor_layer(plan, spec, request, own_rows)
     embedding = Step(work=tuple(Work(embedded_rows=count) for count in own_rows), exchange=None)
     if num_devices == 1:
         return Workload(before=(embedding,), layer=layer, after=(), num_layers=spec.num_layers)
@@ -99,9 +130,9 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
         embedding,
     )
     answering: tuple[Step, ...] = ()
-    if plan.strategy == "sequence":
+    if is_scattered or ticks:
         answering = (Step(work=idle, exchange=gather([request.batch * spec.hidden_size] * num_devices)),)
-    return Workload(before=asking, layer=layer, after=answering, num_layers=spec.num_layers)
+    return Workload(before=asking, layer=layer, after=(*ticks, *answering), num_layers=spec.num_layers)
 
 
 def passes(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> list[tuple[Workload, int]]:
@@ -158,8 +189,11 @@ def token_algorithm(num_values: int, num_devices: int) -> Literal["doubling", "m
     return "mesh" if num_devices & (num_devices - 1) else "doubling"
 
 
-def _tensor_layer(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[Step, ...]:
-    """Every device has its heads and columns of all rows, and both blocks end with an all-reduce."""
+def _tensor_layer(
+    plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest, own_rows: list[int]
+) -> tuple[Step, ...]:
+    """Every device has its heads and columns of all rows, and both blocks end with an all-reduce; with ``scatter`` they
+    begin with an all-gather and end with a reduce-scatter."""
     rows = request.batch * request.num_tokens
     shares = device_shares(plan, spec)
     attention = tuple(
@@ -173,8 +207,40 @@ def _tensor_layer(plan: InferencePlan, spec: TransformerSpec, request: Inference
     mlp = tuple(Work(mlp_rows=rows, mlp_share=len(share.columns) / spec.intermediate_size) for share in shares)
     if len(shares) == 1:
         return Step(work=attention, exchange=None), Step(work=mlp, exchange=None)
+    if plan.algorithm == "scatter":
+        values = [count * spec.hidden_size for count in own_rows]
+        summed = reduce_scatter(plan.codec, values)
+        [gathered] = _with_exchanges((Work(),) * len(shares), all_gather(plan.codec, values))
+        return gathered, *_with_exchanges(attention, [summed]), gathered, *_with_exchanges(mlp, [summed])
     exchanges = all_reduce(plan.codec, rows * spec.hidden_size, len(shares), plan.algorithm)
     return (*_with_exchanges(attention, exchanges), *_with_exchanges(mlp, exchanges))
+
+
+def _pipeline_ticks(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[Step, ...]:
+    """In tick t device d computes micro-batch t − d and passes it on. Devices are as far as that from one another,
+    though they do not wait for ticks."""
+    parts = micro_batches(request.batch, request.num_tokens)
+    layers = layer_ranges(plan, spec)
+    num_devices = len(layers)
+    steps = []
+    for tick in range(len(parts) + num_devices - 1):
+        at = [tick - device for device in range(num_devices)]
+        rows = [len(parts[number]) * request.num_tokens if 0 <= number < len(parts) else 0 for number in at]
+        work = tuple(
+            Work(
+                attention_rows=count,
+                attention_share=1.0,
+                scores=count * request.num_tokens * spec.num_heads,
+                mlp_rows=count,
+                mlp_share=1.0,
+                num_layers=len(own),
+                embedded_rows=count if device == 0 else 0,
+            )
+            for device, (count, own) in enumerate(zip(rows, layers, strict=True))
+        )
+        exchange = pass_on(plan.codec, [count * spec.hidden_size for count in rows])
+        steps.append(Step(work=work, exchange=exchange, overlaps=True))
+    return tuple(steps)
 
 
 def _sequence_layer(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from isthmus.spec.errors import IsthmusError
 
-STRATEGIES = ("single", "tensor", "sequence")
+STRATEGIES = ("single", "tensor", "sequence", "pipeline")
 CODECS = ("fp32", "bf16", "int8", "int4")
 DTYPES = ("fp32", "bf16", "int8")
 
@@ -36,15 +36,15 @@ class InferencePlan:
 
     schema_version: int = 1
     strategy: str
-    """``single``, ``tensor`` (heads and columns divided) or ``sequence`` (tokens divided)."""
+    """``single``, ``tensor`` (heads and columns divided), ``sequence`` (tokens divided) or ``pipeline`` (layers)."""
     devices: tuple[int, ...]
     weights: tuple[float, ...]
     """Each device's part of the work; any scale."""
     codec: str = "fp32"
     dtype: str = "fp32"
     """What matrices are kept and multiplied in."""
-    algorithm: Literal["mesh", "two_step", "ring", "doubling"] = "two_step"
-    """Of all-reduces."""
+    algorithm: Literal["mesh", "two_step", "ring", "doubling", "scatter"] = "two_step"
+    """Of all-reduces. ``scatter``: none, each sum goes to the device that keeps the token."""
 
     def __post_init__(self) -> None:
         for name, known in (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES)):

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy
+from isthmus.inference.strategies.pipeline import Pipeline
+from isthmus.inference.strategies.scattered_tensor import ScatteredTensorParallel
 from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
-from isthmus.planning.shares import divide_layer
+from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
-from isthmus.spec.transformer import LayerShare
 from isthmus.transport.base import Group
 
 
@@ -25,16 +26,17 @@ def make_strategy(
     """Reads what this device needs under ``plan`` and makes its strategy. ``group`` holds the plan's devices, in their
     order, and is None for one. What one of ``known`` has read already is not read again."""
     codec = None if plan.codec == "fp32" else plan.codec
-    share = LayerShare.whole(reader.spec)
-    if plan.strategy == "tensor":
-        assert group is not None
-        share = divide_layer(reader.spec, plan.weights)[group.rank]
-    model = next((model for model in known if model.share == share and model.dtype == plan.dtype), None)
+    rank = 0 if group is None else group.rank
+    wanted = device_shares(plan, reader.spec)[rank], plan.dtype, layer_ranges(plan, reader.spec)[rank]
+    model = next((model for model in known if (model.share, model.dtype, model.layer_range) == wanted), None)
     if model is None:
-        model = LocalModel(reader, share, plan.dtype, progress=progress)
-    if plan.strategy == "tensor":
-        return TensorParallel(model, group, codec=codec, algorithm=plan.algorithm)
+        model = LocalModel(reader, wanted[0], plan.dtype, layer_range=wanted[2], progress=progress)
+    if group is None:
+        return TensorParallel(model, None)
     if plan.strategy == "sequence":
-        assert group is not None
         return SequenceParallel(model, group, weights=plan.weights, codec=codec)
-    return TensorParallel(model, None)
+    if plan.strategy == "pipeline":
+        return Pipeline(model, group, codec=codec)
+    if plan.algorithm == "scatter":
+        return ScatteredTensorParallel(model, group, weights=plan.weights, codec=codec)
+    return TensorParallel(model, group, codec=codec, algorithm=plan.algorithm)

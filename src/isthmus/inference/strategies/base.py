@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.inference.layer import Layer, Norm
 from isthmus.inference.model import LocalModel
-from isthmus.spec.transformer import Range
+from isthmus.spec.transformer import Range, TransformerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,20 @@ class Tokens:
             seen_TK &= key > query - window
         # Padding sees itself: a row without any key would be undefined.
         return (allowed_B1TK & seen_TK) | (key == query)
+
+    def mask(self, spec: TransformerSpec) -> tuple[Tensor | None, bool]:
+        """What ``Layer.attend`` takes of it for all tokens: ``allowed``, and whether each sees all before it."""
+        num_tokens, window = self.ids_BT.shape[1], spec.sliding_window
+        if spec.is_decoder and (window is None or num_tokens <= window) and bool(self.attended_BT.all()):
+            return None, True
+        return self.allowed(Range(start=0, stop=num_tokens), is_causal=spec.is_decoder, window=window), False
+
+    def part(self, sequences: Range) -> Tokens:
+        """Some of the batch."""
+        rows = slice(sequences.start, sequences.stop)
+        return Tokens(
+            ids_BT=self.ids_BT[rows], attended_BT=self.attended_BT[rows], positions_BT=self.positions_BT[rows]
+        )
 
 
 class Strategy(ABC):

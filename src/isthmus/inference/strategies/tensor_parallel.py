@@ -10,7 +10,6 @@ from torch import Tensor
 from isthmus.inference.kv_cache import KVCache
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy, Tokens
-from isthmus.spec.transformer import Range
 from isthmus.transport.base import Algorithm, Group
 
 
@@ -32,17 +31,13 @@ class TensorParallel(Strategy):
 
     def run(self, tokens: Tokens, cache: KVCache | None = None) -> Tensor:
         """``cache``: where the keys and values of a prompt are kept for the tokens that follow."""
-        spec = self.model.spec
         hidden_BTH = self.model.embed(tokens.ids_BT, tokens.positions_BT)
+        return self._finish(self.transform(tokens, hidden_BTH, cache))
+
+    def transform(self, tokens: Tokens, hidden_BTH: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the layers make of ``hidden_BTH``."""
         rotation = self.model.rotation(tokens.positions_BT)
-        queries = Range(start=0, stop=tokens.ids_BT.shape[1])
-        window = spec.sliding_window
-        is_plainly_causal = (
-            spec.is_decoder and (window is None or len(queries) <= window) and bool(tokens.attended_BT.all())
-        )
-        allowed = None
-        if not is_plainly_causal:
-            allowed = tokens.allowed(queries, is_causal=spec.is_decoder, window=window)
+        allowed, is_plainly_causal = tokens.mask(self.model.spec)
 
         for number, layer in enumerate(self.model.layers):
 
@@ -56,7 +51,7 @@ class TensorParallel(Strategy):
                 return self.sum(layer.mlp(x_BTH))
 
             hidden_BTH = self._layer(layer, hidden_BTH, attention, mlp)
-        return self._finish(hidden_BTH)
+        return hidden_BTH
 
     def sum(self, partial: Tensor, algorithm: Algorithm | None = None) -> Tensor:
         """The sum over all devices, which may overwrite ``partial``. ``algorithm`` None: this strategy's own."""
