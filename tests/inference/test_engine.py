@@ -20,6 +20,8 @@ PLANS = {
     "single": InferencePlan.even("single", 1),
     "tensor": InferencePlan.even("tensor", 3),
     "sequence": InferencePlan(strategy="sequence", devices=(0, 1, 2), weights=(0.2, 0.45, 0.6)),
+    "scatter": InferencePlan(strategy="tensor", devices=(0, 1, 2), weights=(0.2, 0.45, 0.6), algorithm="scatter"),
+    "pipeline": InferencePlan(strategy="pipeline", devices=(0, 1, 2), weights=(0.2, 0.45, 0.6)),
     "two of three": InferencePlan.even("sequence", 2),
 }
 

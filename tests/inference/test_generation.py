@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from tests.inference.conftest import DECODERS, on_devices, reference
 
 from isthmus.inference import model
 from isthmus.inference.engine import Engine
-from isthmus.inference.generation import OnTokens
+from isthmus.inference.generation import OnTokens, check_can_generate
 from isthmus.inference.kernels import load_kernels
+from isthmus.models.shards import ShardReader
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
@@ -91,3 +94,17 @@ def test_greedy_tokens_are_those_of_transformers(family: str, plan: str, checkpo
     settings = GenerationSettings(max_new_tokens=128)
     found = generate(checkpoint(family), PLANS[plan], ids_BT, mask_BT, settings)
     assert found.tolist() == expected(family, ids_BT, mask_BT, 128).tolist()
+
+
+@pytest.mark.parametrize(
+    ("plan", "wrong"),
+    [
+        (InferencePlan.even("sequence", 2), "strategy: got 'sequence', wanted 'tensor'"),
+        (InferencePlan.even("pipeline", 2), "strategy: got 'pipeline', wanted 'tensor'"),
+        (replace(InferencePlan.even("tensor", 2), algorithm="scatter"), "algorithm: got 'scatter', wanted another"),
+    ],
+    ids=["sequence", "pipeline", "scatter"],
+)
+def test_a_plan_that_cannot_generate_is_refused(plan: InferencePlan, wrong: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(IsthmusError, match=wrong):
+        check_can_generate(ShardReader(checkpoint("llama")), plan)

@@ -26,7 +26,16 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def devices(checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:  # noqa: F811
+def strategy() -> str:
+    return "auto"
+
+
+@pytest.fixture
+def devices(
+    strategy: str,
+    checkpoint: Callable[[str], Path],  # noqa: F811
+    tmp_path: Path,
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that compute texts without an end in sight, all of them at work."""
     model = add_tokenizer(checkpoint("bert"))
     texts = tmp_path / "texts.txt"
@@ -38,7 +47,8 @@ def devices(checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[list[
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    options = ["--text-file", str(texts), "--timeout", str(TIMEOUT_S), "--batch-size", "1", "--output", str(ready)]
+    options = ["--text-file", str(texts), "--timeout", str(TIMEOUT_S), "--output", str(ready)]
+    options += ["--strategy", strategy, "--batch-size", "64" if strategy == "pipeline" else "1"]
     started = [
         subprocess.Popen(
             [ISTHMUS, "embed", str(model), *options],
@@ -83,3 +93,9 @@ def test_the_others_end_with_an_error_that_names_it(
             _, errors = device.communicate(timeout=TIMEOUT_S + 30)
             assert device.returncode == 3, errors
             assert f"error: rank {victim} " in errors, errors
+
+
+@pytest.mark.parametrize("strategy", ["pipeline"])
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_so_do_those_of_a_pipeline(victim: int, number: signal.Signals, devices: list[subprocess.Popen[str]]) -> None:
+    test_the_others_end_with_an_error_that_names_it(victim, number, devices)

@@ -169,6 +169,10 @@ def test_a_pipeline_is_for_many_sequences() -> None:
     one = replace(question(even_cluster(4, 1e6)), request=InferenceRequest(num_tokens=128))
     many = replace(one, request=InferenceRequest(num_tokens=128, batch=32))
     assert choose(one).chosen.plan.strategy == "single"
+    found = {candidate.plan.strategy: candidate.latency_s for candidate in weigh(one)}
+    assert (
+        found["pipeline"] > found["single"] + 393_216 / 1e6
+    )  # on its way once at least, and nothing goes on meanwhile
     chosen = choose(many).chosen
     assert chosen.plan.strategy == "pipeline"
     alone_s = next(candidate.latency_s for candidate in weigh(many) if candidate.plan.strategy == "single")

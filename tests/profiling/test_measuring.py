@@ -52,7 +52,7 @@ def test_devices_of_a_group_agree_on_a_profile_that_can_be_planned_with(
     assert_complete(first, 2)
     assert (first.devices, first.links) == (second.devices, second.links)
     choice = choose(Question(spec=ShardReader(directory).spec, request=InferenceRequest(num_tokens=8), profile=first))
-    assert {candidate.plan.strategy for candidate in choice.candidates} == {"single", "tensor", "sequence"}
+    assert {candidate.plan.strategy for candidate in choice.candidates} == {"single", "tensor", "sequence", "pipeline"}
 
 
 def test_a_device_is_measured_once_and_again_when_asked(

@@ -49,6 +49,14 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         compiling.build(DECODE)
 
 
+def test_a_compiler_that_does_not_know_an_option_is_asked_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = 'case "$*" in *=native*) exit 1;; esac; while [ "$1" != -o ]; do shift; done; echo > "$2"'
+    monkeypatch.setenv("CC", compiler(tmp_path, script))
+    assert compiling.build(SUMS).is_file()
+
+
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", compiler(tmp_path, "echo math.h: No such file >&2; exit 1"))
     with pytest.raises(IsthmusError, match=r"could not compile .*decode.c \(math.h: No such file\): .* libc6-dev"):

@@ -31,7 +31,7 @@ def divide(total: int, weights: Sequence[float], *, unit: int = 1) -> list[Range
 def micro_batches(batch: int, num_tokens: int) -> list[Range]:
     """Sequences that pass through a pipeline together: few, so that all devices soon have some, but enough tokens for
     products to be fast."""
-    size = -(-_MICRO_BATCH_TOKENS // num_tokens)
+    size = -(-_MICRO_BATCH_TOKENS // max(1, num_tokens))
     return [Range(start=start, stop=min(batch, start + size)) for start in range(0, batch, size)]
 
 

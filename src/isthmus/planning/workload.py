@@ -239,7 +239,8 @@ def _pipeline_ticks(plan: InferencePlan, spec: TransformerSpec, request: Inferen
             for device, (count, own) in enumerate(zip(rows, layers, strict=True))
         )
         exchange = pass_on(plan.codec, [count * spec.hidden_size for count in rows])
-        steps.append(Step(work=work, exchange=exchange, overlaps=True))
+        # What the first micro-batch passes through, nobody has anything else to do for.
+        steps.append(Step(work=work, exchange=exchange, overlaps=tick >= num_devices - 1))
     return tuple(steps)
 
 

@@ -5,6 +5,7 @@ Every rank calls these functions at the same time.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ _COMPUTING_S = (0.0005, 0.012)
 _SIZES = tuple(1 << power for power in range(14, 23))
 _LONGEST_S = 0.12
 """Larger exchanges are not tried: beyond, seconds are in proportion to bytes."""
+_BEYOND_BURST_BYTES = 1 << 17
 _PAUSE_S = 0.03
 _REPEATS = 5
 _SAME = 0.85
@@ -77,12 +79,16 @@ def is_as_measured(group: Group, link: LinkProfile) -> bool:
 
 
 def _rate(transfer: Transfer) -> tuple[float, float]:
-    """Bytes a second between a quarter of the most that was sent and all of it, and the least burst with which no
-    measured exchange was faster than that."""
+    """Bytes a second, and the least burst with which no measured exchange was faster than that.
+
+    The median of the rates between any two sizes that are more than a burst: a queue that overflowed in one exchange
+    would otherwise pass for a slow link with a large burst.
+    """
     points = list(zip(transfer.num_bytes, transfer.seconds, strict=True))
-    most, longest_s = points[-1]
-    part, part_s = max(point for point in points if point[0] <= most // 4)
-    bytes_per_s = (most - part) / max(longest_s - part_s, 1e-9)
+    beyond = [point for point in points if point[0] >= _BEYOND_BURST_BYTES]
+    pairs = list(itertools.combinations(beyond if len(beyond) > 1 else points[-2:], 2))
+    s_per_byte = statistics.median((more_s - less_s) / (more - less) for (less, less_s), (more, more_s) in pairs)
+    bytes_per_s = 1 / max(s_per_byte, 1e-12)
     return bytes_per_s, max(0.0, *(num_bytes - seconds * bytes_per_s for num_bytes, seconds in points))
 
 

@@ -28,6 +28,7 @@ _OPTIONS = (
     *("-std=gnu11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
+_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_TIMEOUT_S = 120.0
 _CPU_LINES = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 
@@ -55,7 +56,7 @@ def build(source: Path) -> Path:
     compiler = _compiler(source)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as scratch:
         made = Path(scratch) / library.name
-        _compile([compiler, *_OPTIONS, "-march=native", str(source), "-o", str(made), "-lm"])
+        _compile(compiler, source, made)
         atomic_write(library, made.read_bytes())
     return library
 
@@ -69,21 +70,26 @@ def _compiler(source: Path) -> str:
     raise IsthmusError(f"{what} was found for {source.name}: install one (Debian: apt install gcc)")
 
 
-def _compile(command: list[str]) -> None:
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or ["it said nothing"]
-        raise IsthmusError(
-            f"{command[0]} could not compile {command[-4]} ({said[0]}): install its headers (Debian: apt install "
-            "libc6-dev) or another compiler"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise IsthmusError(f"{command[0]} took over {_COMPILE_TIMEOUT_S:g} s for {command[-4]}") from error
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    """For this processor, whichever way the compiler can be told so."""
+    for number, own in enumerate(_THIS_PROCESSOR):
+        try:
+            command = [compiler, *_OPTIONS, *own, str(source), "-o", str(library), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+            return
+        except subprocess.CalledProcessError as error:
+            if number == len(_THIS_PROCESSOR) - 1:
+                said = error.stderr.strip().splitlines() or ["it said nothing"]
+                raise IsthmusError(
+                    f"{compiler} could not compile {source} ({said[0]}): install its headers (Debian: apt install "
+                    "libc6-dev) or another compiler"
+                ) from error
+        except subprocess.TimeoutExpired as error:
+            raise IsthmusError(f"{compiler} took over {_COMPILE_TIMEOUT_S:g} s for {source}") from error
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """What ``_THIS_PROCESSOR`` depends on."""
     found = [platform.machine()]
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

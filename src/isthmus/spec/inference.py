@@ -10,6 +10,7 @@ from isthmus.spec.errors import IsthmusError
 STRATEGIES = ("single", "tensor", "sequence", "pipeline")
 CODECS = ("fp32", "bf16", "int8", "int4")
 DTYPES = ("fp32", "bf16", "int8")
+ALGORITHMS = ("mesh", "two_step", "ring", "doubling", "scatter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class InferencePlan:
     """Of all-reduces. ``scatter``: none, each sum goes to the device that keeps the token."""
 
     def __post_init__(self) -> None:
-        for name, known in (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES)):
+        choices = (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES), ("algorithm", ALGORITHMS))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}")
         if not self.devices or list(self.devices) != sorted(set(self.devices)):
