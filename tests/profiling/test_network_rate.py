@@ -29,5 +29,13 @@ def test_one_exchange_that_took_long_is_no_slow_link_with_a_large_burst() -> Non
     assert burst_bytes == pytest.approx(65536.0, rel=1e-6)
 
 
+def test_large_exchanges_that_the_processor_limits_are_no_burst() -> None:
+    found = seconds(110e6, 65536.0)
+    slow = [max(part, (size - 1.5e5) / 50e6) for size, part in zip(SIZES, found, strict=True)]
+    bytes_per_s, burst_bytes = _rate(Transfer(num_bytes=SIZES, seconds=tuple(slow)))
+    assert bytes_per_s * 1.001 >= 50e6
+    assert 65536.0 <= burst_bytes < 1.5e5
+
+
 def test_two_sizes_are_enough() -> None:
     assert _rate(Transfer(num_bytes=(1 << 14, 1 << 15), seconds=(0.1, 0.2)))[0] == pytest.approx(163840.0)

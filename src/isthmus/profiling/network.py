@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from isthmus.profiling.steady import steady_s
@@ -79,17 +80,19 @@ def is_as_measured(group: Group, link: LinkProfile) -> bool:
 
 
 def _rate(transfer: Transfer) -> tuple[float, float]:
-    """Bytes a second, and the least burst with which no measured exchange was faster than that.
+    """Bytes a second, and the least burst with which none of the smaller exchanges was faster than that.
 
-    The median of the rates between any two sizes that are more than a burst: a queue that overflowed in one exchange
-    would otherwise pass for a slow link with a large burst.
+    The upper quartile of the rates between any two sizes that are more than a burst: where a queue overflowed or a
+    processor is too slow for its link, some are far below the link's. Of the larger exchanges such a thing would pass
+    for a burst.
     """
     points = list(zip(transfer.num_bytes, transfer.seconds, strict=True))
     beyond = [point for point in points if point[0] >= _BEYOND_BURST_BYTES]
     pairs = list(itertools.combinations(beyond if len(beyond) > 1 else points[-2:], 2))
-    s_per_byte = statistics.median((more_s - less_s) / (more - less) for (less, less_s), (more, more_s) in pairs)
-    bytes_per_s = 1 / max(s_per_byte, 1e-12)
-    return bytes_per_s, max(0.0, *(num_bytes - seconds * bytes_per_s for num_bytes, seconds in points))
+    s_per_byte = [(more_s - less_s) / (more - less) for (less, less_s), (more, more_s) in pairs]
+    bytes_per_s = 1 / max(float(np.quantile(s_per_byte, 0.25)), 1e-12)
+    smaller = [point for point in points if point[0] <= 2 * _BEYOND_BURST_BYTES]
+    return bytes_per_s, max(0.0, *(num_bytes - seconds * bytes_per_s for num_bytes, seconds in smaller))
 
 
 def _waiting(group: Group, computes: Sequence[Callable[[], object]], idle_s: float) -> Waiting:
