@@ -18,7 +18,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "isthmus"
 
-_RUNTIME = {"spec", "planning", "simulation", "models", "profiling", "reporting", "transport"}
+_RUNTIME = {"spec", "planning", "simulation", "models", "profiling", "reporting", "transport", "data", "training"}
 # What each part may import of isthmus besides itself. A part that does not exist yet is no error.
 MAY_IMPORT = {
     "spec": set[str](),
@@ -27,10 +27,13 @@ MAY_IMPORT = {
     "models": {"spec"},
     "transport": {"spec"},
     "reporting": {"spec"},
+    "data": {"spec"},
+    "training": {"spec", "reporting"},
+    "evaluation": {"spec", "models", "reporting", "data", "training"},
     "profiling": {"spec", "models", "planning", "transport"},
     "tuning": _RUNTIME,
     "inference": _RUNTIME,
-    "decoupling": _RUNTIME,
+    "decoupling": _RUNTIME | {"evaluation"},
     "testbed": {"spec", "transport"},
     "serving": _RUNTIME | {"inference"},
 }

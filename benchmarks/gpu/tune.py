@@ -31,6 +31,7 @@ from rich.console import Console
 from tests import reference
 from transformers import AutoConfig
 
+from isthmus.data import standard_library_text, train_tokenizer
 from isthmus.models.tiny import FAMILIES, write_random_checkpoint, write_tiny_checkpoint
 from isthmus.planning.popularity import solve_router_bias
 from isthmus.reporting.comparison import comparison_markdown
@@ -42,7 +43,7 @@ from isthmus.spec.report import BenchTuneRow, Spread
 from isthmus.spec.units import parse_bytes, parse_emulate
 from isthmus.tuning.bench import make_batches, measure, routing_logits
 from isthmus.tuning.bound import StepBounds
-from isthmus.tuning.data import MicroBatch, standard_library_text, train_tokenizer
+from isthmus.tuning.data import MicroBatch
 from isthmus.tuning.grouped import GroupedExperts
 from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.placement import BudgetError

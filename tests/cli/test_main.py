@@ -155,8 +155,8 @@ def test_tune_in_python_has_the_same_names_and_defaults() -> None:
 
 
 def test_choices_are_those_of_the_runtime() -> None:
+    from isthmus.training.schedule import SCHEDULES
     from isthmus.tuning.policies import POLICIES
-    from isthmus.tuning.schedule import SCHEDULES
 
     def choices(option: Any) -> set[str]:
         return set(typing.get_args(typing.get_args(option)[0]))

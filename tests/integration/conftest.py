@@ -12,9 +12,9 @@ from tests.integration.support import VOCAB_SIZE, Inputs, Tune
 from typer.testing import CliRunner, Result
 
 from isthmus.cli.main import app
+from isthmus.data import standard_library_text, train_tokenizer
 from isthmus.models.tiny import write_tiny_checkpoint
 from isthmus.reporting.progress import StepView, TuneProgress
-from isthmus.tuning.data import standard_library_text, train_tokenizer
 
 
 @pytest.fixture(scope="session")

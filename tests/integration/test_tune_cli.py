@@ -27,8 +27,9 @@ from tests.integration.support import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import isthmus
+from isthmus.data import load_tokenizer, train_tokenizer
 from isthmus.tuning.checkpoint import find_resumable
-from isthmus.tuning.data import BatchStream, load_dataset, load_tokenizer, train_tokenizer
+from isthmus.tuning.data import BatchStream, load_dataset
 
 STEP_FIELDS = (
     "step loss num_tokens duration_s bound_s h2d_bytes d2h_bytes num_experts_on_cpu num_experts_on_accelerator "

@@ -18,10 +18,10 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.models.tiny import tiny_config
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import UnitKey
+from isthmus.training.random_state import random_state, restore_random_state
 from isthmus.tuning.accelerator.emulated import EmulatedAccelerator
 from isthmus.tuning.grouped import GroupedExperts, scratch_bytes, should_group
 from isthmus.tuning.loader import ExpertLoader
-from isthmus.tuning.random_state import random_state, restore_random_state
 
 NUM_EXPERTS, NUMEL = 8, 4
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 
+from isthmus.data import load_tokenizer, standard_library_text, train_tokenizer
 from isthmus.models.tiny import write_random_checkpoint
 from isthmus.planning.popularity import skewness, solve_router_bias
 from isthmus.planning.problem import CostModel
@@ -31,14 +32,7 @@ from isthmus.spec.report import BenchTuneReport, BenchTuneRow, Spread
 from isthmus.spec.serialization import to_json
 from isthmus.spec.units import Emulation
 from isthmus.tuning.bound import StepBounds
-from isthmus.tuning.data import (
-    BatchStream,
-    MicroBatch,
-    load_dataset,
-    load_tokenizer,
-    standard_library_text,
-    train_tokenizer,
-)
+from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset
 from isthmus.tuning.policies import POLICIES
 from isthmus.tuning.session import Session, SessionOptions
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from rich.console import Console
 from transformers import Qwen3MoeConfig
 
+from isthmus.data import standard_library_text, train_tokenizer
 from isthmus.models.tiny import write_random_checkpoint
 from isthmus.reporting.comparison import plot_comparison
 from isthmus.spec.files import atomic_write
 from isthmus.spec.serialization import to_json
 from isthmus.tuning.bench import BenchOptions, run_bench
-from isthmus.tuning.data import standard_library_text, train_tokenizer
 from isthmus.tuning.run import tune
 
 TEXT_BYTES = 3_000_000

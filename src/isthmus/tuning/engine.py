@@ -18,12 +18,12 @@ from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel, on_device
 from isthmus.spec.model import OUTER_LAYER, UnitKey
+from isthmus.training.random_state import random_state, restore_random_state
 from isthmus.tuning.backward_pass import BackwardPass
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.forward_pass import ForwardPass
 from isthmus.tuning.protocols import Policy
-from isthmus.tuning.random_state import random_state, restore_random_state
 from isthmus.tuning.step_optimizer import StepOptimizer, backward_priority, forward_priority
 from isthmus.tuning.tape import ExpertsCall, Tape
 from isthmus.tuning.wave import Resources, Wave

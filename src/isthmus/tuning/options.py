@@ -9,8 +9,8 @@ from pathlib import Path
 from isthmus.models.skeleton import torch_dtype
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.units import parse_bytes, parse_emulate
+from isthmus.training.schedule import learning_rate_at
 from isthmus.tuning.policies import POLICIES
-from isthmus.tuning.schedule import learning_rate_at
 from isthmus.tuning.session import SessionOptions
 from isthmus.tuning.trainer import TrainerOptions
 

@@ -1,4 +1,4 @@
-"""The output directory of a fine-tuning run: who may write into it, and the trained model appearing in it."""
+"""The trained model appearing in a fine-tuning run's output directory."""
 
 from __future__ import annotations
 
@@ -7,40 +7,7 @@ import shutil
 from pathlib import Path
 
 from isthmus.models.writer import write_checkpoint
-from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.session import Session
-
-
-def check_output(output: Path, inputs: list[str | Path], *, resume: bool, overwrite: bool) -> None:
-    """Whether a run may write to ``output``. Changes nothing, apart from making the directory where there is none.
-
-    One that holds a run needs ``resume`` or ``overwrite``; one that holds anything else is never written to, and
-    neither is one that holds an input. Raises ``IsthmusError``.
-    """
-    if output.exists() and not output.is_dir():
-        raise IsthmusError(f"output: {output} is a file; name a directory.")
-    whole = output.resolve()
-    for path in (Path(name).expanduser() for name in inputs):
-        if path.exists() and path.resolve().is_relative_to(whole) and (overwrite or path.is_dir()):
-            raise IsthmusError(f"output: {output} holds {path}, which this run reads; name another directory.")
-    is_run = any((output / name).exists() for name in ("checkpoints", "report.json"))
-    if output.is_dir() and any(output.iterdir()) and not is_run:
-        raise IsthmusError(f"output: {output} already holds files that are not a run's; name a new or empty directory.")
-    if is_run and not (resume or overwrite):
-        raise IsthmusError(
-            f"output: {output} already holds a run. Add --resume to continue it, --overwrite to replace it, or name "
-            "another directory."
-        )
-    output.mkdir(parents=True, exist_ok=True)
-
-
-def clear_output(output: Path) -> None:
-    """Deletes all that ``output`` holds: ``check_output`` has found it to be a run that may be replaced."""
-    for entry in output.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def write_final(session: Session, output: Path, source: Path) -> None:

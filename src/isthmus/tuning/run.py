@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from isthmus.data import load_tokenizer
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.config import load_config
 from isthmus.models.safetensors_file import SafetensorsReader
@@ -21,10 +22,11 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
-from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset, load_tokenizer
-from isthmus.tuning.interruption import StopSignals
+from isthmus.training.interruption import StopSignals
+from isthmus.training.output import check_output, clear_output
+from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset
 from isthmus.tuning.options import TuneOptions
-from isthmus.tuning.output import check_output, clear_output, write_final
+from isthmus.tuning.output import write_final
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
 from isthmus.tuning.trainer import Trainer

@@ -22,6 +22,7 @@ from isthmus.spec.model import OUTER_LAYER
 from isthmus.spec.plan import Plan
 from isthmus.spec.profile import Profile
 from isthmus.spec.units import Emulation
+from isthmus.training.heap import keep_freed_memory
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.cpu_worker import CpuWorker
@@ -31,7 +32,6 @@ from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.engine import Engine, StepCounts
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.grouped import GroupedExperts, should_group
-from isthmus.tuning.heap import keep_freed_memory
 from isthmus.tuning.host_buffers import HostBuffers
 from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.measure import at_cpu_speed

@@ -10,6 +10,8 @@ from isthmus.reporting.progress import StepView, TuneProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import StepRecord
+from isthmus.training.interruption import Interrupted, StopSignals
+from isthmus.training.schedule import learning_rate_at
 from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.checkpoint import (
     checkpoint_directory,
@@ -19,9 +21,7 @@ from isthmus.tuning.checkpoint import (
     save_training_state,
 )
 from isthmus.tuning.data.batches import BatchStream, MicroBatch
-from isthmus.tuning.interruption import Interrupted, StopSignals
 from isthmus.tuning.optimizer import NonFiniteGradient
-from isthmus.tuning.schedule import learning_rate_at
 from isthmus.tuning.session import Session, StepOutcome
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.tuning.data import LoadSummary, TokenDataset, train_tokenizer
+from isthmus.data import train_tokenizer
+from isthmus.tuning.data import LoadSummary, TokenDataset
 
 MakeDataset = Callable[..., TokenDataset]
 
@@ -27,16 +26,6 @@ def tokenizer(trained_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizer
     """The trained one, without what a test may have set on it."""
     trained_tokenizer.chat_template = None
     return trained_tokenizer
-
-
-@pytest.fixture
-def write_lines(tmp_path: Path) -> Callable[..., Path]:
-    def write(*records: object, name: str = "data.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.data import load_tokenizer
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data import TokenDataset, encoding, load_dataset, load_tokenizer
+from isthmus.tuning.data import TokenDataset, encoding, load_dataset
 from isthmus.tuning.data import dataset as dataset_module
 from isthmus.tuning.data.encoding import Example, Frame
 from isthmus.tuning.data.fitting import Fitter

@@ -10,9 +10,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
+from isthmus.data import train_tokenizer
 from isthmus.models.tiny import tiny_config
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data import IGNORED, BatchStream, MicroBatch, TokenDataset, load_dataset, train_tokenizer
+from isthmus.tuning.data import IGNORED, BatchStream, MicroBatch, TokenDataset, load_dataset
 
 WriteLines = Callable[..., Path]
 

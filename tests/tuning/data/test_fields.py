@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from isthmus.data.record import Record
 from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.fields import Completion, Conversation, Document, interpret, parse_columns
-from isthmus.tuning.data.record import Record
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.tuning.data import IGNORED, BatchStream, TokenDataset, load_dataset, train_tokenizer
+from isthmus.data import train_tokenizer
+from isthmus.tuning.data import IGNORED, BatchStream, TokenDataset, load_dataset
 
 NUM_RECORDS = 1500
 

@@ -1,10 +1,8 @@
-"""Training data, from files to micro-batches: read, tokenise, fit, pack, batch. And text and a tokenizer for demos."""
+"""Training data, from records to micro-batches: interpret, tokenise, fit, pack, batch."""
 
 from isthmus.tuning.data.batches import IGNORED, BatchStream, MicroBatch
 from isthmus.tuning.data.dataset import LoadSummary, TokenDataset, load_dataset
-from isthmus.tuning.data.demo import standard_library_text, train_tokenizer
 from isthmus.tuning.data.isolation import keep_documents_apart
-from isthmus.tuning.data.tokenizer import load_tokenizer
 
 __all__ = [
     "load_dataset",
@@ -14,7 +12,4 @@ __all__ = [
     "MicroBatch",
     "IGNORED",
     "keep_documents_apart",
-    "load_tokenizer",
-    "standard_library_text",
-    "train_tokenizer",
 ]

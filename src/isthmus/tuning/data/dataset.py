@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from isthmus.data.record import Record
+from isthmus.data.records import read_records
 from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.encoding import Encoder, Example
 from isthmus.tuning.data.fields import interpret, parse_columns
 from isthmus.tuning.data.fitting import Fitter
-from isthmus.tuning.data.record import Record
-from isthmus.tuning.data.records import read_records
 
 MIN_SEQ_LEN = 8
 BATCH_RECORDS = 1000

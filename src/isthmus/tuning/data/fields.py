@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isthmus.data.record import Record
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data.record import Record
 
 WANTED = "messages, or prompt and completion, or text"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from isthmus.data.record import Record
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data.record import Record
 
 DEFAULT_SPLIT = "train"
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.data import load_tokenizer, standard_library_text, train_tokenizer
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data import load_tokenizer, standard_library_text, train_tokenizer
 
 
 def test_standard_library_text_is_whole_files_below_the_limit_and_the_same_each_time() -> None:

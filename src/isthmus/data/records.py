@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from isthmus.data.hub import is_saved_dataset, read_hub_dataset, read_saved_dataset
+from isthmus.data.record import Record
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data.hub import is_saved_dataset, read_hub_dataset, read_saved_dataset
-from isthmus.tuning.data.record import Record
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 DIRECTORY_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.data.records import read_records
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data.records import read_records
 
 
 def fields_of(source: str | Path) -> list[object]:

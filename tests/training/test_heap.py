@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import resource, torch
-from isthmus.tuning.heap import keep_freed_memory
+from isthmus.training.heap import keep_freed_memory
 print(keep_freed_memory())
 for _ in range(20):
     torch.ones(10_000_000)

@@ -12,7 +12,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from isthmus.tuning.schedule import SCHEDULES, learning_rate_at, warmup_steps
+from isthmus.training.schedule import SCHEDULES, learning_rate_at, warmup_steps
 
 PEAK = 3e-4
 

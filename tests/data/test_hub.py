@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from isthmus.data.records import read_records
 from isthmus.spec.errors import IsthmusError
-from isthmus.tuning.data.records import read_records
 
 datasets = pytest.importorskip("datasets")
 ROWS = [{"text": "one"}, {"text": "two"}]
