@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import socket
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -125,12 +125,12 @@ class GlooGroup(Group):
         gloo = self._gloo
         sending: list[tuple[int, Any]] = []
         receiving: list[tuple[int, Any]] = []
-        headers = [(peer, gloo.recv([self._headers_in[peer]], peer, _HEADER_TAG)) for peer, _ in incoming]
+        headers = [(peer, self._post(gloo.recv, self._headers_in[peer], peer, _HEADER_TAG)) for peer, _ in incoming]
         for peer, payload in outgoing:
             self._headers_out[peer].copy_(_as_tensor(memoryview(bytearray(complete_header(prefix, len(payload))))))
-            sending.append((peer, gloo.send([self._headers_out[peer]], peer, _HEADER_TAG)))
+            sending.append((peer, self._post(gloo.send, self._headers_out[peer], peer, _HEADER_TAG)))
             if payload:
-                sending.append((peer, gloo.send([_as_tensor(payload)], peer, _PAYLOAD_TAG)))
+                sending.append((peer, self._post(gloo.send, _as_tensor(payload), peer, _PAYLOAD_TAG)))
         for (peer, work), (_, payload) in zip(headers, incoming, strict=True):
             self._wait(peer, work)
             got, wanted = bytes(self._headers_in[peer].tolist()), complete_header(prefix, len(payload))
@@ -140,19 +140,26 @@ class GlooGroup(Group):
                     f"{describe(wanted)}: all ranks must make the same calls in the same order, with the same sizes"
                 )
             if payload:
-                receiving.append((peer, gloo.recv([_as_tensor(payload)], peer, _PAYLOAD_TAG)))
+                receiving.append((peer, self._post(gloo.recv, _as_tensor(payload), peer, _PAYLOAD_TAG)))
         for peer, work in receiving + sending:
             self._wait(peer, work)
+
+    def _post(self, call: Callable[..., Any], message: Tensor, peer: int, tag: int) -> Any:
+        try:
+            return call([message], peer, tag)
+        except RuntimeError as error:  # the connection is known to be closed
+            raise self._lost(peer, error) from error
 
     def _wait(self, peer: int, work: Any) -> None:
         try:
             work.wait()
         except RuntimeError as error:
-            rank = self.global_ranks[peer]
-            reason = f"nothing for {self.timeout_s:g} s" if "Timed out" in str(error) else "hung up"
-            raise PeerLostError(
-                f"rank {rank} is lost: {reason} ({error}): see its output, then start all again", [rank]
-            ) from error
+            raise self._lost(peer, error) from error
+
+    def _lost(self, peer: int, error: RuntimeError) -> PeerLostError:
+        rank = self.global_ranks[peer]
+        reason = f"nothing for {self.timeout_s:g} s" if "Timed out" in str(error) else "hung up"
+        return PeerLostError(f"rank {rank} is lost: {reason} ({error}): see its output, then start all again", [rank])
 
     def _hang_up(self, lost_ranks: tuple[int, ...]) -> None:
         # The connections close with the last reference; a call that is blocked on another thread holds one until its
