@@ -17,8 +17,8 @@ from tests.integration.support import Inputs, Tune, error_line, losses, report, 
 from transformers import AutoModelForCausalLM
 
 from isthmus.reporting.progress import TuneProgress
+from isthmus.training.checkpoints import find_resumable
 from isthmus.training.interruption import Interrupted, StopSignals
-from isthmus.tuning.checkpoint import find_resumable
 
 AfterStep = Callable[[int, Callable[[], object]], None]
 WAIT_S = 120.0

@@ -17,15 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from isthmus.spec.model import TensorSpec, UnitKey, UnitLayout
-from isthmus.tuning import checkpoint
-from isthmus.tuning.checkpoint import (
-    CheckpointError,
-    checkpoint_directory,
-    find_resumable,
-    load_training_state,
-    prune_checkpoints,
-    save_training_state,
-)
+from isthmus.training import checkpoints
+from isthmus.training.checkpoints import CheckpointError, checkpoint_directory, find_resumable, prune_checkpoints
+from isthmus.tuning.checkpoint import load_training_state, save_training_state
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 
@@ -185,7 +179,7 @@ def test_full_disk_keeps_the_previous_checkpoint_whole(tmp_path: Path, monkeypat
     save_training_state(checkpoint_directory(tmp_path, 1), store, optimizer, {"step": 1}, shard_bytes=1)
     before = everything(store)
     take_steps(store, optimizer, 1)
-    write, calls = checkpoint.save_file, []
+    write, calls = checkpoints.save_file, []
 
     def full_after_two(tensors: dict[str, Tensor], path: Path) -> None:
         calls.append(path)
@@ -193,7 +187,7 @@ def test_full_disk_keeps_the_previous_checkpoint_whole(tmp_path: Path, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_after_two)
+    monkeypatch.setattr(checkpoints, "save_file", full_after_two)
     for directory in (checkpoint_directory(tmp_path, 1), checkpoint_directory(tmp_path, 2)):
         calls.clear()
         with pytest.raises(OSError, match="No space left"):
@@ -207,9 +201,9 @@ def test_full_disk_keeps_the_previous_checkpoint_whole(tmp_path: Path, monkeypat
 
 def test_safetensors_failure_to_write_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: dict[str, Tensor], path: Path) -> None:
-        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise checkpoints.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match=r"cannot write .*units-00001.safetensors: I/O error: No space left"):
         save_training_state(tmp_path / "a", *make_run(), {})
     assert list(tmp_path.iterdir()) == []
@@ -221,7 +215,8 @@ import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from test_checkpoint import make_run, take_steps
-from isthmus.tuning.checkpoint import checkpoint_directory, save_training_state
+from isthmus.training.checkpoints import checkpoint_directory
+from isthmus.tuning.checkpoint import save_training_state
 store, optimizer = make_run()
 output = Path({str(tmp_path)!r})
 save_training_state(checkpoint_directory(output, 1), store, optimizer, {{"step": 1}})

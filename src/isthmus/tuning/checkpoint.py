@@ -13,43 +13,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from isthmus.spec.errors import IsthmusError
-from isthmus.spec.files import atomic_directory, recover_directory
+from isthmus.spec.files import atomic_directory
+from isthmus.training.checkpoints import (
+    SCHEMA_VERSION,
+    STATE_FILE,
+    CheckpointError,
+    generators_state,
+    read_state,
+    restore_generators,
+    stored_names,
+    write_tensors,
+)
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 
-SCHEMA_VERSION = 1
 DEFAULT_SHARD_BYTES = 1 << 30
-STATE_FILE = "state.json"
 EXTRA_FILE = "extra.safetensors"
-
-_STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"\.(step-\d{8,})\..*")
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
-
-
-class CheckpointError(IsthmusError):
-    """A checkpoint is incomplete, of another version, or of another model. Nothing has been loaded from it."""
-
-
-def checkpoint_directory(output_directory: Path, step: int) -> Path:
-    """Where the state after ``step`` steps belongs."""
-    return output_directory / "checkpoints" / f"step-{step:08d}"
 
 
 def save_training_state(
@@ -68,7 +57,7 @@ def save_training_state(
     generators of Python, NumPy and torch are saved too. Raises OSError as the file system does (full disk),
     RuntimeError between ``begin_step`` and ``end_step``, TypeError where ``trainer_state`` is not JSON.
     """
-    generators, generator_tensors = _random_state()
+    generators, generator_tensors = generators_state()
     state: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": "training-state",
@@ -84,7 +73,7 @@ def save_training_state(
     with atomic_directory(directory) as aside:
         sizes: dict[str, int] = {}
         for name, tensors in _shards(store, extra, shard_bytes):
-            _write(tensors, aside / name)
+            write_tensors(tensors, aside / name)
             sizes[name] = (aside / name).stat().st_size
             done_bytes += sum(tensor.nbytes for tensor in tensors.values())
             if on_progress is not None:
@@ -107,7 +96,7 @@ def load_training_state(
     state = read_state(directory)
     _require_same_layout(state["layout"], _describe_layout(store), directory)
     destinations = _unit_tensors(store)
-    if missing := sorted(destinations.keys() - _stored_names(directory, state)):
+    if missing := sorted(destinations.keys() - stored_names(directory, state)):
         raise CheckpointError(
             f"{directory}: {len(missing)} tensors are missing, {missing[0]} first; resume from another"
         )
@@ -126,73 +115,9 @@ def load_training_state(
     for key in store.keys:
         store.publish(key)
     optimizer.load_state(state["optimizer"])
-    _restore_random_state(state["rng"], rest)
+    restore_generators(state["rng"], rest)
     extra = {name.removeprefix("extra."): tensor for name, tensor in rest.items() if name.startswith("extra.")}
     return state["trainer"], extra
-
-
-def read_state(directory: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint whose files all have their full size; else CheckpointError says what is wrong."""
-    path = directory / STATE_FILE
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
-    if state.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path}: schema_version is {state.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; "
-            "resume with the version of isthmus that wrote it"
-        )
-    for name, num_bytes in state["file_bytes"].items():
-        shard = directory / name
-        found_bytes = shard.stat().st_size if shard.is_file() else 0
-        if found_bytes != num_bytes:
-            raise CheckpointError(
-                f"{shard}: {found_bytes} of {num_bytes} bytes are there, the file is truncated or missing; "
-                "resume from another checkpoint"
-            )
-    return state
-
-
-def find_resumable(output_directory: Path, *, notify: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a run; None where there is none at all. Clears away what a killed save left.
-
-    ``notify(message)`` is told of each broken checkpoint that is passed over. Raises CheckpointError where there are
-    checkpoints but all are broken: starting anew must be the user's decision.
-    """
-    parent = output_directory / "checkpoints"
-    if not parent.is_dir():
-        return None
-    for interrupted in {match[1] for entry in parent.iterdir() if (match := _LEFTOVER.fullmatch(entry.name))}:
-        recover_directory(parent / interrupted)
-    candidates = _checkpoints(output_directory)
-    for directory in reversed(candidates):
-        try:
-            read_state(directory)
-        except CheckpointError as error:
-            notify(f"passing over a broken checkpoint: {error}")
-        else:
-            return directory
-    if candidates:
-        raise CheckpointError(f"{parent}: none of {len(candidates)} checkpoints is whole; start anew with --overwrite")
-    return None
-
-
-def prune_checkpoints(output_directory: Path, *, keep: int = 2) -> None:
-    """Removes all but the ``keep`` newest checkpoints of a run. To be called after a save."""
-    if keep < 1:
-        raise ValueError(f"keep: got {keep}, want at least 1 checkpoint to stay")
-    for directory in _checkpoints(output_directory)[:-keep]:
-        (directory / STATE_FILE).unlink(missing_ok=True)  # first: half removed, it must not look whole
-        shutil.rmtree(directory)
-
-
-def _checkpoints(output_directory: Path) -> list[Path]:
-    """Checkpoint directories of a run, oldest first."""
-    parent = output_directory / "checkpoints"
-    entries = parent.iterdir() if parent.is_dir() else ()
-    found = {int(match[1]): entry for entry in entries if (match := _STEP_DIRECTORY.fullmatch(entry.name))}
-    return [found[step] for step in sorted(found)]
 
 
 def _unit_tensors(store: ParameterStore) -> dict[str, Tensor]:
@@ -217,26 +142,6 @@ def _shards(
         num_bytes += tensor.nbytes
     yield f"units-{number:05d}.safetensors", shard
     yield EXTRA_FILE, extra
-
-
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
-def _stored_names(directory: Path, state: dict[str, Any]) -> set[str]:
-    """Names of the stored tensors, from the headers alone; raises CheckpointError on a damaged one."""
-    names: set[str] = set()
-    for file_name in state["file_bytes"]:
-        path = directory / file_name
-        try:
-            with safe_open(path, "pt") as shard:
-                names.update(shard.keys())
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged ({error}); resume from another checkpoint") from error
-    return names
 
 
 def _describe_layout(store: ParameterStore) -> dict[str, Any]:
@@ -264,26 +169,3 @@ def _require_same_layout(saved: dict[str, Any], wanted: dict[str, Any], director
         f"{directory}: was written for another model or dtype: {told[0]} parameters; this model: {told[1]} parameters; "
         "resume with the model and the dtype that wrote it, or start anew with --overwrite"
     )
-
-
-def _random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """States of the generators of Python and NumPy (JSON), and of torch (tensors)."""
-    version, words, gauss = random.getstate()
-    generator = numpy.random.get_state(legacy=False)
-    words_of_numpy = generator["state"] | {"key": generator["state"]["key"].tolist()}
-    tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"rng.cuda.{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    return {"python": [version, list(words), gauss], "numpy": generator | {"state": words_of_numpy}}, tensors
-
-
-def _restore_random_state(generators: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    version, words, gauss = generators["python"]
-    random.setstate((version, tuple(words), gauss))
-    numpy_state = generators["numpy"]
-    key = numpy.array(numpy_state["state"]["key"], dtype=numpy.uint32)
-    numpy.random.set_state(numpy_state | {"state": numpy_state["state"] | {"key": key}})
-    torch.set_rng_state(tensors["rng.torch"])
-    for number in range(torch.cuda.device_count()):
-        if f"rng.cuda.{number}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.cuda.{number}"], number)

@@ -10,16 +10,11 @@ from isthmus.reporting.progress import StepView, TuneProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import StepRecord
+from isthmus.training.checkpoints import checkpoint_directory, find_resumable, prune_checkpoints
 from isthmus.training.interruption import Interrupted, StopSignals
 from isthmus.training.schedule import learning_rate_at
 from isthmus.tuning.bound import StepBounds
-from isthmus.tuning.checkpoint import (
-    checkpoint_directory,
-    find_resumable,
-    load_training_state,
-    prune_checkpoints,
-    save_training_state,
-)
+from isthmus.tuning.checkpoint import load_training_state, save_training_state
 from isthmus.tuning.data.batches import BatchStream, MicroBatch
 from isthmus.tuning.optimizer import NonFiniteGradient
 from isthmus.tuning.session import Session, StepOutcome
