@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from isthmus.cli.main import app
 from isthmus.data import standard_library_text, train_tokenizer
 from isthmus.models.tiny import write_tiny_checkpoint
-from isthmus.reporting.progress import StepView, TuneProgress
+from isthmus.reporting.progress import StepView, TrainingProgress
 
 
 @pytest.fixture(scope="session")
@@ -65,14 +65,14 @@ def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], o
     """Calls a function when a step of the next run has been shown, before it can be saved."""
 
     def register(number: int, function: Callable[[], object]) -> None:
-        show = TuneProgress.step
+        show = TrainingProgress.step
 
-        def step(self: TuneProgress, view: StepView) -> None:
+        def step(self: TrainingProgress, view: StepView) -> None:
             show(self, view)
             if view.step == number:
-                monkeypatch.setattr(TuneProgress, "step", show)
+                monkeypatch.setattr(TrainingProgress, "step", show)
                 function()
 
-        monkeypatch.setattr(TuneProgress, "step", step)
+        monkeypatch.setattr(TrainingProgress, "step", step)
 
     return register

@@ -16,7 +16,7 @@ import pytest
 from tests.integration.support import Inputs, Tune, error_line, losses, report, same_weights, succeed
 from transformers import AutoModelForCausalLM
 
-from isthmus.reporting.progress import TuneProgress
+from isthmus.reporting.progress import TrainingProgress
 from isthmus.training.checkpoints import find_resumable
 from isthmus.training.interruption import Interrupted, StopSignals
 
@@ -114,12 +114,12 @@ def test_signal_before_the_first_step_ends_at_once(
 ) -> None:
     said: list[str] = []
 
-    def phase(self: TuneProgress, text: str, fraction: float | None = None) -> None:
+    def phase(self: TrainingProgress, text: str, fraction: float | None = None) -> None:
         said.append(text)
         if text == "reading weights":
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(TuneProgress, "phase", phase)
+    monkeypatch.setattr(TrainingProgress, "phase", phase)
     line = error_line(run(inputs.arguments(tmp_path / "out")), 128 + signal.SIGINT)
     assert "stopped at once by SIGINT" in line
     assert said[-1] == "reading weights"
@@ -189,15 +189,15 @@ def test_full_disk_while_writing_the_model_leaves_the_model_before(
     output, before = tmp_path / "out", tmp_path / "before"
     for place in (output, before):
         succeed(run(inputs.arguments(place)))
-    tell = TuneProgress.phase
+    tell = TrainingProgress.phase
 
-    def phase(self: TuneProgress, text: str, fraction: float | None = None) -> None:
+    def phase(self: TrainingProgress, text: str, fraction: float | None = None) -> None:
         tell(self, text, fraction)
         if text == "writing the model":
             fill_disk()
 
     with monkeypatch.context() as patch:
-        patch.setattr(TuneProgress, "phase", phase)
+        patch.setattr(TrainingProgress, "phase", phase)
         assert "File too large" in error_line(run(inputs.arguments(output, "--steps", "6", "--resume")))
     assert same_weights(output, before)
     AutoModelForCausalLM.from_pretrained(output)

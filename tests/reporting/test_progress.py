@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from isthmus.reporting.progress import StepView, TuneProgress
+from isthmus.reporting.progress import StepView, TrainingProgress
 
 
 def view(step: int) -> StepView:
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def plain_run(num_steps: int, seconds_per_step: float, clock: Clock) -> list[str]:
     file = io.StringIO()
-    with TuneProgress(num_steps, console=Console(file=file, width=20), plain=True) as progress:
+    with TrainingProgress(num_steps, console=Console(file=file, width=20), plain=True) as progress:
         for step in range(1, num_steps + 1):
             clock.now_s += seconds_per_step
             progress.step(view(step))
@@ -68,7 +68,7 @@ def test_plain_line_says_everything_in_one_line(clock: Clock) -> None:
 
 def test_last_step_is_said_when_the_run_stops_early(clock: Clock) -> None:
     file = io.StringIO()
-    with pytest.raises(KeyboardInterrupt), TuneProgress(9, console=Console(file=file), plain=True) as progress:
+    with pytest.raises(KeyboardInterrupt), TrainingProgress(9, console=Console(file=file), plain=True) as progress:
         progress.step(view(1))
         progress.step(view(2))
         raise KeyboardInterrupt
@@ -77,7 +77,7 @@ def test_last_step_is_said_when_the_run_stops_early(clock: Clock) -> None:
 
 def test_time_left_counts_from_the_first_step_of_a_resumed_run(clock: Clock) -> None:
     file = io.StringIO()
-    with TuneProgress(1000, console=Console(file=file), plain=True) as progress:
+    with TrainingProgress(1000, console=Console(file=file), plain=True) as progress:
         progress.step(view(900))
         clock.now_s += 10.0
         progress.step(view(901))
@@ -87,7 +87,7 @@ def test_time_left_counts_from_the_first_step_of_a_resumed_run(clock: Clock) -> 
 
 def test_plain_phases_evaluations_and_messages_keep_their_order(clock: Clock) -> None:
     file = io.StringIO()
-    with TuneProgress(9, console=Console(file=file), plain=True) as progress:
+    with TrainingProgress(9, console=Console(file=file), plain=True) as progress:
         progress.phase("loading", 0.0)
         progress.phase("loading", 0.5)
         progress.step(view(1))
@@ -110,7 +110,7 @@ def test_plain_phases_evaluations_and_messages_keep_their_order(clock: Clock) ->
 def live_run(width: int) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=width, color_system=None, legacy_windows=False)
-    with TuneProgress(4, console=console, plain=False) as progress:
+    with TrainingProgress(4, console=console, plain=False) as progress:
         progress.phase("loading", 0.25)
         progress.step(view(1))
         progress.evaluation(1, 1.25)
@@ -145,6 +145,6 @@ def test_panel_is_for_terminals_only(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     file = io.StringIO()
-    with TuneProgress(1, console=Console(file=file, force_terminal=is_terminal)) as progress:
+    with TrainingProgress(1, console=Console(file=file, force_terminal=is_terminal)) as progress:
         progress.step(view(1))
     assert ("╭" in file.getvalue()) == is_live

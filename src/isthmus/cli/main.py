@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from isthmus import __version__
 from isthmus.cli import bench, plan, testbed
+from isthmus.cli.decouple import decouple
 from isthmus.cli.demo import demo
 from isthmus.cli.embed import embed
 from isthmus.cli.generate import generate
@@ -58,6 +59,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(profile)
 app.command()(tune)
+app.command()(decouple)
 app.command()(embed)
 app.command()(generate)
 app.command()(worker)

@@ -7,6 +7,7 @@ time.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from isthmus.spec.errors import IsthmusError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 DIRECTORY_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
-SUFFIXES = (".jsonl", ".json", *TEXT_SUFFIXES)
+TABLE_DELIMITERS = {".tsv": "\t", ".csv": ","}
+SUFFIXES = (".jsonl", ".json", *TABLE_DELIMITERS, *TEXT_SUFFIXES)
 
 
 def read_records(source: str | Path) -> Iterator[Record]:
@@ -28,6 +30,7 @@ def read_records(source: str | Path) -> Iterator[Record]:
     - ``.jsonl``: one object per line, empty lines are skipped. ``.json``: a list of objects, or ``{"data": [...]}``.
     - ``.txt``, ``.md``, ``.py``: the whole file is one document, ``{"text": ...}``. Blank lines separate paragraphs far
       more often than documents, and a model should see across them; for many short documents use ``.jsonl``.
+    - ``.tsv`` and ``.csv``: the first line names the columns. Quotes mean nothing in ``.tsv``, as in GLUE's files.
     - a directory: every ``.txt``, ``.md``, ``.py`` and ``.jsonl`` below it in the order of their paths, hidden ones
       left out; or, if ``datasets`` saved it there (``save_to_disk``), that data set.
     - ``hf:NAME[:CONFIG][:SPLIT]``, or a plain name that cannot be a path: a Hugging Face data set.
@@ -86,6 +89,8 @@ def _read_file(path: Path) -> Iterator[Record]:
         return _read_json_lines(path)
     if suffix == ".json":
         return _read_json(path)
+    if suffix in TABLE_DELIMITERS:
+        return _read_table(path, TABLE_DELIMITERS[suffix])
     if suffix in TEXT_SUFFIXES:
         return iter([Record({"text": _decode(path.read_bytes(), path)}, str(path), 1.0)])
     raise IsthmusError(
@@ -111,6 +116,28 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
                     "a .jsonl file holds one JSON object per line"
                 ) from None
             yield Record(_require_object(value, location), location, num_bytes_read / num_bytes)
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
+    num_bytes = max(1, path.stat().st_size)
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    text = _decode(path.read_bytes(), path)
+    rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting)
+    header = next(rows, None)
+    if header is None:
+        return
+    num_bytes_read = 0
+    for row in rows:
+        location = f"{path}:{rows.line_num}"
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise IsthmusError(
+                f"data: {location} has {len(row)} fields, wanted {len(header)}, as many as the first line names: "
+                f"{', '.join(header)}"
+            )
+        num_bytes_read += sum(map(len, row)) + len(row)
+        yield Record(dict(zip(header, row, strict=True)), location, min(1.0, num_bytes_read / num_bytes))
 
 
 def _read_json(path: Path) -> Iterator[Record]:

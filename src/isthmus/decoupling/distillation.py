@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,21 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from isthmus.decoupling.corpus import Batch
 from isthmus.decoupling.losses import LossWeights, divergence, hidden_losses, pool, pooled_losses
-from isthmus.models.decoupled import layers_of
+from isthmus.evaluation.fidelity import fidelity
+from isthmus.models.decoupled.architectures import layers_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Faithfulness:
-    """The copy beside the original on text held out. Encoders: ``cosine`` and ``spearman`` of pooled vectors; decoders:
-    mean loss in nats of both."""
+    """The copy beside the original on text held out. Encoders: ``cosine`` and ``spearman`` of pooled vectors
+    (``Fidelity``). Decoders: ``loss`` is the copy's own mean loss, in nats a token, and ``original_loss`` the
+    original's; for encoders ``loss`` is 1 - ``spearman``."""
 
     loss: float
     cosine: float | None = None
-    their_loss: float | None = None
+    spearman: float | None = None
+    original_loss: float | None = None
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.original_loss is None:
+            return f"cosine {self.cosine:.4f}, Spearman {self.spearman:.4f}"
+        ratio = math.exp(self.loss - self.original_loss)
+        return f"perplexity {math.exp(self.loss):.3f}, {ratio:.3f} times the original's"
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
@@ -42,15 +54,19 @@ class Distiller:
     ) -> None:
         self.original, self.decoupled = original.eval(), decoupled
         self.weights, self.dtype = weights, dtype
-        self.device = next(decoupled.parameters()).device
         self.is_causal = hasattr(original, "lm_head") and not hasattr(original.config, "type_vocab_size")
         originals = decoupled.config.decoupling.original_layers
         num_layers = len(layers_of(decoupled))
         self._layer_weights = [
             weights.original if layer in originals else weights.decoupled for layer in range(num_layers)
         ]
+        self._original_result: Any = None
         for parameter in original.parameters():
             parameter.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoupled.parameters()).device
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss of one batch, a scalar with a gradient."""
@@ -72,12 +88,37 @@ class Distiller:
         return model(**batch, output_hidden_states=True, **options)
 
     @torch.no_grad()
-    def embed(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
-        """Pooled vectors of all texts, (N, H) FP32."""
+    def evaluate(self, batches: Sequence[Batch]) -> Faithfulness:
+        """How like the original the copy is on ``batches``. The original's side is computed once."""
+        self.decoupled.eval()
+        if self.is_causal:
+            if self._original_result is None:
+                self._original_result = self._mean_loss(self.original, batches)
+            return Faithfulness(
+                loss=self._mean_loss(self.decoupled, batches), original_loss=float(self._original_result)
+            )
+        if self._original_result is None:
+            self._original_result = self._embed(self.original, batches)
+        result = fidelity(self._original_result, self._embed(self.decoupled, batches))
+        return Faithfulness(loss=1 - result.spearman, cosine=result.cosine, spearman=result.spearman)
+
+    def _embed(self, model: PreTrainedModel, batches: Sequence[Batch]) -> Any:
         rows = []
         for batch in batches:
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             with autocast(self.device, self.dtype):
                 hidden = model.base_model(**batch).last_hidden_state
             rows.append(pool(hidden.float(), batch["attention_mask"]))
-        return torch.cat(rows)
+        return torch.cat(rows).cpu().numpy()
+
+    def _mean_loss(self, model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+        total, num_tokens = 0.0, 0
+        for batch in batches:
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            with autocast(self.device, self.dtype):
+                logits = model(**batch, use_cache=False).logits
+            is_target = batch["attention_mask"][:, 1:].bool()
+            chosen, targets = logits[:, :-1][is_target], batch["input_ids"][:, 1:][is_target]
+            total += float(F.cross_entropy(chosen.float(), targets, reduction="sum"))
+            num_tokens += len(targets)
+        return total / num_tokens

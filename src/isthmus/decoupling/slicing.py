@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from isthmus.decoupling.regression import Regression, Scaling
 from isthmus.decoupling.roles import HalfLayer, halves_of
 from isthmus.decoupling.walking import Call, Spy, calls_of
-from isthmus.models.decoupled import layers_of
+from isthmus.models.decoupled.architectures import layers_of
 from isthmus.models.decoupled.sub_blocks import Parts, Slices
 
 INITIALISATIONS = ("fitted", "plain")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from isthmus.models.decoupled import layers_of
+from isthmus.models.decoupled.architectures import layers_of
 
 
 class _FirstLayerReached(Exception):

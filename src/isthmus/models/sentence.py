@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,20 @@ def read_pooling(directory: Path) -> SentencePooling:
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def copy_pooling(source: Path, target: Path) -> None:
+    """Copies the files beside the weights, where there are any; the model below ``target`` pools as that of
+    ``source``."""
+    modules = _read(source / "modules.json")
+    if modules is None:
+        return
+    for module in modules:
+        config = source / str(module["path"]) / "config.json"
+        if module["path"] and config.is_file():
+            (target / str(module["path"])).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(config, target / str(module["path"]) / "config.json")
+    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

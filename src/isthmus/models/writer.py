@@ -32,6 +32,13 @@ _TOKENIZER_FILES = (
 )
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files as they are."""
+    names = {file.name for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
+    for name in sorted(names):
+        shutil.copyfile(source / name, target / name)
+
+
 def write_checkpoint(
     path: Path,
     model: MoeModel,
@@ -106,9 +113,7 @@ def _write_config(path: Path, model: MoeModel, dtype: str) -> None:
 
 def _write_tokenizer(path: Path, model: MoeModel, tokenizer_from: Path | None) -> None:
     if tokenizer_from is not None:
-        names = {file.name for pattern in _TOKENIZER_FILES for file in tokenizer_from.glob(pattern) if file.is_file()}
-        for name in sorted(names):
-            shutil.copyfile(tokenizer_from / name, path / name)
+        copy_tokenizer(tokenizer_from, path)
     if tokenizer_from is not None and (tokenizer_from / _GENERATION).is_file():
         shutil.copyfile(tokenizer_from / _GENERATION, path / _GENERATION)
     elif model.module.generation_config is not None:

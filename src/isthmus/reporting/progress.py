@@ -1,4 +1,4 @@
-"""Owns the live account of a fine-tuning run: a panel that redraws itself in a terminal, one line per step
+"""Owns the live account of a training run: a panel that redraws itself in a terminal, one line per step
 elsewhere."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,6 +20,23 @@ from rich.text import Text
 from isthmus.reporting.human import human_memory, human_s
 
 _PLAIN_EVERY_S = 2.0
+
+
+class View(Protocol):
+    """What a step shows."""
+
+    @property
+    def step(self) -> int:
+        """Steps done so far, this one included: ``num_steps`` at the end."""
+        ...
+
+    def parts(self) -> list[str]:
+        """For a line."""
+        ...
+
+    def rows(self, evaluated: str) -> list[tuple[RenderableType, ...]]:
+        """For the panel: name, value, name, value. ``evaluated`` is the latest evaluation."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +56,49 @@ class StepView:
     accelerator_bytes: int
     accelerator_budget_bytes: int
 
+    def parts(self) -> list[str]:
+        return [
+            f"loss {self.loss:.4f}",
+            f"lr {self.learning_rate:.2e}",
+            f"{self.tokens_per_s:,.0f} tokens/s",
+            f"experts {self.num_experts_on_cpu} CPU / {self.num_experts_on_accelerator} accelerator",
+            f"copies {self.copy_engine_use:.0%}",
+            f"bound {self.bound_share:.0%}",
+            f"memory {_memory(self)}",
+        ]
 
-class TuneProgress:
+    def rows(self, evaluated: str) -> list[tuple[RenderableType, ...]]:
+        experts = f"{self.num_experts_on_cpu} CPU · {self.num_experts_on_accelerator} accelerator"
+        loss, speed = Text(f"{self.loss:.4f}", style="bold"), Text(f"{self.tokens_per_s:,.0f}", style="bold")
+        return [
+            ("loss", loss, "tokens/s", speed),
+            ("evaluation", evaluated, "of the bound", _gauge(self.bound_share)),
+            ("learning rate", f"{self.learning_rate:.2e}", "copy engine", _gauge(self.copy_engine_use)),
+            ("experts", experts, "memory", _memory(self)),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingView:
+    """A step of a run that has no experts and no links to tell of."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+
+    def parts(self) -> list[str]:
+        return [f"loss {self.loss:.4f}", f"lr {self.learning_rate:.2e}", f"{self.tokens_per_s:,.0f} tokens/s"]
+
+    def rows(self, evaluated: str) -> list[tuple[RenderableType, ...]]:
+        loss, speed = Text(f"{self.loss:.4f}", style="bold"), Text(f"{self.tokens_per_s:,.0f}", style="bold")
+        return [
+            ("loss", loss, "tokens/s", speed),
+            ("evaluation", evaluated, "learning rate", f"{self.learning_rate:.2e}"),
+        ]
+
+
+class TrainingProgress:
     """A context in which a run tells what it does. One thread at a time; no call blocks on anything but the console.
 
     ``plain`` None decides by itself: lines when ``console`` is no terminal, or a dumb one, or ``CI`` is set; otherwise
@@ -47,21 +106,30 @@ class TuneProgress:
     evaluations.
     """
 
-    def __init__(self, num_steps: int, *, console: Console | None = None, plain: bool | None = None) -> None:
-        self._num_steps = num_steps
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        title: str = "isthmus tune",
+        console: Console | None = None,
+        plain: bool | None = None,
+    ) -> None:
+        self.num_steps = num_steps
+        """May be set again, where it is known only later."""
+        self._title = title
         self._console = console or Console(stderr=True)
         self._is_plain = _wants_plain(self._console) if plain is None else plain
         self._live: Live | None = None
         self._phase: tuple[str, float | None] | None = None
         self._spinner = Spinner("dots", style="cyan")
-        self._view: StepView | None = None
-        self._evaluation: tuple[int, float] | None = None
+        self._view: View | None = None
+        self._evaluation: tuple[int, str] | None = None
         self._first_step: tuple[int, float] | None = None
         self._left = ""
         self._last_line_s = float("-inf")
-        self._unsaid: StepView | None = None
+        self._unsaid: View | None = None
 
-    def __enter__(self) -> TuneProgress:
+    def __enter__(self) -> TrainingProgress:
         if not self._is_plain:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=8)
             self._live.start()
@@ -86,7 +154,7 @@ class TuneProgress:
             self._line(f"{text} …")
         self._phase = (text, fraction)
 
-    def step(self, view: StepView) -> None:
+    def step(self, view: View) -> None:
         """Shows a step that has ended. The time left is estimated from the steps of this context only, for resumed
         runs."""
         now_s = time.monotonic()
@@ -102,13 +170,16 @@ class TuneProgress:
             self._say_last_step()
             self._last_line_s = now_s
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Shows an evaluation's loss; it stays in the panel until the next one."""
-        self._evaluation = (step, loss)
+    def evaluation(self, step: int, result: float | str) -> None:
+        """Shows an evaluation, a loss or what it is in words; it stays in the panel until the next one."""
+        text = result if isinstance(result, str) else f"loss {result:.4f}"
+        self._evaluation = (step, text)
         self._phase = None
         if self._is_plain:
             self._say_last_step()
-            self._line(f"step {step}/{self._num_steps}  evaluation loss {loss:.4f}")
+            self._line(
+                f"step {step}/{self.num_steps}  evaluation {text if isinstance(result, str) else f'loss {text}'}"
+            )
 
     def message(self, text: str) -> None:
         """Prints a line that stays, above the panel."""
@@ -124,27 +195,16 @@ class TuneProgress:
         # As Text: brackets are no markup here. Not wrapped: a log file wants one line per line, however long.
         self._console.print(Text(text), soft_wrap=True)
 
-    def _plain_step(self, view: StepView) -> str:
-        parts = [
-            f"step {view.step}/{self._num_steps}",
-            f"loss {view.loss:.4f}",
-            f"lr {view.learning_rate:.2e}",
-            f"{view.tokens_per_s:,.0f} tokens/s",
-            f"experts {view.num_experts_on_cpu} CPU / {view.num_experts_on_accelerator} accelerator",
-            f"copies {view.copy_engine_use:.0%}",
-            f"bound {view.bound_share:.0%}",
-            f"memory {_memory(view)}",
-            self._left,
-        ]
-        return "  ".join(filter(None, parts))
+    def _plain_step(self, view: View) -> str:
+        return "  ".join(filter(None, [f"step {view.step}/{self.num_steps}", *view.parts(), self._left]))
 
     def _time_left(self, step: int, now_s: float) -> str:
         """From the mean pace since the first step ended, evaluations and saving included; empty before the second and
         at the end."""
-        if self._first_step is None or step <= self._first_step[0] or step >= self._num_steps:
+        if self._first_step is None or step <= self._first_step[0] or step >= self.num_steps:
             return ""
         first_step, first_s = self._first_step
-        left_s = (now_s - first_s) / (step - first_step) * (self._num_steps - step)
+        left_s = (now_s - first_s) / (step - first_step) * (self.num_steps - step)
         return f"{left_s:.0f} s left" if left_s < 99.5 else f"{human_s(left_s)} left"
 
     def _render(self) -> RenderableType:
@@ -157,7 +217,7 @@ class TuneProgress:
             return Text()
         return Panel(
             Group(*parts),
-            title="isthmus tune",
+            title=self._title,
             title_align="left",
             border_style="cyan",
             width=min(100, self._console.width),
@@ -172,26 +232,22 @@ class TuneProgress:
         line.add_row(*cells)
         return line
 
-    def _render_view(self, view: StepView) -> RenderableType:
+    def _render_view(self, view: View) -> RenderableType:
         head = Table.grid(padding=(0, 1), expand=True)
         head.add_column(style="bold", no_wrap=True)
         head.add_column(ratio=1)
         head.add_column(justify="right", no_wrap=True)
-        bar = ProgressBar(total=max(1, self._num_steps), completed=view.step)
-        head.add_row(f"step {view.step}/{self._num_steps}", bar, self._left)
+        bar = ProgressBar(total=max(1, self.num_steps), completed=view.step)
+        head.add_row(f"step {view.step}/{self.num_steps}", bar, self._left)
 
         facts = Table.grid(padding=(0, 2, 0, 0), expand=True)
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(ratio=1, no_wrap=True)
         facts.add_column(style="dim", no_wrap=True)
         facts.add_column(min_width=20, no_wrap=True)
-        evaluated = "–" if self._evaluation is None else f"{self._evaluation[1]:.4f}  (step {self._evaluation[0]})"
-        experts = f"{view.num_experts_on_cpu} CPU · {view.num_experts_on_accelerator} accelerator"
-        loss, speed = Text(f"{view.loss:.4f}", style="bold"), Text(f"{view.tokens_per_s:,.0f}", style="bold")
-        facts.add_row("loss", loss, "tokens/s", speed)
-        facts.add_row("evaluation", evaluated, "of the bound", _gauge(view.bound_share))
-        facts.add_row("learning rate", f"{view.learning_rate:.2e}", "copy engine", _gauge(view.copy_engine_use))
-        facts.add_row("experts", experts, "memory", _memory(view))
+        evaluated = "–" if self._evaluation is None else f"{self._evaluation[1]}  (step {self._evaluation[0]})"
+        for row in view.rows(evaluated):
+            facts.add_row(*row)
         return Group(head, facts)
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``report.json`` of ``isthmus tune``, ``isthmus bench tune`` and ``isthmus bench infer``."""
+"""What a run leaves behind: ``report.json`` of the verbs that measure something."""
 
 from __future__ import annotations
 
@@ -141,3 +141,30 @@ class BenchInferReport:
     config: dict[str, object]
     environment: dict[str, object]
     rows: tuple[BenchInferRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityPoint:
+    """How like the original a decoupled copy is after so much training, on text held out."""
+
+    step: int
+    minutes: float
+    """Of training alone."""
+    num_tokens: int
+    loss: float
+    """Encoders: 1 - ``spearman``. Decoders: nats a token."""
+    cosine: float | None = None
+    spearman: float | None = None
+    original_loss: float | None = None
+    """Decoders: the original's nats a token on the same text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoupleReport:
+    """``report.json`` of ``isthmus decouple``. ``config`` and ``environment`` hold plain JSON values."""
+
+    schema_version: int = 1
+    kind: Literal["decouple"] = "decouple"
+    config: dict[str, object]
+    environment: dict[str, object]
+    curve: tuple[FidelityPoint, ...]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TypedDict
+from collections.abc import Callable
+from typing import TypedDict, TypeVar
 
 from isthmus.spec.errors import IsthmusError
+
+Number = TypeVar("Number", int, float)
 
 _BYTE_FACTORS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
@@ -115,3 +118,11 @@ def _quantity(value: str, factors: dict[str, int] | dict[str, float], field: str
         units = ", ".join(unit for unit in factors if unit)
         raise IsthmusError(f"{field}: got {value!r}, wanted {wanted} (units: {units})")
     return float(match[1]) * by_lower_case[match[2].lower()]
+
+
+def parse_numbers(field: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers with commas between. Raises ``IsthmusError`` that names ``field`` for anything else."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise IsthmusError(f"{field}: got {text!r}, wanted numbers with commas between, such as 2,5") from None

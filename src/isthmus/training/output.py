@@ -1,8 +1,11 @@
-"""The output directory of a training run: who may write into it."""
+"""The output directory of a training run: who may write into it, and the trained model appearing in it."""
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus.spec.errors import IsthmusError
@@ -38,3 +41,23 @@ def clear_output(output: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+@contextmanager
+def published(output: Path) -> Iterator[Path]:
+    """Gives an empty directory; what is written there appears below ``output`` when the block ends well: each file
+    renamed into place, ``config.json`` last. On a full disk (``OSError``) what was there before stays."""
+    aside = output / ".writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        files = [file.relative_to(aside) for file in aside.rglob("*") if file.is_file()]
+        for file in files:
+            with (aside / file).open("rb") as opened:
+                os.fsync(opened.fileno())
+        for file in sorted(files, key=lambda file: file.name == "config.json" and len(file.parts) == 1):
+            (output / file).parent.mkdir(parents=True, exist_ok=True)
+            (aside / file).replace(output / file)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

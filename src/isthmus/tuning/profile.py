@@ -14,7 +14,7 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import evaluate
 from isthmus.reporting.human import human_bytes, human_s
-from isthmus.reporting.progress import TuneProgress
+from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -61,7 +61,7 @@ def profile(
         d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
         latency_s=emulation.get("latency_s"),
     )
-    with device, TuneProgress(1) as progress:
+    with device, TrainingProgress(1) as progress:
         num_threads, num_cpu_threads = thread_split(device, emulation)
         torch.set_num_threads(num_threads)
         for key, layout in blocks.layouts.items():

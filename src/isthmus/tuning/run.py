@@ -15,7 +15,7 @@ from isthmus.reporting.environment import environment
 from isthmus.reporting.host_memory import PeakHostMemory
 from isthmus.reporting.loss_plot import plot_losses
 from isthmus.reporting.popularity_plot import plot_popularity
-from isthmus.reporting.progress import TuneProgress
+from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.reporting.timeline_plot import plot_timeline
 from isthmus.spec.errors import IsthmusError
@@ -79,12 +79,12 @@ def tune(
     options.check()
     inputs = [source for source in (model, data, eval_data) if source is not None]
     check_output(Path(output), inputs, resume=resume, overwrite=overwrite)
-    with PeakHostMemory() as memory, TuneProgress(steps, plain=plain) as progress:
+    with PeakHostMemory() as memory, TrainingProgress(steps, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
             return _tune(options, memory, progress, stop)
 
 
-def _tune(options: TuneOptions, memory: PeakHostMemory, progress: TuneProgress, stop: StopSignals) -> TuneReport:
+def _tune(options: TuneOptions, memory: PeakHostMemory, progress: TrainingProgress, stop: StopSignals) -> TuneReport:
     output = Path(options.output)
     recorder = Recorder(keep_spans=False)
     path = _checked_checkpoint(options)
@@ -121,7 +121,7 @@ def _checked_checkpoint(options: TuneOptions) -> Path:
     return path
 
 
-def _read_data(options: TuneOptions, path: Path, progress: TuneProgress) -> tuple[BatchStream, list[MicroBatch]]:
+def _read_data(options: TuneOptions, path: Path, progress: TrainingProgress) -> tuple[BatchStream, list[MicroBatch]]:
     """Training data as a stream of steps, and the micro-batches to evaluate on."""
     config = load_config(path)
     tokenizer = load_tokenizer(path)

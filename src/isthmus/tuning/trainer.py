@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.reporting.progress import StepView, TuneProgress
+from isthmus.reporting.progress import StepView, TrainingProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import StepRecord
@@ -49,7 +49,7 @@ class Trainer:
         output: Path,
         options: TrainerOptions,
         recorder: Recorder,
-        progress: TuneProgress,
+        progress: TrainingProgress,
         stop: StopSignals,
     ) -> None:
         self.session = session

@@ -1,4 +1,4 @@
-"""Decoupled models as transformers knows models: ``AutoModel…`` builds, loads and saves them.
+"""Decoupled models as transformers knows models: ``AutoModel…`` builds, loads and saves them once this is imported.
 
 Each is a subclass of the family's own model in which every layer that is not original is a decoupled one. Keys and, in
 the published form, shapes of the weights are the family's own.
@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from isthmus.models.decoupled import layers
 from isthmus.models.decoupled.configs import CONFIGS
@@ -95,11 +95,17 @@ def _classes() -> dict[tuple[str, str], type[PreTrainedModel]]:
 
 
 CLASSES = _classes()
+for (_model_type, _auto_class), _class in CLASSES.items():
+    getattr(transformers, _auto_class).register(CONFIGS[_model_type], _class, exist_ok=True)
 
 
-def register() -> None:
-    """Makes ``transformers``' Auto classes know decoupled models. Any number of times."""
-    for config_class in CONFIGS.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    for (model_type, auto_class), decoupled in CLASSES.items():
-        getattr(transformers, auto_class).register(CONFIGS[model_type], decoupled, exist_ok=True)
+def auto_class_of(config: Any) -> str:
+    """Which ``Auto`` class loads a checkpoint with all its weights: by ``architectures``, else the bare model, or the
+    language model of a family of decoders."""
+    model_type = getattr(config, "base_model_type", None) or config.model_type
+    family = FAMILIES[model_type]
+    for name in config.architectures or ():
+        auto_class = _HEADS.get(name.removeprefix("Decoupled").removeprefix(family.name))
+        if auto_class is not None:
+            return auto_class
+    return "AutoModel" if model_type in ("bert", "roberta") else "AutoModelForCausalLM"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     BertConfig,
     GPT2Config,
     LlamaConfig,
@@ -64,6 +65,8 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
     for base in (BertConfig, RobertaConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 }
 """Decoupled configurations by the model type of their base."""
+for _config in CONFIGS.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
 globals().update({config.__name__: config for config in CONFIGS.values()})
 
 
