@@ -18,6 +18,7 @@ from isthmus.cli import bench, plan, testbed
 from isthmus.cli.decouple import decouple
 from isthmus.cli.demo import demo
 from isthmus.cli.embed import embed
+from isthmus.cli.evaluate import evaluate
 from isthmus.cli.generate import generate
 from isthmus.cli.profile import profile
 from isthmus.cli.tune import tune
@@ -60,6 +61,7 @@ app.command()(demo)
 app.command()(profile)
 app.command()(tune)
 app.command()(decouple)
+app.command()(evaluate)
 app.command()(embed)
 app.command()(generate)
 app.command()(worker)

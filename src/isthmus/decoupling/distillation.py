@@ -13,22 +13,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from isthmus.decoupling.corpus import Batch
 from isthmus.decoupling.losses import LossWeights, divergence, hidden_losses, pool, pooled_losses
 from isthmus.evaluation.fidelity import fidelity
 from isthmus.models.decoupled.architectures import layers_of
+from isthmus.training.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Faithfulness:
     """The copy beside the original on text held out. Encoders: ``cosine`` and ``spearman`` of pooled vectors
-    (``Fidelity``). Decoders: ``loss`` is the copy's own mean loss, in nats a token, and ``original_loss`` the
-    original's; for encoders ``loss`` is 1 - ``spearman``."""
+    (``Fidelity``); ``loss`` is 1 - ``spearman``. Decoders, in nats a token: ``loss`` of the copy, ``original_loss``, and
+    the mean Kullback–Leibler ``divergence`` of the copy's predictions from the original's."""
 
     loss: float
     cosine: float | None = None
     spearman: float | None = None
     original_loss: float | None = None
+    divergence: float | None = None
 
     def describe(self) -> str:
         """One line for people."""
@@ -50,8 +51,14 @@ class Distiller:
     """
 
     def __init__(
-        self, original: PreTrainedModel, decoupled: PreTrainedModel, *, weights: LossWeights, dtype: str
+        self,
+        original: PreTrainedModel,
+        decoupled: PreTrainedModel,
+        *,
+        weights: LossWeights | None = None,
+        dtype: str = "bf16",
     ) -> None:
+        weights = weights or LossWeights()
         self.original, self.decoupled = original.eval(), decoupled
         self.weights, self.dtype = weights, dtype
         self.is_causal = hasattr(original, "lm_head") and not hasattr(original.config, "type_vocab_size")
@@ -92,11 +99,7 @@ class Distiller:
         """How like the original the copy is on ``batches``. The original's side is computed once."""
         self.decoupled.eval()
         if self.is_causal:
-            if self._original_result is None:
-                self._original_result = self._mean_loss(self.original, batches)
-            return Faithfulness(
-                loss=self._mean_loss(self.decoupled, batches), original_loss=float(self._original_result)
-            )
+            return self._compare_predictions(batches)
         if self._original_result is None:
             self._original_result = self._embed(self.original, batches)
         result = fidelity(self._original_result, self._embed(self.decoupled, batches))
@@ -111,14 +114,20 @@ class Distiller:
             rows.append(pool(hidden.float(), batch["attention_mask"]))
         return torch.cat(rows).cpu().numpy()
 
-    def _mean_loss(self, model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-        total, num_tokens = 0.0, 0
+    def _compare_predictions(self, batches: Sequence[Batch]) -> Faithfulness:
+        """Both models' mean loss, and the mean divergence between them, in nats a token."""
+        sums, num_tokens = torch.zeros(3, dtype=torch.float64), 0
         for batch in batches:
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            with autocast(self.device, self.dtype):
-                logits = model(**batch, use_cache=False).logits
             is_target = batch["attention_mask"][:, 1:].bool()
-            chosen, targets = logits[:, :-1][is_target], batch["input_ids"][:, 1:][is_target]
-            total += float(F.cross_entropy(chosen.float(), targets, reduction="sum"))
+            targets = batch["input_ids"][:, 1:][is_target]
+            with autocast(self.device, self.dtype):
+                ours, theirs = (
+                    model(**batch, use_cache=False).logits[:, :-1][is_target].float()
+                    for model in (self.decoupled, self.original)
+                )
+            losses = [F.cross_entropy(logits, targets) for logits in (ours, theirs)]
+            sums += torch.stack([*losses, divergence(ours, theirs)]).cpu().double() * len(targets)
             num_tokens += len(targets)
-        return total / num_tokens
+        loss, original_loss, distance = (sums / num_tokens).tolist()
+        return Faithfulness(loss=loss, original_loss=original_loss, divergence=distance)

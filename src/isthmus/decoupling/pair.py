@@ -92,7 +92,7 @@ class Source:
 
     def write(self, model: PreTrainedModel, output: Path) -> None:
         """Writes ``model`` with the tokenizer and whatever else belongs to the checkpoint: a Hugging Face directory."""
-        implementation = model.config._attn_implementation
+        implementation = str(model.config._attn_implementation)
         model.set_attn_implementation("sdpa")
         with published(output) as aside:
             model.save_pretrained(aside)

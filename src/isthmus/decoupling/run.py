@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,12 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
-from isthmus.data import load_tokenizer
-from isthmus.decoupling.corpus import BatchStream, Corpus, fixed_batches, read_corpus
+from isthmus.data import load_tokenizer, pad_token_id
+from isthmus.decoupling.corpus import Corpus, read_corpus
 from isthmus.decoupling.distillation import Distiller, autocast
-from isthmus.decoupling.losses import LossWeights
 from isthmus.decoupling.pair import Wanted, open_source, quiet
 from isthmus.decoupling.slicing import INITIALISATIONS, fit_weights
 from isthmus.decoupling.trainer import Trainer, TrainingOptions
@@ -27,10 +26,12 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import DecoupleReport, FidelityPoint
 from isthmus.spec.serialization import to_json
+from isthmus.training.batches import Batch, BatchStream, fixed_batches
 from isthmus.training.heap import keep_freed_memory
 from isthmus.training.interruption import StopSignals
 from isthmus.training.output import check_output, clear_output
 
+EVALUATION_TOKENS = 4096
 FIT_TOKENS = 8192
 """Tokens that slices are fitted on; more were no better (docs/log.md)."""
 
@@ -159,20 +160,22 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
         progress.message(corpus.warning)
     if options.overwrite and rank == 0:
         clear_output(output)  # not before: a run is only replaced by one whose input is known to be good
-    pad_token_id = int(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+    padding = pad_token_id(tokenizer)
     keep_freed_memory()
     torch.manual_seed(options.seed)
     progress.phase("reading the model")
     original = source.load()
     decoupled = source.decoupled(original, config)
     device = _device(options.device)
-    trainer, distiller = _trainer(options, corpus, original, decoupled, pad_token_id, device, progress, stop)
-    if not (options.resume and trainer.resume()):
-        _initialise(options, corpus, original, decoupled, pad_token_id, progress)
     for model in (original, decoupled):
-        model.to(device)
-        use_blocked_attention(model) if device.type == "cpu" else None
-    _ = distiller
+        model.to(device)  # type: ignore[arg-type]
+        if device.type == "cpu":
+            use_blocked_attention(model)
+    trainer = _trainer(options, corpus, Distiller(original, decoupled, dtype=options.dtype), padding, progress, stop)
+    if not (options.resume and trainer.resume()) and options.initialisation == "fitted":
+        batches = _first_batches(corpus, padding, device)
+        with autocast(device, options.dtype):
+            fit_weights(original, decoupled, batches, progress=lambda share: progress.phase("fitting slices", share))
     trainer.run()
     if rank:
         return None
@@ -183,52 +186,32 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     return report
 
 
-def _initialise(
-    options: DecoupleOptions,
-    corpus: Corpus,
-    original: PreTrainedModel,
-    decoupled: PreTrainedModel,
-    pad_token_id: int,
-    progress: Any,
-) -> None:
-    if options.initialisation == "plain":
-        return
+def _first_batches(corpus: Corpus, padding: int, device: torch.device) -> list[Batch]:
     texts, num_tokens = [], 0
     for text in corpus.texts:
         texts.append(text)
         num_tokens += len(text)
         if num_tokens >= FIT_TOKENS:
             break
-    batches = fixed_batches(texts, 4096, pad_token_id)
-    with autocast(torch.device("cpu"), options.dtype):
-        fit_weights(
-            original, decoupled, batches, progress=lambda share: progress.phase("fitting the slices' weights", share)
-        )
+    batches = fixed_batches(texts, EVALUATION_TOKENS, padding)
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
 def _trainer(
-    options: DecoupleOptions,
-    corpus: Corpus,
-    original: PreTrainedModel,
-    decoupled: PreTrainedModel,
-    pad_token_id: int,
-    device: torch.device,
-    progress: Any,
-    stop: StopSignals,
-) -> tuple[Trainer, Distiller]:
-    distiller = Distiller(original, decoupled, weights=LossWeights(), dtype=options.dtype)
+    options: DecoupleOptions, corpus: Corpus, distiller: Distiller, padding: int, progress: Any, stop: StopSignals
+) -> Trainer:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     stream = BatchStream(
         corpus.texts,
         tokens_per_batch=options.batch_tokens,
-        pad_token_id=pad_token_id,
+        pad_token_id=padding,
         seed=options.seed,
         part=rank,
         num_parts=world_size,
     )
-    held_out = fixed_batches(corpus.held_out, max(options.batch_tokens, 4096), pad_token_id)
-    trainer = Trainer(
-        decoupled,
+    held_out = fixed_batches(corpus.held_out, EVALUATION_TOKENS, padding)
+    return Trainer(
+        distiller.decoupled,
         distiller.loss,
         stream,
         lambda: distiller.evaluate(held_out),
@@ -237,13 +220,10 @@ def _trainer(
         progress=progress,
         stop=stop,
     )
-    return trainer, distiller
 
 
 def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer) -> DecoupleReport:
-    config = asdict(options) | {
-        "model": str(options.model),
-        "output": str(options.output),
+    config = json.loads(json.dumps(asdict(options), default=str)) | {
         "num_texts": len(corpus.texts),
         "num_tokens": corpus.num_tokens,
         "num_held_out": len(corpus.held_out),
@@ -258,6 +238,7 @@ def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer) -> Decou
             cosine=record.evaluation["cosine"],
             spearman=record.evaluation["spearman"],
             original_loss=record.evaluation["original_loss"],
+            divergence=record.evaluation["divergence"],
         )
         for record in trainer.records
     )

@@ -44,7 +44,8 @@ def copy_weights(original: PreTrainedModel, decoupled: PreTrainedModel) -> None:
     for name, target in decoupled.state_dict().items():
         if target.shape == weights[name].shape:
             target.copy_(weights[name])
-    for theirs, ours in zip(layers_of(original), layers_of(decoupled), strict=True):
+    pairs: list[tuple[Any, Any]] = list(zip(layers_of(original), layers_of(decoupled), strict=True))
+    for theirs, ours in pairs:
         if is_decoupled_layer(ours):
             for place in range(2):
                 _copy_half(halves_of(theirs)[place], halves_of(ours)[place], ours.slices)
@@ -61,11 +62,9 @@ def _copy_half(theirs: HalfLayer, ours: HalfLayer, slices: Slices) -> None:
             guesses = torch.eye(source.shape[1]).unflatten(1, (slices.num, width)).transpose(0, 1)
             _read_through(guesses, 0, target, source)
     if ours.writing.shape != theirs.writing.shape:
-        columns = theirs.writing.chunk(slices.num, dim=1)
-        rows = ours.writing.chunk(slices.num)
-        for target, source in zip(rows, columns, strict=True):
-            first = target.storage_offset() // target.shape[1] if target.is_contiguous() else 0
-            target.copy_(source[first : first + len(target)])
+        blocks = zip(ours.writing.chunk(slices.num), theirs.writing.chunk(slices.num), strict=True)
+        for number, (target, source) in enumerate(blocks):
+            target.copy_(source.chunk(slices.num, dim=1)[number])
 
 
 @torch.no_grad()
@@ -82,7 +81,7 @@ def fit_weights(
     tokens are enough for 384 hidden units. Blocks: a few times as long as the models take to read the batches.
     """
     theirs, ours = calls_of(original, batches), calls_of(decoupled, batches)
-    layers = list(zip(layers_of(original), layers_of(decoupled), strict=True))
+    layers: list[tuple[nn.Module, Any]] = list(zip(layers_of(original), layers_of(decoupled), strict=True))
     for number, (their_layer, our_layer) in enumerate(layers):
         if is_decoupled_layer(our_layer):
             for place in range(2):
@@ -96,9 +95,13 @@ def fit_weights(
 class _Recording(Slices):
     """Slices that remember what went through them: of attention first, then of the MLP."""
 
+    reads: list[Parts]
+    inner: list[Tensor]
+    norms: list[Parts]
+
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__(widths)
-        self.__dict__.update(reads=[], inner=[], norms=[])
+        self.__dict__.update(reads=[], inner=[], norms=[])  # the class is frozen
 
     def read(self, parts: Parts, weight_OH: Tensor, bias_O: Tensor | None) -> Tensor:
         if len(self.reads) == len(self.inner):
@@ -156,7 +159,7 @@ class _Walk:
         """What is to be seen now, batch after batch."""
         place = self._place
         for (their_inputs, their_sum), call in zip(self._theirs, self._ours_calls, strict=True):
-            recording: Any = _Recording(self.slices.widths)
+            recording = _Recording(self.slices.widths)
             self._our_layer.slices = recording
             try:
                 call.run(self._our_layer)

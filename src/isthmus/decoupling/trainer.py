@@ -16,10 +16,12 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from isthmus.decoupling.corpus import Batch, BatchStream
+from isthmus.models.decoupled.architectures import layers_of
 from isthmus.reporting.progress import TrainingProgress, TrainingView
 from isthmus.spec.errors import IsthmusError
+from isthmus.training.batches import Batch, BatchStream
 from isthmus.training.checkpoints import (
     checkpoint_directory,
     find_resumable,
@@ -32,6 +34,9 @@ from isthmus.training.schedule import learning_rate_at
 
 MEASURED_STEPS = 10
 """So many steps tell how many fit into the minutes that were asked for."""
+_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What AdamW and Muon keep of a parameter."""
+BETAS = (0.9, 0.98)
 LEAST_GAIN = 0.001
 """Share by which an evaluation must better the best one so far to count as better."""
 
@@ -56,8 +61,9 @@ class TrainingOptions:
     minutes: float | None = None
     learning_rate: float = 1e-3
     warmup: float = 0.02
+    matrix_factor: float = 2.0
+    """Muon's learning rate for the layers' matrices, by that of AdamW for all else. 0: AdamW for all."""
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
     num_evaluations: int = 12
     save_every_s: float = 300.0
@@ -88,12 +94,41 @@ class TrainingRecord:
     evaluation: dict[str, float | None]
 
 
+def optimizers_of(model: PreTrainedModel, options: TrainingOptions) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for tables, norms, biases and heads.
+
+    Muon makes each matrix' update orthogonal (Jordan et al. 2024), here of AdamW's size (Liu et al. 2025).
+    For the same tokens a decoupled copy is then as faithful as after about 1.5 times as many with AdamW (docs/log.md).
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = {
+        parameter
+        for layer in layers_of(model)
+        for parameter in layer.parameters()
+        if parameter.dim() == 2 and parameter.requires_grad and options.matrix_factor
+    }
+    rest = [parameter for parameter in trained if parameter not in matrices]
+    groups = [{"params": rest, "lr_factor": 1.0}]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, betas=BETAS, weight_decay=options.weight_decay, fused=True)
+    ]
+    if matrices:
+        ordered = [parameter for parameter in trained if parameter in matrices]
+        muon = torch.optim.Muon(
+            [{"params": ordered, "lr_factor": options.matrix_factor}],
+            weight_decay=options.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        found.append(muon)
+    return found
+
+
 class Trainer:
     """Owns one run in ``output`` from its first step (or the one after the last checkpoint) to its last."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         loss: Callable[[Batch], Tensor],
         stream: BatchStream,
         evaluate: Callable[[], Evaluated],
@@ -113,9 +148,7 @@ class Trainer:
         self._losses: list[float] = []
         self._named = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         self._device = next(iter(self._named.values())).device
-        self._optimizer = torch.optim.AdamW(
-            self._named.values(), betas=options.betas, weight_decay=options.weight_decay, fused=True
-        )
+        self._optimizers = optimizers_of(model, options)
         self._is_shared = dist.is_initialized() and dist.get_world_size() > 1
         self.is_leader = not self._is_shared or dist.get_rank() == 0
 
@@ -163,24 +196,26 @@ class Trainer:
         if self.num_steps is None:  # not known yet: rising
             rate = options.learning_rate * (self.step + 1) / (2 * MEASURED_STEPS)
         else:
-            warmup = max(2 * MEASURED_STEPS, round(options.warmup * self.num_steps))
+            warmup = max(min(2 * MEASURED_STEPS, self.num_steps // 4), round(options.warmup * self.num_steps))
             rate = learning_rate_at(
                 self.step + 1,
                 schedule="cosine",
                 learning_rate=options.learning_rate,
                 num_steps=self.num_steps + 1,
-                warmup=min(warmup, self.num_steps),
+                warmup=warmup,
             )
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_factor"]
         self.model.train()
         batch = {name: tensor.to(self._device) for name, tensor in self._stream.next().items()}
         loss = self._loss(batch)
         loss.backward()
         self._share_gradients()
         nn.utils.clip_grad_norm_(self._named.values(), options.clip_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         value = loss.item()
         if not math.isfinite(value):
@@ -253,6 +288,13 @@ class Trainer:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's own state of the parameter, to read and to write."""
+        for optimizer in self._optimizers:
+            if any(parameter is member for group in optimizer.param_groups for member in group["params"]):
+                return optimizer.state[parameter]
+        raise KeyError(parameter)
+
     # --- state on disk ------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -262,10 +304,10 @@ class Trainer:
         self.progress.phase("saving a checkpoint")
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._named.items():
-            moments = self._optimizer.state[parameter]
             tensors[f"model.{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = moments[moment]
+            # What the loss does not reach, such as a pooler, has no state.
+            for key, value in self._state_of(parameter).items():
+                tensors[f"optimizer.{key}.{name}"] = value
         state = {
             "step": self.step,
             "num_steps": self.num_steps,
@@ -297,10 +339,10 @@ class Trainer:
                 if saved is None or saved.shape != parameter.shape:
                     raise IsthmusError(f"resume: {directory} is of another model; resume with the one that wrote it")
                 parameter.copy_(saved)
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state["step"])),
-                    **{moment: tensors[f"{moment}.{name}"].to(self._device) for moment in ("exp_avg", "exp_avg_sq")},
-                }
+                for key in _STATE:
+                    value = tensors.get(f"optimizer.{key}.{name}")
+                    if value is not None:
+                        self._state_of(parameter)[key] = value if key == "step" else value.to(self._device)
         self.step = self._saved_step = state["step"]
         self.num_steps = self.options.num_steps or state["num_steps"]
         self._elapsed_s, self._num_tokens, self._losses = state["elapsed_s"], state["num_tokens"], state["losses"]

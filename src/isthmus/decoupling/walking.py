@@ -51,11 +51,10 @@ def calls_of(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) ->
         raise _FirstLayerReached
 
     hook = layers_of(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
-    options = {"use_cache": False} if model.config.is_decoder or not hasattr(model.config, "type_vocab_size") else {}
     try:
         for batch in batches:
             try:
-                model.base_model(**batch, **options)
+                model.base_model(**batch, use_cache=False)
             except _FirstLayerReached:
                 calls[-1].is_token = batch["attention_mask"].bool()
     finally:

@@ -157,6 +157,8 @@ class FidelityPoint:
     spearman: float | None = None
     original_loss: float | None = None
     """Decoders: the original's nats a token on the same text."""
+    divergence: float | None = None
+    """Decoders: mean Kullback–Leibler divergence of the copy's predictions from the original's, in nats a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,3 +170,32 @@ class DecoupleReport:
     config: dict[str, object]
     environment: dict[str, object]
     curve: tuple[FidelityPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRow:
+    """One model's score in one metric of one task."""
+
+    model: str
+    num_sub_blocks: int
+    """1: not decoupled."""
+    original_layers: tuple[int, ...]
+    """From 0; all of a model that is not decoupled."""
+    task: str
+    metric: str
+    """Such as ``accuracy``, ``f1``, ``matthews``, ``exact_match``, ``probe accuracy``, ``spearman``, ``perplexity``."""
+    mean: float
+    std: float
+    """Sample standard deviation over seeds; 0 for one."""
+    num_seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReport:
+    """``report.json`` of ``isthmus evaluate``. ``config`` and ``environment`` hold plain JSON values."""
+
+    schema_version: int = 1
+    kind: Literal["evaluate"] = "evaluate"
+    config: dict[str, object]
+    environment: dict[str, object]
+    rows: tuple[EvaluateRow, ...]

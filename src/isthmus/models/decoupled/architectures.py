@@ -36,7 +36,7 @@ class _Family:
     """What the family's class names begin with."""
     layers: Callable[[Any], nn.ModuleList]
     """Of the bare model."""
-    layer: type[nn.Module]
+    layer: Callable[..., nn.Module]
 
 
 FAMILIES: dict[str, _Family] = {

@@ -16,6 +16,7 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.roberta import modeling_roberta as roberta
+from transformers.pytorch_utils import Conv1D
 
 from isthmus.models.decoupled.sub_blocks import Parts, Slices, add, attend
 
@@ -33,7 +34,7 @@ class _PostNorm(nn.Module):
     output: Any
 
     def __init__(self, config: Any, layer_idx: int | None = None) -> None:
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self.slices = Slices(config.decoupling.widths)
         if config.decoupling.heads == "own":
             own, width = self.attention.self, self.slices.widths[0]
@@ -82,12 +83,12 @@ class _Gpt2(nn.Module):
     ln_2: nn.LayerNorm
 
     def __init__(self, config: Any, layer_idx: int | None = None) -> None:
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self.slices = Slices(config.decoupling.widths)
         if config.decoupling.heads == "own":
             width = self.slices.widths[0]
-            self.attn.c_attn = gpt2.Conv1D(3 * config.hidden_size, width)
-            self.attn.c_proj = gpt2.Conv1D(config.hidden_size, config.hidden_size // self.slices.num)
+            self.attn.c_attn = Conv1D(3 * config.hidden_size, width)
+            self.attn.c_proj = Conv1D(config.hidden_size, config.hidden_size // self.slices.num)
 
     def forward(
         self,
@@ -133,7 +134,7 @@ class _Gated(nn.Module):
     post_attention_layernorm: nn.Module
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self.slices = Slices(config.decoupling.widths)
         if config.decoupling.heads == "own":
             own, width = self.self_attn, self.slices.widths[0]

@@ -113,7 +113,7 @@ def attend(
     module: nn.Module,
     queries_keys_values: Sequence[Tensor],
     *,
-    batch: tuple[int, int],
+    batch: Sequence[int],
     head_size: int,
     rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     attention_mask: Tensor | None,

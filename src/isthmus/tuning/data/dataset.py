@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from isthmus.data.record import Record
 from isthmus.data.records import read_records
+from isthmus.data.tokenizer import pad_token_id
 from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.encoding import Encoder, Example
 from isthmus.tuning.data.fields import interpret, parse_columns
@@ -188,16 +188,10 @@ def load_dataset(
         is_label=np.frombuffer(collector.is_label, bool),
         offsets=np.frombuffer(collector.offsets, np.int64),
         seq_len=seq_len,
-        pad_token_id=_pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
         is_encoder_decoder=is_encoder_decoder,
         summary=summary,
     )
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding has no labels and no document sees it, so any token will do where there is none for it.
-    token_ids: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
-    return int(next(token_id for token_id in token_ids if token_id is not None))
 
 
 def _why_empty(summary: LoadSummary, seq_len: int, least_seq_len: int | None) -> str:
