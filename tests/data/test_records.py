@@ -66,7 +66,8 @@ def test_the_share_read_rises_to_one(write_lines: Callable[..., Path]) -> None:
         ("keys.json", b'{"train": []}', r"keys\.json holds an object with the keys train, wanted a list"),
         ("number.json", b"3", r"number\.json holds of type int"),
         ("items.json", b'[{"text": "a"}, 7]', r"items\.json: item 2 is of type int"),
-        ("table.csv", b"a,b", r"table\.csv has the suffix \.csv, wanted one of \.jsonl, \.json, \.txt"),
+        ("table.csv", b"text,label\na,b\nc\n", r"table\.csv:3 has 1 fields, wanted 2: text, label"),
+        ("table.bin", b"a,b", r"table\.bin has the suffix \.bin, wanted one of \.jsonl, \.json, \.tsv, \.csv, \.txt"),
         ("nothing", b"a,b", r"has the suffix \(none\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``isthmus decouple``: the copy follows the original, loads by itself, resumes exactly, and refuses what cannot work."""
+"""``isthmus decouple``: the copy follows the original, loads, resumes exactly, and refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(model: Path, output: Path, text: Path, **options: Any) -> DecoupleReport
 
 
 def test_copy_of_an_encoder_comes_closer_and_loads(encoder: Path, text: Path, tmp_path: Path) -> None:
-    report = run(encoder, tmp_path / "out", text, initialisation="plain")
+    report = run(encoder, tmp_path / "out", text, init="plain")
     first, last = report.curve[0], report.curve[-1]
     assert last.step == 60 and (last.cosine or 0) > (first.cosine or 1) + 0.1
     assert from_json(DecoupleReport, (tmp_path / "out" / "report.json").read_text()) == report
@@ -46,7 +46,7 @@ def test_copy_of_an_encoder_comes_closer_and_loads(encoder: Path, text: Path, tm
 
 def test_fitted_slices_begin_closer_than_plain_ones(encoder: Path, text: Path, tmp_path: Path) -> None:
     reports = [
-        run(encoder, tmp_path / initialisation, text, initialisation=initialisation, steps=2)
+        run(encoder, tmp_path / initialisation, text, init=initialisation, steps=2)
         for initialisation in ("fitted", "plain")
     ]
     fitted, plain = (report.curve[0].cosine or 0.0 for report in reports)
@@ -62,7 +62,7 @@ def test_copy_of_a_decoder_comes_closer(decoder: Path, text: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("options", [{"widths": [1, 3]}, {"heads": "own"}, {"original_layers": [0]}])
 def test_other_forms_are_distilled_too(encoder: Path, text: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    report = run(encoder, tmp_path / "out", text, initialisation="plain", **options)
+    report = run(encoder, tmp_path / "out", text, init="plain", **options)
     assert (report.curve[-1].cosine or 0) > (report.curve[0].cosine or 1)
 
 
@@ -134,7 +134,7 @@ def test_two_processes_train_one_model(encoder: Path, text: Path, tmp_path: Path
         ({"widths": [1, 1, 2]}, r"widths: got 3 shares, wanted 2, one a sub-block"),
         ({"heads": "own", "sub_blocks": 8}, r"sub_blocks: 4 attention heads cannot be shared out evenly among 8"),
         ({"steps": None, "minutes": -1.0}, r"minutes: got -1, wanted more than 0"),
-        ({"initialisation": "good"}, r"init: got 'good', wanted fitted or plain"),
+        ({"init": "good"}, r"init: got 'good', wanted fitted or plain"),
         ({"learning_rate": 0.0}, r"learning_rate: got 0, wanted more than 0"),
     ],
 )

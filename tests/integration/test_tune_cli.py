@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import isthmus
 from isthmus.data import load_tokenizer, train_tokenizer
-from isthmus.tuning.checkpoint import find_resumable
+from isthmus.training.checkpoints import find_resumable
 from isthmus.tuning.data import BatchStream, load_dataset
 
 STEP_FIELDS = (

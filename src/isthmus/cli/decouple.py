@@ -15,7 +15,9 @@ def _option(panel: str, help_text: str, *names: str, **settings: Any) -> Any:
 Model = Annotated[
     str, typer.Argument(help="BERT, RoBERTa, GPT-2, Llama, Mistral or Qwen: a Hugging Face id or checkpoint directory.")
 ]
-Output = Annotated[Path, _option("Output", "Where the decoupled model goes: a Hugging Face directory.", metavar="DIR")]
+Output = Annotated[
+    Path | None, _option("Output", "Where the decoupled model goes: a Hugging Face directory.", metavar="DIR")
+]
 Text = Annotated[
     list[str] | None,
     _option(
@@ -26,8 +28,13 @@ Text = Annotated[
     ),
 ]
 SubBlocks = Annotated[
-    int,
-    _option("Form", "Sub-blocks of a decoupled layer: as many devices can share it without a word.", min=2),
+    str,
+    _option(
+        "Form",
+        "Sub-blocks of a decoupled layer: as many devices can share it without a word. [b]auto[/], with --plan: 2, 4 "
+        "and 8.",
+        metavar="N|auto",
+    ),
 ]
 Groups = Annotated[
     int | None,
@@ -81,6 +88,14 @@ Seed = Annotated[
 ]
 Resume = Annotated[bool, _option("Output", "Go on from the last checkpoint in --output.", "--resume")]
 Overwrite = Annotated[bool, _option("Output", "Delete the run that --output holds, and all else there.", "--overwrite")]
+PlanOnly = Annotated[
+    bool,
+    _option(
+        "Output",
+        "Train nothing: show what each form would gain on devices and, with --text, how close it is before training.",
+        "--plan",
+    ),
+]
 Plain = Annotated[
     bool | None,
     _option("Output", "Plain progress lines or a live display. Left out: live in a terminal.", "--plain/--live"),
@@ -89,9 +104,10 @@ Plain = Annotated[
 
 def decouple(
     model: Model,
-    output: Output,
+    output: Output = None,
     text: Text = None,
-    sub_blocks: SubBlocks = 2,
+    plan: PlanOnly = False,
+    sub_blocks: SubBlocks = "2",
     groups: Groups = None,
     original_layers: OriginalLayers = None,
     widths: Widths = None,
@@ -116,31 +132,42 @@ def decouple(
 
         isthmus decouple ./minilm --output ./minilm-4 --sub-blocks 4 --groups 2 --text corpus.txt --minutes 30
 
-    The result loads with AutoModel.from_pretrained after `import isthmus`.
+    The result loads with AutoModel.from_pretrained after `import isthmus`. What each form would gain, before training:
+
+        isthmus decouple ./minilm --plan --sub-blocks auto
     """
+    asked = dict(locals())
     from isthmus.decoupling.run import decouple as run
+    from isthmus.spec.errors import IsthmusError
     from isthmus.spec.units import parse_numbers
 
-    run(
-        model,
-        output=output,
-        text=text or [],
-        sub_blocks=sub_blocks,
-        groups=groups,
-        original_layers=None if original_layers is None else parse_numbers("original_layers", original_layers, int),
-        widths=None if widths is None else parse_numbers("widths", widths, float),
-        heads=heads,
-        minutes=minutes,
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_tokens=batch_tokens,
-        seq_len=seq_len,
-        initialisation=init,
-        patience=patience,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        resume=resume,
-        overwrite=overwrite,
-        plain=plain,
-    )
+    for name, kind in (("original_layers", int), ("widths", float)):
+        if asked[name] is not None:
+            asked[name] = parse_numbers(name, asked[name], kind)
+    asked |= {"sub_blocks": _number_or_auto(sub_blocks), "text": text or []}
+    if asked.pop("plan"):
+        _print_plan(asked)
+        return
+    if output is None or asked["sub_blocks"] is None:
+        what = "output: give --output DIR" if output is None else "sub_blocks: auto is for --plan; give a number"
+        raise IsthmusError(what)
+    run(**asked)
+
+
+def _number_or_auto(text: str) -> int | None:
+    from isthmus.spec.errors import IsthmusError
+
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise IsthmusError(f"sub_blocks: got {text!r}, wanted a number of 2 or more, or auto with --plan")
+    return int(text)
+
+
+def _print_plan(asked: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from isthmus.decoupling.plan import plan_decouple
+
+    names = ("model", "sub_blocks", "groups", "original_layers", "text", "plain")
+    Console().print(plan_decouple(**{name: asked[name] for name in names}))

@@ -20,6 +20,7 @@ from isthmus.cli.demo import demo
 from isthmus.cli.embed import embed
 from isthmus.cli.evaluate import evaluate
 from isthmus.cli.generate import generate
+from isthmus.cli.pretrain import pretrain
 from isthmus.cli.profile import profile
 from isthmus.cli.tune import tune
 from isthmus.cli.worker import worker
@@ -61,6 +62,7 @@ app.command()(demo)
 app.command()(profile)
 app.command()(tune)
 app.command()(decouple)
+app.command()(pretrain)
 app.command()(evaluate)
 app.command()(embed)
 app.command()(generate)

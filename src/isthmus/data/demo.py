@@ -15,6 +15,7 @@ from isthmus.spec.errors import IsthmusError
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
+MASK = "<|mask|>"
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -47,10 +48,10 @@ def standard_library_text(max_bytes: int) -> list[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most ``vocab_size`` tokens: any text is encoded, and decodes to itself.
 
-    256 bytes, end of text (EOS) and padding, the rest merges. The same texts give the same tokenizer. Blocks (2 s for
-    8,000 merges of 12 MB). Raises ``IsthmusError`` if ``vocab_size`` does not even hold the bytes.
+    256 bytes, end of text (EOS), padding and mask, the rest merges. The same texts give the same tokenizer. Blocks (2 s
+    for 8,000 merges of 12 MB). Raises ``IsthmusError`` if ``vocab_size`` does not even hold the bytes.
     """
-    special = [END_OF_TEXT, PADDING]
+    special = [END_OF_TEXT, PADDING, MASK]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(special):
         raise IsthmusError(
@@ -64,5 +65,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        mask_token=MASK,
+        clean_up_tokenization_spaces=False,
     )

@@ -23,7 +23,8 @@ def read_hub_dataset(name: str) -> Iterator[Record]:
 
     Raises ``IsthmusError`` if the extra ``data`` is not installed or the data set cannot be loaded.
     """
-    path, config, split = _parse_name(name)
+    path, config, split = parse_hub_name(name)
+    split = split or DEFAULT_SPLIT
     try:
         dataset = _datasets().load_dataset(path, config, split=split)
     except (OSError, ValueError) as error:
@@ -63,15 +64,16 @@ def read_saved_dataset(path: Path) -> Iterator[Record]:
     return _rows(dataset, str(path))
 
 
-def _parse_name(name: str) -> tuple[str, str | None, str]:
+def parse_hub_name(name: str) -> tuple[str, str | None, str | None]:
+    """(path, config, split) of ``NAME[:CONFIG][:SPLIT]``, None where it names none."""
     path, *rest = name.split(":", 2)
     if not path:
         raise IsthmusError(f"data: got 'hf:{name}', wanted hf:NAME[:CONFIG][:SPLIT], such as hf:openai/gsm8k:main")
     if len(rest) == 2 and not _is_split(rest[0]):
-        return path, rest[0] or None, rest[1] or DEFAULT_SPLIT
+        return path, rest[0] or None, rest[1] or None
     # A slice has a colon of its own, so name:train[:10%] has two parts but no config.
     only = ":".join(rest)
-    return (path, None, only) if _is_split(only) else (path, only or None, DEFAULT_SPLIT)
+    return (path, None, only) if _is_split(only) else (path, only or None, None)
 
 
 def _is_split(part: str) -> bool:

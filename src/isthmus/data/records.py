@@ -8,9 +8,10 @@ time.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def _read_file(path: Path) -> Iterator[Record]:
     if suffix == ".json":
         return _read_json(path)
     if suffix in TABLE_DELIMITERS:
-        return _read_table(path, TABLE_DELIMITERS[suffix])
+        return read_table(path)
     if suffix in TEXT_SUFFIXES:
         return iter([Record({"text": _decode(path.read_bytes(), path)}, str(path), 1.0)])
     raise IsthmusError(
@@ -118,12 +119,13 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
             yield Record(_require_object(value, location), location, num_bytes_read / num_bytes)
 
 
-def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
+def read_table(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """The rows of a ``.tsv`` or ``.csv`` file. ``columns`` names them where the first line does not."""
     num_bytes = max(1, path.stat().st_size)
+    delimiter = TABLE_DELIMITERS[path.suffix.lower()]
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    text = _decode(path.read_bytes(), path)
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoting)
-    header = next(rows, None)
+    rows = csv.reader(io.StringIO(_decode(path.read_bytes(), path), newline=""), delimiter=delimiter, quoting=quoting)
+    header = columns or next(rows, None)
     if header is None:
         return
     num_bytes_read = 0
@@ -132,10 +134,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
         if not row:
             continue
         if len(row) != len(header):
-            raise IsthmusError(
-                f"data: {location} has {len(row)} fields, wanted {len(header)}, as many as the first line names: "
-                f"{', '.join(header)}"
-            )
+            raise IsthmusError(f"data: {location} has {len(row)} fields, wanted {len(header)}: {', '.join(header)}")
         num_bytes_read += sum(map(len, row)) + len(row)
         yield Record(dict(zip(header, row, strict=True)), location, min(1.0, num_bytes_read / num_bytes))
 

@@ -53,20 +53,20 @@ def read_corpus(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,
-    is_causal: bool,
+    is_windows: bool,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Corpus:
     """Reads and tokenises ``sources`` (see ``isthmus.data.read_records``): every text in every field is one.
 
-    Encoders: each line of at least one word, cut after ``seq_len`` tokens, no line twice. Decoders: documents joined by
-    the end-of-text token and cut into windows of ``seq_len``. Held out is a share of 2 %, at most 512 texts.
+    Lines have at least one word, are cut after ``seq_len`` tokens, and come once each. With ``is_windows`` documents
+    are joined by the end-of-text token and cut into windows of ``seq_len``. Held out are 2 %, at most 512 texts.
     Raises ``IsthmusError`` for what cannot be read, and for fewer than 16 texts. Blocks.
     """
     records = (record for source in sources for record in read_records(source))
-    texts = list(_windows(records, tokenizer, seq_len) if is_causal else _lines(records, tokenizer, seq_len, progress))
+    texts = list(_windows(records, tokenizer, seq_len) if is_windows else _lines(records, tokenizer, seq_len, progress))
     if len(texts) < MIN_TEXTS:
-        what = f"windows of {seq_len} tokens" if is_causal else "lines"
+        what = f"windows of {seq_len} tokens" if is_windows else "lines"
         raise IsthmusError(
             f"text: {', '.join(map(str, sources))} gives {len(texts)} {what}, wanted at least {MIN_TEXTS} to train on "
             "some and test on others; give more text"

@@ -22,8 +22,8 @@ from isthmus.training.batches import Batch
 @dataclass(frozen=True, kw_only=True)
 class Faithfulness:
     """The copy beside the original on text held out. Encoders: ``cosine`` and ``spearman`` of pooled vectors
-    (``Fidelity``); ``loss`` is 1 - ``spearman``. Decoders, in nats a token: ``loss`` of the copy, ``original_loss``, and
-    the mean Kullback–Leibler ``divergence`` of the copy's predictions from the original's."""
+    (``Fidelity``); ``loss`` is 1 - ``spearman``. Decoders, in nats a token: ``loss`` of the copy, ``original_loss``,
+    and the mean Kullback–Leibler ``divergence`` of the copy's predictions from the original's."""
 
     loss: float
     cosine: float | None = None

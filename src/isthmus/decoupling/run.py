@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from isthmus.data import load_tokenizer, pad_token_id
 from isthmus.decoupling.corpus import Corpus, read_corpus
 from isthmus.decoupling.distillation import Distiller, autocast
 from isthmus.decoupling.pair import Wanted, open_source, quiet
+from isthmus.decoupling.processes import device_of, process_group, progress_of, ranks
 from isthmus.decoupling.slicing import INITIALISATIONS, fit_weights
 from isthmus.decoupling.trainer import Trainer, TrainingOptions
 from isthmus.models.attention import use_blocked_attention
 from isthmus.reporting.environment import environment
-from isthmus.reporting.progress import TrainingProgress
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import DecoupleReport, FidelityPoint
@@ -31,6 +28,7 @@ from isthmus.training.heap import keep_freed_memory
 from isthmus.training.interruption import StopSignals
 from isthmus.training.output import check_output, clear_output
 
+DEFAULT_MINUTES = 30.0
 EVALUATION_TOKENS = 4096
 FIT_TOKENS = 8192
 """Tokens that slices are fitted on; more were no better (docs/log.md)."""
@@ -42,18 +40,42 @@ class DecoupleOptions:
 
     model: str | Path
     output: str | Path
-    text: tuple[str, ...]
-    wanted: Wanted
-    training: TrainingOptions
-    seq_len: int
+    text: Sequence[str | Path]
+    sub_blocks: int
+    groups: int | None
+    original_layers: Sequence[int] | None
+    widths: Sequence[float] | None
+    heads: str
+    minutes: float | None
+    steps: int | None
+    learning_rate: float
     batch_tokens: int
-    initialisation: str
+    seq_len: int
+    init: str
+    patience: int | None
     dtype: str
     device: str
     seed: int
     resume: bool
     overwrite: bool
     plain: bool | None
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(
+            sub_blocks=self.sub_blocks,
+            groups=self.groups,
+            original_layers=None if self.original_layers is None else tuple(self.original_layers),
+            widths=None if self.widths is None else tuple(self.widths),
+            heads=self.heads,
+        )
+
+    @property
+    def training(self) -> TrainingOptions:
+        minutes = DEFAULT_MINUTES if self.steps is None and self.minutes is None else self.minutes
+        return TrainingOptions(
+            num_steps=self.steps, minutes=minutes, learning_rate=self.learning_rate, patience=self.patience
+        )
 
 
 def decouple(
@@ -71,7 +93,7 @@ def decouple(
     learning_rate: float = 1e-3,
     batch_tokens: int = 1024,
     seq_len: int = 128,
-    initialisation: str = "fitted",
+    init: str = "fitted",
     patience: int | None = None,
     dtype: str = "bf16",
     device: str = "auto",
@@ -88,36 +110,11 @@ def decouple(
 
     Raises ``ValueError`` or ``OSError`` for input that cannot work, naming the field and the fix, and ``Interrupted``.
     """
-    if steps is None and minutes is None:
-        minutes = 30.0
-    options = DecoupleOptions(
-        model=model,
-        output=output,
-        text=tuple(map(str, text)),
-        wanted=Wanted(
-            sub_blocks=sub_blocks,
-            groups=groups,
-            original_layers=None if original_layers is None else tuple(original_layers),
-            widths=None if widths is None else tuple(widths),
-            heads=heads,
-        ),
-        training=TrainingOptions(num_steps=steps, minutes=minutes, learning_rate=learning_rate, patience=patience),
-        seq_len=seq_len,
-        batch_tokens=batch_tokens,
-        initialisation=initialisation,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        resume=resume,
-        overwrite=overwrite,
-        plain=plain,
-    )
+    options = DecoupleOptions(**locals())
     _check(options)
-    with _process_group() as rank:
-        title = "isthmus decouple"
-        with TrainingProgress(steps or 0, title=title, plain=plain) if rank == 0 else _Silent() as progress:
-            with StopSignals(progress.message) as stop:
-                return _decouple(options, rank, progress, stop)
+    with process_group() as rank, progress_of(rank, "isthmus decouple", steps, plain) as progress:
+        with StopSignals(progress.message) as stop:
+            return _decouple(options, rank, progress, stop)
 
 
 def _check(options: DecoupleOptions) -> None:
@@ -129,8 +126,8 @@ def _check(options: DecoupleOptions) -> None:
     ):
         if value < least:
             raise IsthmusError(f"{name}: got {value}, wanted {least} or more")
-    if options.initialisation not in INITIALISATIONS:
-        raise IsthmusError(f"init: got {options.initialisation!r}, wanted {' or '.join(INITIALISATIONS)}")
+    if options.init not in INITIALISATIONS:
+        raise IsthmusError(f"init: got {options.init!r}, wanted {' or '.join(INITIALISATIONS)}")
     if not options.text:
         raise IsthmusError("text: give --text FILE: text to distil on, of the kind that the model is used on")
 
@@ -152,7 +149,7 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
         options.text,
         tokenizer,
         seq_len=min(options.seq_len, limit),
-        is_causal=source.is_causal,
+        is_windows=source.is_causal,
         seed=options.seed,
         progress=lambda share: progress.phase("reading text", share),
     )
@@ -166,13 +163,13 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     progress.phase("reading the model")
     original = source.load()
     decoupled = source.decoupled(original, config)
-    device = _device(options.device)
+    device = device_of(options.device)
     for model in (original, decoupled):
         model.to(device)  # type: ignore[arg-type]
         if device.type == "cpu":
             use_blocked_attention(model)
     trainer = _trainer(options, corpus, Distiller(original, decoupled, dtype=options.dtype), padding, progress, stop)
-    if not (options.resume and trainer.resume()) and options.initialisation == "fitted":
+    if not (options.resume and trainer.resume()) and options.init == "fitted":
         batches = _first_batches(corpus, padding, device)
         with autocast(device, options.dtype):
             fit_weights(original, decoupled, batches, progress=lambda share: progress.phase("fitting slices", share))
@@ -200,7 +197,7 @@ def _first_batches(corpus: Corpus, padding: int, device: torch.device) -> list[B
 def _trainer(
     options: DecoupleOptions, corpus: Corpus, distiller: Distiller, padding: int, progress: Any, stop: StopSignals
 ) -> Trainer:
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = ranks()
     stream = BatchStream(
         corpus.texts,
         tokens_per_batch=options.batch_tokens,
@@ -243,38 +240,3 @@ def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer) -> Decou
         for record in trainer.records
     )
     return DecoupleReport(config=config, environment=environment(), curve=curve)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise IsthmusError(f"device: got {name}, but PyTorch finds no GPU here; take --device cpu")
-    return torch.device(name)
-
-
-@contextmanager
-def _process_group() -> Iterator[int]:
-    """This process's rank, with torch.distributed set up where torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0
-        return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
-
-
-class _Silent(nullcontext):
-    """Progress of ranks that say nothing."""
-
-    num_steps = 0
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def phase(self, text: str, fraction: float | None = None) -> None: ...
-    def step(self, view: object) -> None: ...
-    def evaluation(self, step: int, result: object) -> None: ...
-    def message(self, text: str) -> None: ...

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from isthmus.models.decoupled.architectures import layers_of
+from isthmus.decoupling.optimizers import optimizers_of
 from isthmus.reporting.progress import TrainingProgress, TrainingView
 from isthmus.spec.errors import IsthmusError
 from isthmus.training.batches import Batch, BatchStream
@@ -36,7 +36,6 @@ MEASURED_STEPS = 10
 """So many steps tell how many fit into the minutes that were asked for."""
 _STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 """What AdamW and Muon keep of a parameter."""
-BETAS = (0.9, 0.98)
 LEAST_GAIN = 0.001
 """Share by which an evaluation must better the best one so far to count as better."""
 
@@ -94,35 +93,6 @@ class TrainingRecord:
     evaluation: dict[str, float | None]
 
 
-def optimizers_of(model: PreTrainedModel, options: TrainingOptions) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for tables, norms, biases and heads.
-
-    Muon makes each matrix' update orthogonal (Jordan et al. 2024), here of AdamW's size (Liu et al. 2025).
-    For the same tokens a decoupled copy is then as faithful as after about 1.5 times as many with AdamW (docs/log.md).
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = {
-        parameter
-        for layer in layers_of(model)
-        for parameter in layer.parameters()
-        if parameter.dim() == 2 and parameter.requires_grad and options.matrix_factor
-    }
-    rest = [parameter for parameter in trained if parameter not in matrices]
-    groups = [{"params": rest, "lr_factor": 1.0}]
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, betas=BETAS, weight_decay=options.weight_decay, fused=True)
-    ]
-    if matrices:
-        ordered = [parameter for parameter in trained if parameter in matrices]
-        muon = torch.optim.Muon(
-            [{"params": ordered, "lr_factor": options.matrix_factor}],
-            weight_decay=options.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        found.append(muon)
-    return found
-
-
 class Trainer:
     """Owns one run in ``output`` from its first step (or the one after the last checkpoint) to its last."""
 
@@ -148,7 +118,7 @@ class Trainer:
         self._losses: list[float] = []
         self._named = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         self._device = next(iter(self._named.values())).device
-        self._optimizers = optimizers_of(model, options)
+        self._optimizers = optimizers_of(model, matrix_factor=options.matrix_factor, weight_decay=options.weight_decay)
         self._is_shared = dist.is_initialized() and dist.get_world_size() > 1
         self.is_leader = not self._is_shared or dist.get_rank() == 0
 

@@ -7,11 +7,11 @@ sentence), MRPC (``Quality``, ``#1 String``, ``#2 String``), MNLI (``sentence1``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.data import Record, read_records
+from isthmus.data import Record, read_records, read_table
 from isthmus.spec.errors import IsthmusError
 
 NO_LABEL = "-"
@@ -56,8 +56,9 @@ def read_examples(source: str) -> tuple[Format, list[Example]]:
     Raises ``IsthmusError`` that names the line for a column that is missing or a label that is empty, and for a source
     without examples.
     """
-    records = _cola_records(Path(source)) if _is_cola(source) else read_records(source)
-    format_: Format | None = COLA if _is_cola(source) else None
+    is_cola = _is_cola(source)
+    records = read_table(Path(source).expanduser(), _COLA_COLUMNS) if is_cola else read_records(source)
+    format_: Format | None = COLA if is_cola else None
     examples: list[Example] = []
     for record in records:
         if format_ is None:
@@ -72,24 +73,12 @@ def read_examples(source: str) -> tuple[Format, list[Example]]:
 
 def _is_cola(source: str) -> bool:
     """CoLA's files have no header: four columns, the second 0 or 1."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix != ".tsv" or not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
         fields = file.readline().rstrip("\n").split("\t")
     return len(fields) == 4 and fields[1] in ("0", "1")
-
-
-def _cola_records(path: Path) -> Iterator[Record]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        fields = line.split("\t")
-        if len(fields) != 4:
-            raise IsthmusError(
-                f"task: {path}:{number} has {len(fields)} fields, wanted 4, as CoLA's files have: "
-                f"{', '.join(_COLA_COLUMNS)}"
-            )
-        yield Record(dict(zip(_COLA_COLUMNS, fields, strict=True)), f"{path}:{number}", number / len(lines))
 
 
 def _format_of(record: Record) -> Format:

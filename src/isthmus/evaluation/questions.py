@@ -9,7 +9,9 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from isthmus.data import read_records
 from isthmus.spec.errors import IsthmusError
 
 
@@ -24,7 +26,9 @@ class Question:
 
 
 def is_squad(source: str) -> bool:
-    """Whether the file is one of SQuAD's: JSON with paragraphs."""
+    """Whether the file is one of SQuAD's, JSON with paragraphs, or the name is that of the data set."""
+    if source.startswith("hf:"):
+        return "squad" in source.lower()
     path = Path(source).expanduser()
     if path.suffix != ".json" or not path.is_file():
         return False
@@ -33,7 +37,32 @@ def is_squad(source: str) -> bool:
 
 
 def read_questions(source: str) -> list[Question]:
-    """All questions of a file in SQuAD v1.1's format. Raises ``IsthmusError`` that names what is missing where."""
+    """All questions of a file in SQuAD v1.1's format, or of ``hf:NAME[:CONFIG][:SPLIT]``.
+
+    Raises ``IsthmusError`` that names what is missing where."""
+    questions = _questions_of_rows(source) if source.startswith("hf:") else _questions_of_file(source)
+    if not questions:
+        raise IsthmusError(f"task: {source} holds no question with an answer")
+    return questions
+
+
+def _questions_of_rows(source: str) -> list[Question]:
+    questions = []
+    for record in read_records(source):
+        row: Any = record.fields
+        try:
+            texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
+            if texts:
+                questions.append(Question(row["question"], row["context"], tuple(texts), int(starts[0])))
+        except (KeyError, TypeError) as error:
+            raise IsthmusError(
+                f"task: {record.location} lacks {error}; wanted question, context, and answers with text and "
+                "answer_start, as SQuAD v1.1 has them"
+            ) from error
+    return questions
+
+
+def _questions_of_file(source: str) -> list[Question]:
     path = Path(source).expanduser()
     try:
         articles = json.loads(path.read_text(encoding="utf-8"))["data"]
@@ -54,8 +83,6 @@ def read_questions(source: str) -> list[Question]:
                 f"task: {path}: article {number} lacks {error}; wanted paragraphs, context, qas, question, answers, "
                 "text and answer_start, as SQuAD v1.1 has them"
             ) from error
-    if not questions:
-        raise IsthmusError(f"task: {path} holds no question with an answer")
     return questions
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,35 +85,22 @@ def evaluate(
     """
     recipe = recipe or Recipe()
     recipe.check()
+    if num_seeds < 1:
+        raise IsthmusError(f"seeds: got {num_seeds}, wanted 1 or more")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     candidates = [_candidate(model) for model in models]
     opened = [open_task(task, train, max_train=max_train) for task in tasks]
     texts = list(_texts(text))
     chosen = _methods(methods, opened, texts, candidates)
-    if num_seeds < 1:
-        raise IsthmusError(f"seeds: got {num_seeds}, wanted 1 or more")
     place = Place(_device(device), dtype)
-    shown = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-        transient=True,
-    )
     rows: list[EvaluateRow] = []
-    with shown:
-        bar = shown.add_task("", total=1.0)
-
-        def say(what: str, share: float) -> None:
-            shown.update(bar, description=what, completed=share)
-
+    with _telling(console) as say:
         for task in opened:
             for candidate in candidates:
                 rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, say)
         if "fidelity" in chosen:
-            rows += _fidelities(candidates, texts or opened[0].development_texts, recipe, place, say)
+            rows += _fidelities(candidates, texts or opened[0].development_texts, place, say)
         if "perplexity" in chosen:
             rows += [_perplexity(candidate, texts, recipe, place, say) for candidate in candidates]
     config: dict[str, object] = {
@@ -133,6 +121,15 @@ def evaluate(
     if report is not None:
         atomic_write(report, to_json(result))
     return result
+
+
+@contextmanager
+def _telling(console: Console | None) -> Iterator[Say]:
+    """A bar on stderr that says what goes on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console or Console(stderr=True), transient=True) as shown:
+        bar = shown.add_task("", total=1.0)
+        yield lambda what, share: shown.update(bar, description=what, completed=share)
 
 
 def _candidate(model: str | Path) -> Candidate:
@@ -240,9 +237,7 @@ def _probe_accuracy(candidate: Candidate, task: Task, wanted: np.ndarray, place:
     return METRICS["accuracy"](predicted, wanted)
 
 
-def _fidelities(
-    candidates: Sequence[Candidate], texts: Sequence[str], recipe: Recipe, place: Place, say: Say
-) -> list[EvaluateRow]:
+def _fidelities(candidates: Sequence[Candidate], texts: Sequence[str], place: Place, say: Say) -> list[EvaluateRow]:
     lines = [line for text in texts for line in text.splitlines() if line.strip()][:MAX_TEXTS]
     if len(lines) < 3:
         raise IsthmusError(f"text: got {len(lines)} lines to compare models on, wanted at least 3")

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from isthmus.data import parse_hub_name
 from isthmus.evaluation.formats import Example, read_examples
 from isthmus.evaluation.questions import Question, is_squad, read_questions
 from isthmus.spec.errors import IsthmusError
@@ -110,6 +111,13 @@ def _sample(examples: list, max_train: int | None) -> list:
 
 def _files(source: str, train: str | None) -> tuple[str, str | None]:
     """(to test on, to train on or None)."""
+    if source.startswith("hf:"):
+        name, config, split = parse_hub_name(source.removeprefix("hf:"))
+        if split is None:
+            validation = "validation_matched" if config == "mnli" else "validation"
+            parts = f"hf:{name}:{config or ''}"
+            return f"{parts}:{validation}", train or f"{parts}:train"
+        return source, train
     path = Path(source).expanduser()
     if not path.is_dir():
         return source, train

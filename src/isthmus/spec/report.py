@@ -199,3 +199,36 @@ class EvaluateReport:
     config: dict[str, object]
     environment: dict[str, object]
     rows: tuple[EvaluateRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainPoint:
+    """A twin's loss on text held out after so much training."""
+
+    step: int
+    minutes: float
+    num_tokens: int
+    loss: float
+    """Nats a predicted token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin:
+    """One of two models trained from scratch alike."""
+
+    name: str
+    num_sub_blocks: int
+    """1: not decoupled."""
+    original_layers: tuple[int, ...]
+    curve: tuple[PretrainPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainReport:
+    """``report.json`` of ``isthmus pretrain``. ``config`` and ``environment`` hold plain JSON values."""
+
+    schema_version: int = 1
+    kind: Literal["pretrain"] = "pretrain"
+    config: dict[str, object]
+    environment: dict[str, object]
+    twins: tuple[Twin, ...]

@@ -19,7 +19,7 @@ from transformers import (
 
 HIDDEN = 32
 VOCAB = 61
-_ENCODER = dict(
+_ENCODER: dict[str, Any] = dict(
     hidden_size=HIDDEN,
     num_hidden_layers=3,
     num_attention_heads=4,
@@ -29,7 +29,7 @@ _ENCODER = dict(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-_DECODER = dict(
+_DECODER: dict[str, Any] = dict(
     hidden_size=HIDDEN,
     num_hidden_layers=3,
     num_attention_heads=4,
@@ -39,8 +39,8 @@ _DECODER = dict(
     max_position_embeddings=40,
     pad_token_id=0,
 )
-_GPT2 = dict(n_embd=HIDDEN, n_layer=3, n_head=4, n_inner=48, vocab_size=VOCAB, n_positions=40)
-_NO_DROPOUT = dict(resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+_GPT2: dict[str, Any] = dict(n_embd=HIDDEN, n_layer=3, n_head=4, n_inner=48, vocab_size=VOCAB, n_positions=40)
+_NO_DROPOUT: dict[str, Any] = dict(resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
 TINY: dict[str, Any] = {
     "bert": lambda: BertConfig(**_ENCODER),
     "roberta": lambda: RobertaConfig(**_ENCODER),

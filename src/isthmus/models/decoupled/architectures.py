@@ -70,7 +70,7 @@ def _decouple_layers(model: PreTrainedModel) -> None:
 
 def _decoupled(base: type[PreTrainedModel], config_class: type) -> type[PreTrainedModel]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        super(decoupled, self).__init__(config, *args, **kwargs)
+        super(decoupled, self).__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _decouple_layers(self)
 
     name = f"Decoupled{base.__name__}"
