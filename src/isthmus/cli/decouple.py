@@ -47,7 +47,12 @@ Groups = Annotated[
 ]
 OriginalLayers = Annotated[
     str | None,
-    _option("Form", "Instead of --groups: the layers that stay original, from 0, such as [b]2,5[/].", metavar="LAYERS"),
+    _option(
+        "Form",
+        "The layers that stay original, from 0, such as [b]2,5[/], instead of --groups; or [b]sensitive[/]: as many as "
+        "--groups, those that are measured to be worst to decouple.",
+        metavar="LAYERS|sensitive",
+    ),
 ]
 Widths = Annotated[
     str | None,
@@ -142,7 +147,7 @@ def decouple(
     from isthmus.spec.units import parse_numbers
 
     for name, kind in (("original_layers", int), ("widths", float)):
-        if asked[name] is not None:
+        if asked[name] is not None and (name, asked[name]) != ("original_layers", "sensitive"):
             asked[name] = parse_numbers(name, asked[name], kind)
     asked |= {"sub_blocks": _number_or_auto(sub_blocks), "text": text or []}
     if asked.pop("plan"):
@@ -168,6 +173,9 @@ def _print_plan(asked: dict[str, Any]) -> None:
     from rich.console import Console
 
     from isthmus.decoupling.plan import plan_decouple
+    from isthmus.spec.errors import IsthmusError
 
+    if asked["original_layers"] == "sensitive":
+        raise IsthmusError("original_layers: sensitive is measured when a model is decoupled, not with --plan")
     names = ("model", "sub_blocks", "groups", "original_layers", "text", "plain")
     Console().print(plan_decouple(**{name: asked[name] for name in names}))

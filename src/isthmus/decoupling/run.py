@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from isthmus.data import load_tokenizer, pad_token_id
 from isthmus.decoupling.corpus import Corpus, read_corpus
 from isthmus.decoupling.distillation import Distiller, autocast
-from isthmus.decoupling.pair import Wanted, open_source, quiet
+from isthmus.decoupling.pair import Source, Wanted, open_source, quiet
 from isthmus.decoupling.processes import device_of, process_group, progress_of, ranks
+from isthmus.decoupling.sensitivity import most_sensitive, sensitivities
 from isthmus.decoupling.slicing import INITIALISATIONS, fit_weights
 from isthmus.decoupling.trainer import Trainer, TrainingOptions
 from isthmus.models.attention import use_blocked_attention
@@ -30,6 +32,7 @@ from isthmus.training.output import check_output, clear_output
 
 DEFAULT_MINUTES = 30.0
 EVALUATION_TOKENS = 4096
+SENSITIVE = "sensitive"
 FIT_TOKENS = 8192
 """Tokens that slices are fitted on; more were no better (docs/log.md)."""
 
@@ -43,7 +46,7 @@ class DecoupleOptions:
     text: Sequence[str | Path]
     sub_blocks: int
     groups: int | None
-    original_layers: Sequence[int] | None
+    original_layers: Sequence[int] | Literal["sensitive"] | None
     widths: Sequence[float] | None
     heads: str
     minutes: float | None
@@ -65,7 +68,9 @@ class DecoupleOptions:
         return Wanted(
             sub_blocks=self.sub_blocks,
             groups=self.groups,
-            original_layers=None if self.original_layers is None else tuple(self.original_layers),
+            original_layers=None
+            if self.original_layers is None or self.original_layers == SENSITIVE
+            else tuple(self.original_layers),
             widths=None if self.widths is None else tuple(self.widths),
             heads=self.heads,
         )
@@ -85,7 +90,7 @@ def decouple(
     text: Sequence[str | Path],
     sub_blocks: int = 2,
     groups: int | None = None,
-    original_layers: Sequence[int] | None = None,
+    original_layers: Sequence[int] | Literal["sensitive"] | None = None,
     widths: Sequence[float] | None = None,
     heads: str = "all",
     minutes: float | None = None,
@@ -162,11 +167,13 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     torch.manual_seed(options.seed)
     progress.phase("reading the model")
     original = source.load()
-    decoupled = source.decoupled(original, config)
     device = device_of(options.device)
-    for model in (original, decoupled):
-        model.to(device)  # type: ignore[arg-type]
-        if device.type == "cpu":
+    original.to(device)  # type: ignore[arg-type]
+    if options.original_layers == SENSITIVE:
+        config = _by_sensitivity(options, source, original, config, _first_batches(corpus, padding, device), progress)
+    decoupled = source.decoupled(original, config).to(device)  # type: ignore[arg-type]
+    if device.type == "cpu":
+        for model in (original, decoupled):
             use_blocked_attention(model)
     trainer = _trainer(options, corpus, Distiller(original, decoupled, dtype=options.dtype), padding, progress, stop)
     if not (options.resume and trainer.resume()) and options.init == "fitted":
@@ -181,6 +188,29 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     report = _report(options, corpus, trainer)
     atomic_write(output / "report.json", to_json(report))
     return report
+
+
+def _by_sensitivity(
+    options: DecoupleOptions,
+    source: Source,
+    original: PreTrainedModel,
+    config: PretrainedConfig,
+    batches: list[Batch],
+    progress: Any,
+) -> PretrainedConfig:
+    """``config`` with as many original layers, but those that are worst to decouple."""
+    with autocast(original.device, options.dtype):
+        errors = sensitivities(
+            source,
+            original,
+            options.wanted,
+            batches,
+            progress=lambda share: progress.phase("measuring layers' sensitivity", share),
+        )
+    layers = most_sensitive(errors, len(config.original_layers))
+    told = ", ".join(f"{layer}: {error:.3f}" for layer, error in enumerate(errors))
+    progress.message(f"error when one layer is decoupled: {told}; original stay {', '.join(map(str, layers))}")
+    return replace(options.wanted, groups=None, original_layers=layers).config(source.config)
 
 
 def _first_batches(corpus: Corpus, padding: int, device: torch.device) -> list[Batch]:
