@@ -182,3 +182,15 @@ def test_another_models_checkpoint_is_not_resumed(encoder: Path, text: Path, tmp
     BertModel(config).save_pretrained(other)
     with pytest.raises(IsthmusError, match=r"resume: .* is of another model; resume with the one that wrote it"):
         run(other, tmp_path / "out", text, steps=4, resume=True)
+
+
+def test_nothing_is_dropped_out_while_distilling(encoder: Path, text: Path, tmp_path: Path) -> None:
+    dropping = tmp_path / "dropping"
+    shutil.copytree(encoder, dropping)
+    config = json.loads((dropping / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    (dropping / "config.json").write_text(json.dumps(config))
+    run(encoder, tmp_path / "a", text, steps=3)
+    run(dropping, tmp_path / "b", text, steps=3)
+    ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

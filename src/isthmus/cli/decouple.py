@@ -27,6 +27,16 @@ Text = Annotated[
         metavar="FILE|NAME",
     ),
 ]
+Task = Annotated[
+    str | None,
+    _option(
+        "Text",
+        "Labelled text to distil for, such as SST-2's: the original is fine-tuned on it first, and the copy learns to "
+        "classify as it does. A file, a directory with train and dev, or hf:NAME, as in isthmus evaluate.",
+        metavar="FILE|DIR|NAME",
+    ),
+]
+Epochs = Annotated[int, _option("Text", "With --task: how often the original sees each example.", min=1)]
 SubBlocks = Annotated[
     str,
     _option(
@@ -111,6 +121,8 @@ def decouple(
     model: Model,
     output: Output = None,
     text: Text = None,
+    task: Task = None,
+    epochs: Epochs = 1,
     plan: PlanOnly = False,
     sub_blocks: SubBlocks = "2",
     groups: Groups = None,

@@ -35,7 +35,7 @@ class Corpus:
 
     @property
     def num_tokens(self) -> int:
-        return sum(map(len, self.texts))
+        return sum(text.shape[-1] for text in self.texts)
 
     @property
     def warning(self) -> str | None:
@@ -54,17 +54,20 @@ def read_corpus(
     *,
     seq_len: int,
     is_windows: bool,
+    more: Sequence[np.ndarray] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Reads and tokenises ``sources`` (see ``isthmus.data.read_records``): every text in every field is one.
+    """Reads and tokenises ``sources`` (see ``isthmus.data.read_records``): every text in every field is one. ``more``
+    texts are tokenised already.
 
     Lines have at least one word, are cut after ``seq_len`` tokens, and come once each. With ``is_windows`` documents
     are joined by the end-of-text token and cut into windows of ``seq_len``. Held out are 2 %, at most 512 texts.
     Raises ``IsthmusError`` for what cannot be read, and for fewer than 16 texts. Blocks.
     """
     records = (record for source in sources for record in read_records(source))
-    texts = list(_windows(records, tokenizer, seq_len) if is_windows else _lines(records, tokenizer, seq_len, progress))
+    read = _windows(records, tokenizer, seq_len) if is_windows else _lines(records, tokenizer, seq_len, progress)
+    texts = [*more, *read]
     if len(texts) < MIN_TEXTS:
         what = f"windows of {seq_len} tokens" if is_windows else "lines"
         raise IsthmusError(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from isthmus.decoupling.losses import LossWeights, divergence, hidden_losses, pool, pooled_losses
 from isthmus.evaluation.fidelity import fidelity
-from isthmus.models.decoupled.architectures import layers_of
+from isthmus.models.decoupled.architectures import auto_class_of, layers_of
 from isthmus.training.batches import Batch
 
 
@@ -47,7 +47,8 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
 class Distiller:
     """``original`` and ``decoupled`` side by side: what one batch costs, and how far apart they are.
 
-    Both are of one family and on one device; ``original`` has a language-model head where ``decoupled`` has one.
+    Both are of one family and on one device, with the same head or none: that of a language model or of a classifier
+    is distilled too.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Distiller:
         self.original, self.decoupled = original.eval(), decoupled
         self.weights, self.dtype = weights, dtype
         self.is_causal = hasattr(original, "lm_head") and not hasattr(original.config, "type_vocab_size")
+        self.is_classifier = auto_class_of(original.config) == "AutoModelForSequenceClassification"
         originals = decoupled.config.decoupling.original_layers
         num_layers = len(layers_of(decoupled))
         self._layer_weights = [
@@ -76,7 +78,9 @@ class Distiller:
         return next(self.decoupled.parameters()).device
 
     def loss(self, batch: Batch) -> Tensor:
-        """The training loss of one batch, a scalar with a gradient."""
+        """The training loss of one batch, a scalar with a gradient. Nothing is dropped out: the original drops nothing
+        either, and what it computes is no label that could be learnt by heart."""
+        self.decoupled.eval()
         with autocast(self.device, self.dtype):
             with torch.no_grad():
                 theirs = self._run(self.original, batch)
@@ -88,6 +92,8 @@ class Distiller:
         mask = batch["attention_mask"]
         ours_BH, theirs_BH = (pool(output.hidden_states[-1].float(), mask) for output in (ours, theirs))
         cosine, pairs = pooled_losses(ours_BH, theirs_BH)
+        if self.is_classifier:
+            total = total + self.weights.logits * divergence(ours.logits, theirs.logits)
         return total + self.weights.pooled * cosine + self.weights.pairs * pairs
 
     def _run(self, model: PreTrainedModel, batch: Batch) -> Any:

@@ -25,7 +25,7 @@ class LossWeights:
     pairs: float = 5.0
     """Mean squared difference of cosines between the texts of a batch."""
     logits: float = 1.0
-    """Kullback–Leibler divergence of the next word's distribution, in nats."""
+    """Kullback–Leibler divergence of the next word's distribution, or of a classifier's labels', in nats."""
 
 
 def hidden_loss(ours_MH: Tensor, theirs_MH: Tensor) -> Tensor:

@@ -266,6 +266,7 @@ class _Twin:
             self._tokenizer.save_pretrained(aside)
 
     def _loss(self, batch: Batch) -> Tensor:
+        self.model.train()
         return self._mean_loss(batch, self._targets(batch, None))
 
     def _targets(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
@@ -292,6 +293,7 @@ class _Twin:
 
     @torch.no_grad()
     def _evaluate(self, held_out: Sequence[Batch]) -> HeldOutLoss:
+        self.model.eval()
         generator = torch.Generator().manual_seed(self._seed)
         total, num_targets = 0.0, 0
         for batch in held_out:

@@ -14,16 +14,20 @@ from transformers import PretrainedConfig, PreTrainedModel
 from isthmus.data import load_tokenizer, pad_token_id
 from isthmus.decoupling.corpus import Corpus, read_corpus
 from isthmus.decoupling.distillation import Distiller, autocast
+from isthmus.decoupling.labelled import fine_tuned, open_labelled, score, texts_of
 from isthmus.decoupling.pair import Source, Wanted, open_source, quiet
 from isthmus.decoupling.processes import device_of, process_group, progress_of, ranks
 from isthmus.decoupling.sensitivity import most_sensitive, sensitivities
 from isthmus.decoupling.slicing import INITIALISATIONS, fit_weights
 from isthmus.decoupling.trainer import Trainer, TrainingOptions
+from isthmus.evaluation.encoding import Place
+from isthmus.evaluation.finetuning import Recipe
+from isthmus.evaluation.tasks import Task
 from isthmus.models.attention import use_blocked_attention
 from isthmus.reporting.environment import environment
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
-from isthmus.spec.report import DecoupleReport, FidelityPoint
+from isthmus.spec.report import DecoupleReport, FidelityPoint, TaskScore
 from isthmus.spec.serialization import to_json
 from isthmus.training.batches import Batch, BatchStream, fixed_batches
 from isthmus.training.heap import keep_freed_memory
@@ -44,6 +48,8 @@ class DecoupleOptions:
     model: str | Path
     output: str | Path
     text: Sequence[str | Path]
+    task: str | None
+    epochs: int
     sub_blocks: int
     groups: int | None
     original_layers: Sequence[int] | Literal["sensitive"] | None
@@ -87,7 +93,9 @@ def decouple(
     model: str | Path,
     *,
     output: str | Path,
-    text: Sequence[str | Path],
+    text: Sequence[str | Path] = (),
+    task: str | None = None,
+    epochs: int = 1,
     sub_blocks: int = 2,
     groups: int | None = None,
     original_layers: Sequence[int] | Literal["sensitive"] | None = None,
@@ -128,12 +136,13 @@ def _check(options: DecoupleOptions) -> None:
         ("seq_len", options.seq_len, 8),
         ("batch_tokens", options.batch_tokens, 1),
         ("seed", options.seed, 0),
+        ("epochs", options.epochs, 1),
     ):
         if value < least:
             raise IsthmusError(f"{name}: got {value}, wanted {least} or more")
     if options.init not in INITIALISATIONS:
         raise IsthmusError(f"init: got {options.init!r}, wanted {' or '.join(INITIALISATIONS)}")
-    if not options.text:
+    if not (options.text or options.task):
         raise IsthmusError("text: give --text FILE: text to distil on, of the kind that the model is used on")
 
 
@@ -141,53 +150,77 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     quiet()
     source = open_source(options.model)
     config = options.wanted.config(source.config)
-    output = Path(options.output)
+    task = None if options.task is None else open_labelled(options.task)
+    output, device = Path(options.output), device_of(options.device)
+    place = Place(device, options.dtype)
     if rank == 0:
-        inputs = [name for name in (options.model, *options.text) if not str(name).startswith("hf:")]
+        given = (options.model, *options.text, *([options.task] if options.task else []))
+        inputs = [name for name in given if not str(name).startswith("hf:")]
         check_output(output, inputs, resume=options.resume, overwrite=options.overwrite)
-    progress.phase("reading text")
     tokenizer = load_tokenizer(source.directory)
-    limit = getattr(config, "max_position_embeddings", options.seq_len) - (
-        2 if source.config.model_type == "roberta" else 0
-    )
-    corpus = read_corpus(
-        options.text,
-        tokenizer,
-        seq_len=min(options.seq_len, limit),
-        is_windows=source.is_causal,
-        seed=options.seed,
-        progress=lambda share: progress.phase("reading text", share),
-    )
-    if corpus.warning is not None:
-        progress.message(corpus.warning)
+    corpus = _read_corpus(options, source, tokenizer, task, progress)
     if options.overwrite and rank == 0:
         clear_output(output)  # not before: a run is only replaced by one whose input is known to be good
-    padding = pad_token_id(tokenizer)
     keep_freed_memory()
+    if task is not None:
+        recipe = Recipe(num_epochs=options.epochs, max_length=_seq_len(options, source))
+        source = fine_tuned(source, tokenizer, task, output, recipe, seed=options.seed, place=place, progress=progress)
+        config = options.wanted.config(source.config)
     torch.manual_seed(options.seed)
     progress.phase("reading the model")
-    original = source.load()
-    device = device_of(options.device)
-    original.to(device)  # type: ignore[arg-type]
+    original = source.load().to(device)  # type: ignore[arg-type]
+    padding = pad_token_id(tokenizer)
+    first = _first_batches(corpus, padding, device)
     if options.original_layers == SENSITIVE:
-        config = _by_sensitivity(options, source, original, config, _first_batches(corpus, padding, device), progress)
+        config = _by_sensitivity(options, source, original, config, first, progress)
     decoupled = source.decoupled(original, config).to(device)  # type: ignore[arg-type]
     if device.type == "cpu":
         for model in (original, decoupled):
             use_blocked_attention(model)
     trainer = _trainer(options, corpus, Distiller(original, decoupled, dtype=options.dtype), padding, progress, stop)
     if not (options.resume and trainer.resume()) and options.init == "fitted":
-        batches = _first_batches(corpus, padding, device)
-        with autocast(device, options.dtype):
-            fit_weights(original, decoupled, batches, progress=lambda share: progress.phase("fitting slices", share))
+        with place.autocast():
+            fit_weights(original, decoupled, first, progress=lambda share: progress.phase("fitting slices", share))
     trainer.run()
     if rank:
         return None
+    result = None
+    if task is not None:
+        progress.phase("classifying")
+        result = score(original, decoupled, tokenizer, task, _seq_len(options, source), place)
+        progress.message(
+            f"{result.task}: {result.metric} {result.decoupled:.4f}, the original's is {result.original:.4f}"
+        )
     progress.phase("writing the model")
     source.write(decoupled.cpu(), output)
-    report = _report(options, corpus, trainer)
+    report = _report(options, corpus, trainer, result)
     atomic_write(output / "report.json", to_json(report))
     return report
+
+
+def _seq_len(options: DecoupleOptions, source: Source) -> int:
+    """As asked, or as many tokens as the model has positions for."""
+    limit = getattr(source.config, "max_position_embeddings", options.seq_len)
+    return min(options.seq_len, limit - (2 if source.config.model_type == "roberta" else 0))
+
+
+def _read_corpus(options: DecoupleOptions, source: Source, tokenizer: Any, task: Task | None, progress: Any) -> Corpus:
+    progress.phase("reading text")
+    seq_len = _seq_len(options, source)
+    corpus = read_corpus(
+        options.text,
+        tokenizer,
+        seq_len=seq_len,
+        is_windows=source.is_causal and task is None,
+        more=() if task is None else texts_of(tokenizer, task, seq_len),
+        seed=options.seed,
+        progress=lambda share: progress.phase("reading text", share),
+    )
+    if task is not None and task.note:
+        progress.message(task.note)
+    if corpus.warning is not None:
+        progress.message(corpus.warning)
+    return corpus
 
 
 def _by_sensitivity(
@@ -217,7 +250,7 @@ def _first_batches(corpus: Corpus, padding: int, device: torch.device) -> list[B
     texts, num_tokens = [], 0
     for text in corpus.texts:
         texts.append(text)
-        num_tokens += len(text)
+        num_tokens += text.shape[-1]
         if num_tokens >= FIT_TOKENS:
             break
     batches = fixed_batches(texts, EVALUATION_TOKENS, padding)
@@ -249,7 +282,7 @@ def _trainer(
     )
 
 
-def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer) -> DecoupleReport:
+def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer, result: TaskScore | None) -> DecoupleReport:
     config = json.loads(json.dumps(asdict(options), default=str)) | {
         "num_texts": len(corpus.texts),
         "num_tokens": corpus.num_tokens,
@@ -269,4 +302,4 @@ def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer) -> Decou
         )
         for record in trainer.records
     )
-    return DecoupleReport(config=config, environment=environment(), curve=curve)
+    return DecoupleReport(config=config, environment=environment(), curve=curve, score=result)

@@ -177,7 +177,6 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_factor"]
-        self.model.train()
         batch = {name: tensor.to(self._device) for name, tensor in self._stream.next().items()}
         loss = self._loss(batch)
         loss.backward()
@@ -212,7 +211,6 @@ class Trainer:
     def _record(self) -> None:
         if self.is_leader:
             self.progress.phase("evaluating on text held out")
-            self.model.eval()
             evaluated = self._evaluate()
             mean = sum(self._losses) / len(self._losses) if self._losses else float("nan")
             self.records.append(

@@ -19,6 +19,7 @@ from transformers import (
 
 from isthmus.data import pad_token_id
 from isthmus.evaluation.encoding import Encoded, Place, batches, collate, encode, shuffled
+from isthmus.evaluation.formats import Example
 from isthmus.evaluation.questions import Question, exact_match, overlap
 from isthmus.evaluation.spans import Window, best_answers, windows
 from isthmus.evaluation.tasks import Task
@@ -62,37 +63,58 @@ def classify(
     place: Place,
     progress: Progress,
 ) -> np.ndarray:
-    """Fine-tunes the checkpoint and returns the labels it gives the development examples, (M,) int64.
+    """Fine-tunes the checkpoint and returns the labels it gives the development examples, (M,) int64. As
+    ``train_classifier``."""
+    model = train_classifier(directory, tokenizer, task, recipe, seed=seed, place=place, progress=progress)
+    return predict(model, encode_examples(tokenizer, task.development, recipe.max_length), tokenizer, place)
+
+
+def train_classifier(
+    directory: str,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    recipe: Recipe,
+    *,
+    seed: int,
+    place: Place,
+    progress: Progress,
+) -> PreTrainedModel:
+    """The checkpoint, fine-tuned on the task's training examples; labels in the order of ``task.labels``.
 
     ``seed`` fixes the head's first weights, the order and dropout. Raises ``IsthmusError`` where the model has no head
     for classification, or the loss is not finite. Blocks.
     """
-    number = {label: index for index, label in enumerate(task.labels)}
-    parts = [
-        encode(
-            tokenizer,
-            [example.first for example in examples],
-            None if examples[0].second is None else [example.second or "" for example in examples],
-            recipe.max_length,
-        )
-        for examples in (task.train, task.development)
-    ]
-    labels = np.array([number[example.label] for example in task.train])
-    model = _load(AutoModelForSequenceClassification, directory, tokenizer, place, seed, num_labels=len(task.labels))
+    encoded = encode_examples(tokenizer, task.train, recipe.max_length)
+    labels = np.array([task.labels.index(example.label) for example in task.train])
+    names = {"id2label": dict(enumerate(task.labels)), "label2id": {name: i for i, name in enumerate(task.labels)}}
+    model = _load(AutoModelForSequenceClassification, directory, tokenizer, place, seed, **names)
     padding = pad_token_id(tokenizer)
 
     def loss_of(model: PreTrainedModel, rows: np.ndarray) -> torch.Tensor:
-        batch = collate([parts[0][row] for row in rows], padding, place)
+        batch = collate([encoded[row] for row in rows], padding, place)
         with place.autocast():
             logits = model(**batch).logits
         return nn.functional.cross_entropy(logits.float(), torch.from_numpy(labels[rows]).to(place.device))
 
-    _train(model, parts[0], loss_of, recipe, seed, progress)
-    predicted = np.empty(len(parts[1]), np.int64)
-    with torch.no_grad():
-        for rows, batch in batches(parts[1], TEST_TOKENS, padding, place):
-            with place.autocast():
-                predicted[rows] = model(**batch).logits.float().argmax(dim=1).cpu().numpy()
+    _train(model, encoded, loss_of, recipe, seed, progress)
+    return model
+
+
+def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> list[Encoded]:
+    """Texts or pairs as the model reads them."""
+    second = None if examples[0].second is None else [example.second or "" for example in examples]
+    return encode(tokenizer, [example.first for example in examples], second, max_length)
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel, encoded: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, place: Place
+) -> np.ndarray:
+    """The number of the likeliest label of each, (M,) int64."""
+    predicted = np.empty(len(encoded), np.int64)
+    for rows, batch in batches(encoded, TEST_TOKENS, pad_token_id(tokenizer), place):
+        with place.autocast():
+            predicted[rows] = model(**batch).logits.float().argmax(dim=1).cpu().numpy()
     return predicted
 
 

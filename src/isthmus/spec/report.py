@@ -162,6 +162,16 @@ class FidelityPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """What the fine-tuned original and its decoupled copy reach on examples that neither was trained on."""
+
+    task: str
+    metric: str
+    original: float
+    decoupled: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoupleReport:
     """``report.json`` of ``isthmus decouple``. ``config`` and ``environment`` hold plain JSON values."""
 
@@ -170,6 +180,8 @@ class DecoupleReport:
     config: dict[str, object]
     environment: dict[str, object]
     curve: tuple[FidelityPoint, ...]
+    score: TaskScore | None = None
+    """With ``--task``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,15 @@ from isthmus.spec.errors import IsthmusError
 _BATCHES_PER_CHUNK = 50
 
 Batch = dict[str, Tensor]
-"""``input_ids`` and ``attention_mask``, (B, T) int64."""
+"""``input_ids`` and ``attention_mask``, (B, T) int64; ``token_type_ids`` where a text has them."""
 
 
 class BatchStream:
     """Batches without end, of about ``tokens_per_batch`` tokens each with padding; every text once per epoch.
 
-    Texts of like length meet: within chunks of 50 batches they are sorted by length, then the batches are shuffled. The
-    same arguments give the same batches. Of several processes each takes every ``num_parts``-th batch, from ``part``.
+    A text is its token ids (T,), or (2, T): ids, and token types as pairs of texts have. Texts of like length meet:
+    within chunks of 50 batches they are sorted by length, then the batches are shuffled. The same arguments give the
+    same batches. Of several processes each takes every ``num_parts``-th batch, from ``part``.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class BatchStream:
         num_parts: int = 1,
     ) -> None:
         self._texts = texts
-        self._lengths = np.array([len(text) for text in texts])
+        self._lengths = np.array([text.shape[-1] for text in texts])
         self._tokens_per_batch, self._pad_token_id, self._seed = tokens_per_batch, pad_token_id, seed
         self._part, self._num_parts = part, num_parts
         self._epoch = self._position = 0
@@ -90,17 +91,22 @@ def cut(numbers: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list
 
 
 def collate(texts: Sequence[np.ndarray], pad_token_id: int) -> Batch:
-    """``input_ids`` and ``attention_mask`` of texts, padded on the right."""
-    shape = (len(texts), max(map(len, texts)))
-    input_ids_BT, mask_BT = np.full(shape, pad_token_id, np.int64), np.zeros(shape, np.int64)
+    """The batch of some texts, padded on the right."""
+    shape = (len(texts), max(text.shape[-1] for text in texts))
+    columns = {"input_ids": np.full(shape, pad_token_id, np.int64), "attention_mask": np.zeros(shape, np.int64)}
+    if any(text.ndim == 2 for text in texts):
+        columns["token_type_ids"] = np.zeros(shape, np.int64)
     for row, text in enumerate(texts):
-        input_ids_BT[row, : len(text)] = text
-        mask_BT[row, : len(text)] = 1
-    return {"input_ids": torch.from_numpy(input_ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
+        ids, *types = np.atleast_2d(text)
+        columns["input_ids"][row, : len(ids)] = ids
+        columns["attention_mask"][row, : len(ids)] = 1
+        if types:
+            columns["token_type_ids"][row, : len(ids)] = types[0]
+    return {name: torch.from_numpy(values) for name, values in columns.items()}
 
 
 def fixed_batches(texts: Sequence[np.ndarray], tokens_per_batch: int, pad_token_id: int) -> list[Batch]:
     """All of ``texts`` once, in batches by length."""
-    lengths = np.array([len(text) for text in texts])
+    lengths = np.array([text.shape[-1] for text in texts])
     batches = cut(np.arange(len(texts)), lengths, tokens_per_batch)
     return [collate([texts[number] for number in numbers], pad_token_id) for numbers in batches]

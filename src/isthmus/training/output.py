@@ -23,7 +23,7 @@ def check_output(output: Path, inputs: list[str | Path], *, resume: bool, overwr
     for path in (Path(name).expanduser() for name in inputs):
         if path.exists() and path.resolve().is_relative_to(whole) and (overwrite or path.is_dir()):
             raise IsthmusError(f"output: {output} holds {path}, which this run reads; name another directory.")
-    is_run = any((output / name).exists() for name in ("checkpoints", "report.json"))
+    is_run = any((output / name).exists() for name in ("checkpoints", "report.json", "original/config.json"))
     if output.is_dir() and any(output.iterdir()) and not is_run:
         raise IsthmusError(f"output: {output} already holds files that are not a run's; name a new or empty directory.")
     if is_run and not (resume or overwrite):
