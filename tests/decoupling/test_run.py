@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from tests.decoupling.conftest import tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from typer.testing import CliRunner
 
+from isthmus.cli.main import app
 from isthmus.decoupling.run import decouple
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import DecoupleReport
@@ -53,8 +55,9 @@ def test_fitted_slices_begin_closer_than_plain_ones(encoder: Path, text: Path, t
     assert fitted > plain + 0.05
 
 
-def test_copy_of_a_decoder_comes_closer(decoder: Path, text: Path, tmp_path: Path) -> None:
-    report = run(decoder, tmp_path / "out", text, seq_len=32)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_copy_of_a_decoder_comes_closer(decoder: Path, text: Path, tmp_path: Path, dtype: str) -> None:
+    report = run(decoder, tmp_path / "out", text, seq_len=32, dtype=dtype)
     first, last = report.curve[0], report.curve[-1]
     assert (last.divergence or 1) < 0.8 * (first.divergence or 0) and last.original_loss == first.original_loss
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "DecoupledLlamaForCausalLM"
@@ -194,3 +197,14 @@ def test_nothing_is_dropped_out_while_distilling(encoder: Path, text: Path, tmp_
     run(dropping, tmp_path / "b", text, steps=3)
     ours, theirs = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_demo_trains_and_decouples_a_small_model(tmp_path: Path) -> None:
+    runner = CliRunner().invoke(
+        app, ["demo", "--only", "decouple", "--decouple-minutes", "0.05", "--output", str(tmp_path)]
+    )
+    assert runner.exit_code == 0, runner.output
+    report = from_json(DecoupleReport, (tmp_path / "decouple" / "decoupled" / "report.json").read_text())
+    assert (report.curve[-1].divergence or 1) < (report.curve[0].divergence or 0)
+    assert (tmp_path / "decouple" / "decoupled" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+    assert "One request of 128 tokens" in " ".join(runner.output.split())

@@ -139,3 +139,10 @@ def test_only_models_with_the_fused_attention_change_theirs() -> None:
     model = build_skeleton(config, "fp32")
     use_blocked_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_queries_and_keys_in_another_precision_are_computed_in_that_of_the_values() -> None:
+    query, key, value, _ = tensors(torch.float32)
+    mixed, _ = attention_forward(nn.Identity(), query, key, value.bfloat16(), None, is_causal=True)
+    same, _ = attention_forward(nn.Identity(), query.bfloat16(), key.bfloat16(), value.bfloat16(), None, is_causal=True)
+    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, same)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from isthmus.reporting.canvas import new_figure
+from isthmus.reporting.fidelity_plot import plot_fidelity
 from isthmus.reporting.loss_plot import plot_losses, running_mean
 from isthmus.reporting.popularity_plot import plot_popularity, popularity_skew
 from isthmus.reporting.timeline_plot import plot_timeline
-from isthmus.spec.report import StepRecord
+from isthmus.spec.report import FidelityPoint, StepRecord
 from isthmus.spec.timeline import Span, Timeline
 
 
@@ -131,3 +132,18 @@ def test_running_mean_does_not_trail() -> None:
 
 def test_figures_are_independent() -> None:
     assert new_figure(1.0, 1.0) is not new_figure(1.0, 1.0)
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_fidelity_is_drawn_for_encoders_and_decoders(tmp_path: Path, is_decoder: bool) -> None:
+    path = tmp_path / "fidelity.png"
+    kind = {"original_loss": 2.0, "divergence": 0.1} if is_decoder else {"cosine": 0.9, "spearman": 0.8}
+    points = [FidelityPoint(step=n, minutes=n / 2, num_tokens=n, loss=2.0 + 1 / (n + 1), **kind) for n in range(3)]  # type: ignore[arg-type]
+    plot_fidelity(points, path)
+    colours = colours_in(path)
+    assert "#2563a8" in colours and ("#d9480f" in colours) != is_decoder
+
+
+def test_fidelity_without_a_point_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="curve is empty, wanted at least one point"):
+        plot_fidelity([], tmp_path / "fidelity.png")

@@ -1,4 +1,4 @@
-"""``isthmus demo``: a working example of both halves from nothing, pictures included."""
+"""``isthmus demo``: a working example of every part from nothing, pictures included."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def demo(
         "demo-out"
     ),
     only: Annotated[
-        Literal["tune", "infer"] | None, typer.Option(help="One of the two parts. Left out: both, tune first.")
+        Literal["tune", "infer", "decouple"] | None,
+        typer.Option(help="One of the parts. Left out: all, in this order."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Train on this file or directory instead of the standard library's source.")
@@ -24,19 +25,27 @@ def demo(
         str | None,
         typer.Option(help="For infer: this checkpoint instead of one with random weights.", metavar="DIR"),
     ] = None,
+    decouple_minutes: Annotated[float, typer.Option(help="For decouple: how long to distil.", min=0.01)] = 2.0,
     processes: Annotated[
         bool, typer.Option("--processes", help="For infer: plain processes, also where a testbed could be raised.")
     ] = False,
 ) -> None:
     """Fine-tune a small Mixture-of-Experts model on real text, draw what happened and compare the policies; then answer
-    one request on four weak devices in every way. They are emulated as root, else plain processes. A few minutes on
-    two cores."""
-    if only != "infer":
+    one request on four weak devices in every way; then train and decouple a small model, in three minutes. Devices are
+    emulated as root, else plain processes. Seven minutes on two cores."""
+    if only in (None, "tune"):
         from isthmus.tuning.demo import run_demo
 
         run_demo(output, text=text, steps=steps)
-    if only != "tune":
+    if only in (None, "infer"):
         _infer(output / "infer", model, wants_testbed=not processes)
+    if only in (None, "decouple"):
+        from rich.console import Console
+
+        from isthmus.decoupling.demo import run_decouple_demo
+
+        Console(stderr=True).rule("a small model decoupled into four sub-blocks that hardly ever communicate")
+        run_decouple_demo(output / "decouple", minutes=decouple_minutes)
 
 
 def _infer(output: Path, model: str | None, *, wants_testbed: bool) -> None:

@@ -13,7 +13,6 @@ from isthmus.cli.decouple import (
     Groups,
     Heads,
     LearningRate,
-    OriginalLayers,
     Overwrite,
     Plain,
     Resume,
@@ -36,6 +35,12 @@ Data = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option(help="Where both twins go: DIR/original and DIR/decoupled.", metavar="DIR")]
+OriginalLayers = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of --groups: the layers that stay original, from 0, such as [b]2,5[/].", metavar="LAYERS"
+    ),
+]
 Tokenizer = Annotated[
     str | None,
     typer.Option(
@@ -54,7 +59,7 @@ def pretrain(
     config: Config,
     data: Data,
     output: Output,
-    sub_blocks: Annotated[int, typer.Option(min=2, help="Sub-blocks of a decoupled layer.")] = 4,
+    sub_blocks: Annotated[int, typer.Option(min=1, help="Sub-blocks of a decoupled layer. 1: the original alone.")] = 4,
     groups: Groups = None,
     original_layers: OriginalLayers = None,
     heads: Heads = "all",

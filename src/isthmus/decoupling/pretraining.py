@@ -68,6 +68,10 @@ class PretrainOptions:
     plain: bool | None
 
     @property
+    def twins(self) -> tuple[str, ...]:
+        return TWINS[:1] if self.sub_blocks == 1 else TWINS
+
+    @property
     def wanted(self) -> Wanted:
         layers = None if self.original_layers is None else tuple(self.original_layers)
         return Wanted(sub_blocks=self.sub_blocks, groups=self.groups, original_layers=layers, heads=self.heads)
@@ -76,8 +80,8 @@ class PretrainOptions:
         """For the first twin, and with its ``num_steps`` for the second."""
         steps = num_steps or self.steps
         minutes = self.minutes if self.minutes is not None or steps is not None else DEFAULT_MINUTES
-        half = None if minutes is None or num_steps is not None else minutes / 2
-        return TrainingOptions(num_steps=steps, minutes=half, learning_rate=self.learning_rate)
+        share = None if minutes is None or num_steps is not None else minutes / len(self.twins)
+        return TrainingOptions(num_steps=steps, minutes=share, learning_rate=self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,8 @@ def pretrain(
     overwrite: bool = False,
     plain: bool | None = None,
 ) -> PretrainReport | None:
-    """Trains both twins one after the other into ``output/original`` and ``output/decoupled``, with the same steps.
+    """Trains both twins one after the other into ``output/original`` and ``output/decoupled``, with the same steps;
+    with one sub-block the original alone.
 
     Parameters are those of ``isthmus pretrain`` (see its ``--help``); ``minutes`` is for both together. Under torchrun
     every process calls this. Returns the report, also written to ``output/report.json`` (None on ranks but the first).
@@ -122,7 +127,8 @@ def pretrain(
     options = PretrainOptions(**locals())
     options.training(None).check()
     base = _read_config(config)
-    options.wanted.config(base)  # refuses what does not fit before anything slow happens
+    if sub_blocks > 1:
+        options.wanted.config(base)  # refuses what does not fit before anything slow happens
     quiet()
     with process_group() as rank, progress_of(rank, "isthmus pretrain", steps, plain) as progress:
         with StopSignals(progress.message) as stop:
@@ -133,10 +139,10 @@ def pretrain(
             if overwrite and rank == 0:
                 clear_output(Path(output))
             keep_freed_memory()
-            return _train_both(options, base, *tokenizer_and_text, rank, progress, stop)
+            return _train(options, base, *tokenizer_and_text, rank, progress, stop)
 
 
-def _train_both(
+def _train(
     options: PretrainOptions,
     base: PretrainedConfig,
     tokenizer: Any,
@@ -148,7 +154,7 @@ def _train_both(
     folder = Path(options.output)
     records: dict[str, list[TrainingRecord]] = {}
     num_steps: int | None = None
-    for name in TWINS:
+    for name in options.twins:
         progress.message(f"training the {name} twin")
         wanted = options.wanted if name == "decoupled" else None
         twin = _Twin(base, wanted, options.seed, tokenizer, options.dtype, options.device)
@@ -163,7 +169,7 @@ def _train_both(
     if rank:
         return None
     asked = json.loads(json.dumps(asdict(options), default=str))
-    report = _report(asked, corpus, records, options.wanted.config(base))
+    report = _report(asked, corpus, records, [base, *(options.wanted.config(base) for _ in options.twins[1:])])
     atomic_write(folder / "report.json", to_json(report))
     return report
 
@@ -324,10 +330,10 @@ def mask_tokens(
 
 
 def _report(
-    asked: dict[str, object], corpus: Corpus, records: dict[str, list[TrainingRecord]], config: Any
+    asked: dict[str, object], corpus: Corpus, records: dict[str, list[TrainingRecord]], configs: Sequence[Any]
 ) -> PretrainReport:
     twins = []
-    for name in TWINS:
+    for (name, points), config in zip(records.items(), configs, strict=True):
         curve = tuple(
             PretrainPoint(
                 step=record.step,
@@ -335,14 +341,13 @@ def _report(
                 num_tokens=record.num_tokens,
                 loss=float(record.evaluation["loss"] or 0.0),
             )
-            for record in records[name]
+            for record in points
         )
-        is_original = name == "original"
         twins.append(
             Twin(
                 name=name,
-                num_sub_blocks=1 if is_original else config.num_sub_blocks,
-                original_layers=tuple(range(config.num_hidden_layers) if is_original else config.original_layers),
+                num_sub_blocks=getattr(config, "num_sub_blocks", 1),
+                original_layers=tuple(getattr(config, "original_layers", range(config.num_hidden_layers))),
                 curve=curve,
             )
         )

@@ -25,6 +25,7 @@ from isthmus.evaluation.finetuning import Recipe
 from isthmus.evaluation.tasks import Task
 from isthmus.models.attention import use_blocked_attention
 from isthmus.reporting.environment import environment
+from isthmus.reporting.fidelity_plot import plot_fidelity
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import DecoupleReport, FidelityPoint, TaskScore
@@ -195,6 +196,13 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     source.write(decoupled.cpu(), output)
     report = _report(options, corpus, trainer, result)
     atomic_write(output / "report.json", to_json(report))
+    plot_fidelity(
+        report.curve, output / "fidelity.png", title=f"{Path(options.model).name}, {options.sub_blocks} sub-blocks"
+    )
+    progress.message(
+        f"model        {output} (AutoModel.from_pretrained loads it after `import isthmus`)\n"
+        f"fidelity     {output}/fidelity.png, report.json"
+    )
     return report
 
 

@@ -55,7 +55,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """What transformers' ``sdpa_attention_forward`` computes, with the same arguments; (B, Q, H, V).
 
-    ``query`` (B, H, Q, D), ``key`` (B, G, K, D), ``value`` (B, G, K, V), of one dtype; ``attention_mask`` None or bool
+    ``query`` (B, H, Q, D), ``key`` (B, G, K, D), ``value`` (B, G, K, V), ``attention_mask`` None or bool
     (B or 1, 1, Q, K). A query that may see no key gets some finite value. What this path does not know (dropout,
     additive masks, a bias per position, a cache longer than the queries without a mask) goes to PyTorch.
     """
@@ -70,6 +70,8 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
+    # Under autocast rotary embeddings leave queries and keys in FP32, beside values in bf16.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_BHQV = BlockedAttention.apply(query, key, value, attention_mask, causal, scale)
     assert isinstance(out_BHQV, torch.Tensor)
