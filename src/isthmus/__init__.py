@@ -15,13 +15,21 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "infer", "tune"]
+__all__ = ["__version__", "decouple", "evaluate", "infer", "pretrain", "tune"]
 
 tune: Callable[..., Any]
+decouple: Callable[..., Any]
+evaluate: Callable[..., Any]
+pretrain: Callable[..., Any]
 infer: ModuleType
 """``isthmus.infer.Engine`` answers requests, on one device or several."""
 
-_FUNCTIONS = {"tune": "isthmus.tuning.run"}
+_FUNCTIONS = {
+    "tune": "isthmus.tuning.run",
+    "decouple": "isthmus.decoupling.run",
+    "evaluate": "isthmus.evaluation.run",
+    "pretrain": "isthmus.decoupling.pretraining",
+}
 _MODULES = {"infer": "isthmus.inference"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.decoupling.conftest import tokenizer
+from tests.decoupling.conftest import sentences, tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 from typer.testing import CliRunner
 
@@ -208,3 +208,13 @@ def test_the_demo_trains_and_decouples_a_small_model(tmp_path: Path) -> None:
     assert (report.curve[-1].divergence or 1) < (report.curve[0].divergence or 0)
     assert (tmp_path / "decouple" / "decoupled" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
     assert "One request of 128 tokens" in " ".join(runner.output.split())
+
+
+def test_fidelity_is_measured_on_the_text_that_is_given(encoder: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(sentences(20, seed=7)))
+    report = run(encoder, tmp_path / "out", text, steps=1, eval_text=[other])
+    assert report.config["num_held_out"] == 20
+    other.write_text("ban ber\n")
+    with pytest.raises(IsthmusError, match=r"eval_text: .*other\.txt gives 1 texts, wanted at least 4"):
+        run(encoder, tmp_path / "new", text, steps=1, eval_text=[other])

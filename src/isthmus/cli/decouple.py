@@ -27,6 +27,15 @@ Text = Annotated[
         metavar="FILE|NAME",
     ),
 ]
+EvalText = Annotated[
+    list[str] | None,
+    _option(
+        "Text",
+        "Text to compare copy and original on. Left out: 2 % of the text, which is then not trained on. May be "
+        "repeated.",
+        metavar="FILE|NAME",
+    ),
+]
 Task = Annotated[
     str | None,
     _option(
@@ -85,6 +94,15 @@ Steps = Annotated[int | None, _option("Training", "Steps instead of minutes.", m
 LearningRate = Annotated[float, _option("Training", "Peak learning rate of AdamW; falls to 0 on half a cosine.")]
 BatchTokens = Annotated[int, _option("Training", "Tokens of a batch, padding included.", min=1)]
 SeqLen = Annotated[int, _option("Training", "Longest text, in tokens; longer ones are cut.", min=8)]
+Basis = Annotated[
+    Literal["auto", "shared", "kept"],
+    _option(
+        "Training",
+        "[b]shared[/]: change the basis of the hidden units such that every slice sees some of all that is strong, "
+        "which Llama, Mistral and Qwen allow. [b]kept[/]: as it is. [b]auto[/]: shared, unless head and embeddings are "
+        "one table, which it would make two.",
+    ),
+]
 Init = Annotated[
     Literal["fitted", "plain"],
     _option(
@@ -121,6 +139,7 @@ def decouple(
     model: Model,
     output: Output = None,
     text: Text = None,
+    eval_text: EvalText = None,
     task: Task = None,
     epochs: Epochs = 1,
     plan: PlanOnly = False,
@@ -134,6 +153,7 @@ def decouple(
     learning_rate: LearningRate = 1e-3,
     batch_tokens: BatchTokens = 1024,
     seq_len: SeqLen = 128,
+    basis: Basis = "auto",
     init: Init = "fitted",
     patience: Patience = None,
     dtype: Dtype = "bf16",
@@ -161,7 +181,7 @@ def decouple(
     for name, kind in (("original_layers", int), ("widths", float)):
         if asked[name] is not None and (name, asked[name]) != ("original_layers", "sensitive"):
             asked[name] = parse_numbers(name, asked[name], kind)
-    asked |= {"sub_blocks": _number_or_auto(sub_blocks), "text": text or []}
+    asked |= {"sub_blocks": _number_or_auto(sub_blocks), "text": text or [], "eval_text": eval_text or []}
     if asked.pop("plan"):
         _print_plan(asked)
         return

@@ -55,6 +55,7 @@ def read_corpus(
     seq_len: int,
     is_windows: bool,
     more: Sequence[np.ndarray] = (),
+    held_out: Sequence[str | Path] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Corpus:
@@ -62,18 +63,29 @@ def read_corpus(
     texts are tokenised already.
 
     Lines have at least one word, are cut after ``seq_len`` tokens, and come once each. With ``is_windows`` documents
-    are joined by the end-of-text token and cut into windows of ``seq_len``. Held out are 2 %, at most 512 texts.
+    are joined by the end-of-text token and cut into windows of ``seq_len``. Held out are the texts of ``held_out``, or
+    2 %, at most 512 texts.
     Raises ``IsthmusError`` for what cannot be read, and for fewer than 16 texts. Blocks.
     """
-    records = (record for source in sources for record in read_records(source))
-    read = _windows(records, tokenizer, seq_len) if is_windows else _lines(records, tokenizer, seq_len, progress)
-    texts = [*more, *read]
+
+    def read(sources: Sequence[str | Path]) -> Iterator[np.ndarray]:
+        records = (record for source in sources for record in read_records(source))
+        return _windows(records, tokenizer, seq_len) if is_windows else _lines(records, tokenizer, seq_len, progress)
+
+    texts = [*more, *read(sources)]
     if len(texts) < MIN_TEXTS:
         what = f"windows of {seq_len} tokens" if is_windows else "lines"
         raise IsthmusError(
             f"text: {', '.join(map(str, sources))} gives {len(texts)} {what}, wanted at least {MIN_TEXTS} to train on "
             "some and test on others; give more text"
         )
+    if held_out:
+        kept = tuple(read(held_out))
+        if len(kept) < MIN_TEXTS // 4:
+            raise IsthmusError(
+                f"eval_text: {', '.join(map(str, held_out))} gives {len(kept)} texts, wanted at least {MIN_TEXTS // 4}"
+            )
+        return Corpus(texts=tuple(texts), held_out=kept)
     num_held_out = min(MAX_HELD_OUT, max(MIN_TEXTS // 4, round(len(texts) * HELD_OUT_SHARE)))
     order = np.random.default_rng([seed, 0]).permutation(len(texts))
     return Corpus(

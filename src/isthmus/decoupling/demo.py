@@ -42,7 +42,7 @@ def run_decouple_demo(output: Path, *, minutes: float = MINUTES) -> None:
 
 
 def small_llama() -> LlamaConfig:
-    """7 million parameters."""
+    """6 million parameters."""
     return LlamaConfig(
         vocab_size=4096,
         hidden_size=256,

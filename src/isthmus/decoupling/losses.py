@@ -18,7 +18,7 @@ class LossWeights:
 
     original: float = 1.0
     """Hidden states after layers that are original: all slices meet there."""
-    decoupled: float = 0.3
+    decoupled: float = 1.0
     """Hidden states after decoupled layers."""
     pooled: float = 5.0
     """1 - cosine of the mean over a text's tokens."""

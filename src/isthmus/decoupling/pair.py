@@ -86,6 +86,7 @@ class Source:
     def decoupled(self, original: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
         """A copy of ``original`` that is decoupled as ``config`` says, with plain slices of its weights."""
         auto_class = getattr(transformers, auto_class_of(self.config))
+        config.tie_word_embeddings = original.config.tie_word_embeddings
         model = auto_class.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         copy_weights(original, model)
         return model.eval()

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from isthmus.data import load_tokenizer, pad_token_id
+from isthmus.decoupling.basis import BASES, share_basis, wants_shared
 from isthmus.decoupling.corpus import Corpus, read_corpus
 from isthmus.decoupling.distillation import Distiller, autocast
 from isthmus.decoupling.labelled import fine_tuned, open_labelled, score, texts_of
@@ -49,6 +50,7 @@ class DecoupleOptions:
     model: str | Path
     output: str | Path
     text: Sequence[str | Path]
+    eval_text: Sequence[str | Path]
     task: str | None
     epochs: int
     sub_blocks: int
@@ -61,6 +63,7 @@ class DecoupleOptions:
     learning_rate: float
     batch_tokens: int
     seq_len: int
+    basis: str
     init: str
     patience: int | None
     dtype: str
@@ -95,6 +98,7 @@ def decouple(
     *,
     output: str | Path,
     text: Sequence[str | Path] = (),
+    eval_text: Sequence[str | Path] = (),
     task: str | None = None,
     epochs: int = 1,
     sub_blocks: int = 2,
@@ -107,6 +111,7 @@ def decouple(
     learning_rate: float = 1e-3,
     batch_tokens: int = 1024,
     seq_len: int = 128,
+    basis: str = "auto",
     init: str = "fitted",
     patience: int | None = None,
     dtype: str = "bf16",
@@ -143,6 +148,8 @@ def _check(options: DecoupleOptions) -> None:
             raise IsthmusError(f"{name}: got {value}, wanted {least} or more")
     if options.init not in INITIALISATIONS:
         raise IsthmusError(f"init: got {options.init!r}, wanted {' or '.join(INITIALISATIONS)}")
+    if options.basis not in BASES:
+        raise IsthmusError(f"basis: got {options.basis!r}, wanted {' or '.join(BASES)}")
     if not (options.text or options.task):
         raise IsthmusError("text: give --text FILE: text to distil on, of the kind that the model is used on")
 
@@ -155,7 +162,7 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     output, device = Path(options.output), device_of(options.device)
     place = Place(device, options.dtype)
     if rank == 0:
-        given = (options.model, *options.text, *([options.task] if options.task else []))
+        given = (options.model, *options.text, *options.eval_text, *([options.task] if options.task else []))
         inputs = [name for name in given if not str(name).startswith("hf:")]
         check_output(output, inputs, resume=options.resume, overwrite=options.overwrite)
     tokenizer = load_tokenizer(source.directory)
@@ -172,6 +179,12 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     original = source.load().to(device)  # type: ignore[arg-type]
     padding = pad_token_id(tokenizer)
     first = _first_batches(corpus, padding, device)
+    if wants_shared(options.basis, original):
+        progress.phase("changing the basis")
+        form = config.decoupling
+        layers = [layer for layer in range(config.num_hidden_layers) if layer not in form.original_layers]
+        with place.autocast():
+            share_basis(original, form.widths, layers, first, output / "checkpoints" / "basis.safetensors")
     if options.original_layers == SENSITIVE:
         config = _by_sensitivity(options, source, original, config, first, progress)
     decoupled = source.decoupled(original, config).to(device)  # type: ignore[arg-type]
@@ -221,6 +234,7 @@ def _read_corpus(options: DecoupleOptions, source: Source, tokenizer: Any, task:
         seq_len=seq_len,
         is_windows=source.is_causal and task is None,
         more=() if task is None else texts_of(tokenizer, task, seq_len),
+        held_out=options.eval_text,
         seed=options.seed,
         progress=lambda share: progress.phase("reading text", share),
     )
