@@ -24,6 +24,7 @@ from isthmus.inference.strategies.base import Strategy, Tokens
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.sentence import read_pooling
 from isthmus.models.shards import ShardReader
+from isthmus.planning.workload import check_strategy
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import Completion, GenerationSettings
 from isthmus.spec.inference import InferencePlan
@@ -62,14 +63,15 @@ class Engine:
         Raises ``IsthmusError`` for a model that cannot be divided, ``FileNotFoundError`` for none.
         """
         num_devices = group.world_size if group is not None else 1
-        self.plan = plan or InferencePlan.even("tensor", num_devices)
+        self.directory = resolve_checkpoint(model)
+        self._reader = ShardReader(self.directory)
+        self.spec = self._reader.spec
+        self.plan = plan or InferencePlan.even("tensor" if self.spec.decoupling is None else "block", num_devices)
         if self.plan.devices[-1] >= num_devices or self.plan.devices[0] != 0:
             raise IsthmusError(
                 f"devices: got ranks {self.plan.devices} in the plan for {num_devices}, wanted 0 among them"
             )
-        self.directory = resolve_checkpoint(model)
-        self._reader = ShardReader(self.directory)
-        self.spec = self._reader.spec
+        check_strategy(self.plan, self.spec)
         self.group = group
         rank = group.rank if group is not None else 0
         self.is_leader = rank == 0

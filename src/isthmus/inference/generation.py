@@ -83,6 +83,8 @@ def check_can_generate(reader: ShardReader, plan: InferencePlan) -> None:
         raise IsthmusError(
             f"strategy: got {plan.strategy!r}, wanted 'tensor' to generate: devices divide heads, not tokens or layers"
         )
+    if reader.spec.decoupling is not None:
+        raise IsthmusError("model: is decoupled; generating with it is still to come, embed and AutoModel work")
     if plan.algorithm == "scatter":
         raise IsthmusError("algorithm: got 'scatter', wanted another to generate: every device needs the last token")
 

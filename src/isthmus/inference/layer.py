@@ -3,7 +3,10 @@
 What a device computes of attention or MLP is a *partial sum* of the layer's: those of all devices together, and the
 bias that is added once, are the layer's.
 
-Shapes: B batch, T tokens, K keys, H hidden size, A query heads and G key/value heads of this device, D head size.
+A sub-block of a decoupled layer is such a layer too, whose hidden states are its slice: it reads with its columns of
+the matrices that read hidden units, writes with its rows of those that write them, and norms over its slice.
+
+Shapes: B batch, T tokens, K keys, H hidden size (a sub-block's: its slice), A query heads and G key/value heads of this device, D head size.
 """
 
 from __future__ import annotations
@@ -19,17 +22,26 @@ from transformers.activations import ACT2FN
 from isthmus.inference.kernels import Kernels
 from isthmus.inference.linear import Linear, make_linear
 from isthmus.models.shards import ShardReader
-from isthmus.spec.transformer import LayerShare, Range
+from isthmus.spec.transformer import LayerShare, Range, SubBlock
 
 
 class Norm:
     """Layer norm or RMS norm, over the last dimension."""
 
-    def __init__(self, reader: ShardReader, name: str, layer: int | None = None, *, kind: str | None = None) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        name: str,
+        layer: int | None = None,
+        *,
+        kind: str | None = None,
+        units: Range | None = None,
+    ) -> None:
+        """``units``: those it is over, all by default."""
         self._kind = kind or reader.spec.norm
         self._epsilon = reader.spec.norm_epsilon
-        self.weight = reader.read(f"{name}.weight", layer)
-        self.bias = reader.read(f"{name}.bias", layer) if self._kind == "layer" else None
+        self.weight = reader.read(f"{name}.weight", layer, rows=units)
+        self.bias = reader.read(f"{name}.bias", layer, rows=units) if self._kind == "layer" else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._kind == "layer":
@@ -53,30 +65,49 @@ class Rotation:
 
 
 class Layer:
-    """The share of layer ``number`` that this device holds, in ``dtype`` (see ``linear``)."""
+    """The share of layer ``number``, or of one of its sub-blocks, that this device holds, in ``dtype`` (see
+    ``linear``)."""
 
     def __init__(
-        self, reader: ShardReader, number: int, share: LayerShare, dtype: str, kernels: Kernels | None = None
+        self,
+        reader: ShardReader,
+        number: int,
+        share: LayerShare,
+        dtype: str,
+        kernels: Kernels | None = None,
+        *,
+        sub_block: SubBlock | None = None,
     ) -> None:
         spec = reader.spec
         self.spec = spec
+        units = None if sub_block is None else sub_block.units
+        self.width = spec.hidden_size if units is None else len(units)
         self.share = share
         self.kv_heads = share.kv_heads(spec)
         self._activation: Callable[[Tensor], Tensor] = ACT2FN[spec.activation]
         self._kv_index = self._find_kv_index()
         self._is_grouped = self._kv_index is None or len(self.kv_heads) == 1
-        self.norm1, self.norm2 = Norm(reader, "norm1", number), Norm(reader, "norm2", number)
+        self.norm1, self.norm2 = (Norm(reader, name, number, units=units) for name in ("norm1", "norm2"))
         self.q_norm = Norm(reader, "q_norm", number, kind="rms") if spec.has_qk_norm else None
         self.k_norm = Norm(reader, "k_norm", number, kind="rms") if spec.has_qk_norm else None
 
+        def read(parts: list[tuple[str, Range]], columns: Range | None) -> Linear:
+            return _read_linear(reader, number, parts, columns, dtype, kernels)
+
+        def write(name: str, columns: Range) -> tuple[Linear, Tensor | None]:
+            weight = reader.read(f"{name}.weight", number, rows=units, columns=columns)
+            bias = reader.read(f"{name}.bias", number, rows=units) if reader.has(f"{name}.bias", number) else None
+            return make_linear(weight, None, dtype, kernels), bias
+
         query_rows, kv_rows = self._rows(share.heads), self._rows(self.kv_heads)
-        self.qkv = _read_linear(reader, number, [("q", query_rows), ("k", kv_rows), ("v", kv_rows)], dtype, kernels)
-        self.o = make_linear(reader.read("o.weight", number, columns=query_rows), None, dtype, kernels)
+        # Sub-blocks with heads of their own have narrow matrices, one below the other and as wide as their slice.
+        has_own_heads = sub_block is not None and len(sub_block.heads) < spec.num_heads
+        own_columns = query_rows if sub_block is None else self._rows(_from(share.heads, sub_block.heads.start))
+        self.qkv = read([("q", query_rows), ("k", kv_rows), ("v", kv_rows)], None if has_own_heads else units)
+        self.o, self.o_bias = write("o", own_columns)
         ups = [("gate", share.columns)] if spec.has_gate else []
-        self.up = _read_linear(reader, number, [*ups, ("up", share.columns)], dtype, kernels)
-        self.down = make_linear(reader.read("down.weight", number, columns=share.columns), None, dtype, kernels)
-        self.o_bias = reader.read("o.bias", number) if reader.has("o.bias", number) else None
-        self.down_bias = reader.read("down.bias", number) if reader.has("down.bias", number) else None
+        self.up = read([*ups, ("up", share.columns)], units)
+        self.down, self.down_bias = write("down", share.columns)
 
     @property
     def num_bytes(self) -> int:
@@ -121,7 +152,7 @@ class Layer:
         """
         group = self.spec.heads_per_kv_head
         if not len(self.share.heads):
-            return query.new_zeros(query.shape[0], query.shape[2], self.spec.hidden_size)
+            return query.new_zeros(query.shape[0], query.shape[2], self.width)
         if self._kv_index is not None:
             key, value = key[:, self._kv_index], value[:, self._kv_index]
         mixed = F.scaled_dot_product_attention(
@@ -150,11 +181,20 @@ class Layer:
         return torch.arange(heads.start, heads.stop) // group - self.kv_heads.start
 
 
+def _from(heads: Range, first: int) -> Range:
+    return Range(start=heads.start - first, stop=heads.stop - first)
+
+
 def _read_linear(
-    reader: ShardReader, layer: int, parts: list[tuple[str, Range]], dtype: str, kernels: Kernels | None
+    reader: ShardReader,
+    layer: int,
+    parts: list[tuple[str, Range]],
+    columns: Range | None,
+    dtype: str,
+    kernels: Kernels | None,
 ) -> Linear:
     """Matrices one below the other, so that one product gives all of them."""
-    weight = torch.cat([reader.read(f"{name}.weight", layer, rows=rows) for name, rows in parts])
+    weight = torch.cat([reader.read(f"{name}.weight", layer, rows=rows, columns=columns) for name, rows in parts])
     has_bias = reader.has(f"{parts[0][0]}.bias", layer)
     bias = torch.cat([reader.read(f"{name}.bias", layer, rows=rows) for name, rows in parts]) if has_bias else None
     return make_linear(weight, bias, dtype, kernels)

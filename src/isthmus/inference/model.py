@@ -12,12 +12,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from isthmus.inference.kernels import ACTIVATIONS, load_kernels
 from isthmus.inference.layer import Layer, Norm, Rotation
 from isthmus.models.shards import ShardReader
-from isthmus.spec.transformer import LayerShare, Range
+from isthmus.spec.transformer import LayerShare, Range, SubBlock
 
 
 class LocalModel:
-    """``layers`` are those of ``layer_range``, in order. Rows of the tables are read from the checkpoint when they are
-    looked up."""
+    """``layers`` are those of ``layer_range``, in order, but the decoupled ones: of those ``blocks`` has, by the layer's
+    number, this device's sub-blocks. Rows of the tables are read from the checkpoint when they are looked up."""
 
     def __init__(
         self,
@@ -26,9 +26,11 @@ class LocalModel:
         dtype: str,
         *,
         layer_range: Range | None = None,
+        sub_blocks: Range | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``). ``progress`` gets 0 to 1."""
+        """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``sub_blocks`` of decoupled
+        ones, None: all of them. ``progress`` gets 0 to 1."""
         self.spec = reader.spec
         self.share = share
         self.dtype = dtype
@@ -38,11 +40,19 @@ class LocalModel:
         self.layer_range = Range(start=0, stop=self.spec.num_layers) if layer_range is None else layer_range
         self.kernels = load_kernels() if self.spec.is_decoder and self.spec.activation in ACTIVATIONS else None
         """For tokens that come one by one; None: by PyTorch."""
+        form = self.spec.decoupling
+        if sub_blocks is None:
+            sub_blocks = Range(start=0, stop=0 if form is None else form.num_sub_blocks)
+        self.sub_blocks = [self.spec.sub_block(number) for number in range(sub_blocks.start, sub_blocks.stop)]
         self.layers: list[Layer] = []
+        self.blocks: dict[int, list[Layer]] = {}
         for number in range(self.layer_range.start, self.layer_range.stop):
-            self.layers.append(Layer(reader, number, share, dtype, self.kernels))
+            if self.spec.is_decoupled(number):
+                self.blocks[number] = [self._sub_block(reader, number, part) for part in self.sub_blocks]
+            else:
+                self.layers.append(Layer(reader, number, share, dtype, self.kernels))
             reader.release()
-            progress(len(self.layers) / len(self.layer_range))
+            progress((len(self.layers) + len(self.blocks)) / len(self.layer_range))
         self._tables = {
             name: reader.table(f"{name}.weight")
             for name in ("token", "position", "type")
@@ -52,7 +62,13 @@ class LocalModel:
     @property
     def num_bytes(self) -> int:
         """Of the matrices."""
-        return sum(layer.num_bytes for layer in self.layers)
+        blocks = (block for blocks in self.blocks.values() for block in blocks)
+        return sum(layer.num_bytes for layer in (*self.layers, *blocks))
+
+    def _sub_block(self, reader: ShardReader, number: int, part: SubBlock) -> Layer:
+        whole = LayerShare.whole(self.spec)
+        share = LayerShare(heads=part.heads, columns=whole.columns, vocabulary=whole.vocabulary)
+        return Layer(reader, number, share, self.dtype, self.kernels, sub_block=part)
 
     def embed(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Hidden states (B, T, H), FP32, before the first layer."""

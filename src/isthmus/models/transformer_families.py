@@ -9,7 +9,7 @@ the norms ``norm1`` and ``norm2`` of attention and MLP (``.weight``, ``.bias``).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def _llama_spec(config: Any) -> TransformerSpec:
         norm_epsilon=config.rms_norm_eps,
         norm_first=True,
         has_rotary=True,
-        has_qk_norm=config.model_type == "qwen3",
+        has_qk_norm=config.model_type.endswith("qwen3"),
         sliding_window=window,
         is_head_tied=config.tie_word_embeddings,
     )
@@ -274,11 +274,13 @@ def read_family(directory: Path) -> tuple[PretrainedConfig, Family, TransformerS
     except (ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise IsthmusError(f"model: cannot read the configuration in {directory}: {reason}") from error
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES.get(getattr(config, "base_model_type", "") or config.model_type)
     if family is None:
         raise IsthmusError(
             f"model: {directory} is a {config.model_type!r}; only {', '.join(FAMILIES)} can be divided among devices"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise IsthmusError(f"model: {directory} is quantised; wanted plain fp32, bf16 or fp16 weights")
-    return config, family, family.spec(config)
+    spec = family.spec(config)
+    form = getattr(config, "decoupling", None)
+    return config, family, spec if form is None else replace(spec, decoupling=form)

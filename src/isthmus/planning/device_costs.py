@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ from isthmus.planning.workload import Work
 from isthmus.spec.cluster import DeviceProfile, LinkProfile, WidthTimes
 from isthmus.spec.inference import InferenceRequest
 from isthmus.spec.profile import Curve
-from isthmus.spec.transformer import LayerShare, TransformerSpec
+from isthmus.spec.transformer import LayerShare, SubBlock, TransformerSpec
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 PROCESS_BYTES = 450 << 20
@@ -121,6 +122,23 @@ def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str, num_layer
     if dtype == "int8":
         scales = outer + inner + spec.hidden_size * ((heads > 0) + (columns > 0))
     return num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
+
+
+def block_weight_bytes(spec: TransformerSpec, blocks: Sequence[SubBlock], dtype: str) -> int:
+    """Of a decoupled model's layers on a device that has ``blocks`` of each decoupled one and all of the others."""
+    assert spec.decoupling is not None
+    num_originals = len(spec.decoupling.original_layers)
+    total = weight_bytes(spec, LayerShare.whole(spec), dtype, num_originals)
+    for block in blocks:
+        width = len(block.units)
+        has_own_heads = len(block.heads) < spec.num_heads
+        num_kv = spec.num_kv_heads * len(block.heads) // spec.num_heads if has_own_heads else spec.num_kv_heads
+        outer = (len(block.heads) + 2 * num_kv) * spec.head_size
+        inner = spec.intermediate_size * (2 if spec.has_gate else 1)
+        values = width * (outer + len(block.heads) * spec.head_size + inner + spec.intermediate_size)
+        scales = outer + inner + 2 * width if dtype == "int8" else 0
+        total += (spec.num_layers - num_originals) * (values * WEIGHT_BYTES[dtype] + 4 * scales)
+    return total
 
 
 def working_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRequest, num_devices: int) -> int:

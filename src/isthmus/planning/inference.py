@@ -10,9 +10,16 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, generation_bytes, weight_bytes, working_bytes
+from isthmus.planning.device_costs import (
+    PROCESS_BYTES,
+    DeviceCosts,
+    block_weight_bytes,
+    generation_bytes,
+    weight_bytes,
+    working_bytes,
+)
 from isthmus.planning.shares import divide, micro_batches
-from isthmus.planning.workload import Step, Work, Workload, device_shares, layer_ranges, passes
+from isthmus.planning.workload import Step, Work, Workload, device_shares, layer_ranges, passes, sub_blocks_of
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES, InferencePlan, InferenceRequest
@@ -131,7 +138,7 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
         return [count * _simulate(load, step_s, devices) for load, count in all_passes]
 
     seconds = total_s(lambda step, credits_: _step_s(step, devices, plan.codec, credits_))
-    shares, layers = device_shares(plan, question.spec), layer_ranges(plan, question.spec)
+    shares = device_shares(plan, question.spec)
     return Candidate(
         plan=plan,
         latency_s=sum(seconds),
@@ -143,13 +150,22 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
         ),
         num_exchanges=sum(count * load.num_exchanges() for load, count in all_passes),
         memory_bytes=tuple(
-            weight_bytes(question.spec, share, plan.dtype, len(own_layers))
+            own_bytes
             + working_bytes(question.spec, share, question.request, len(shares))
             + generation_bytes(question.spec, share, question.request, plan.dtype)
-            for share, own_layers in zip(shares, layers, strict=True)
+            for share, own_bytes in zip(shares, _held_bytes(question.spec, plan), strict=True)
         ),
         budget_bytes=tuple(question.budget_bytes(rank) for rank in plan.devices),
     )
+
+
+def _held_bytes(spec: TransformerSpec, plan: InferencePlan) -> list[int]:
+    """Of the weights on each device."""
+    if spec.decoupling is None:
+        pairs = zip(device_shares(plan, spec), layer_ranges(plan, spec), strict=True)
+        return [weight_bytes(spec, share, plan.dtype, len(layers)) for share, layers in pairs]
+    blocks = ([spec.sub_block(number) for number in range(p.start, p.stop)] for p in sub_blocks_of(plan, spec))
+    return [block_weight_bytes(spec, own, plan.dtype) for own in blocks]
 
 
 def _computing_s(load: Workload, devices: Sequence[DeviceCosts]) -> float:
@@ -172,7 +188,10 @@ def _plans(
         if "single" in question.strategies:
             yield InferencePlan(strategy="single", devices=ranks, weights=(1.0,), dtype=dtype)
         return
-    for strategy in ("tensor", "sequence", "pipeline"):
+    form = question.spec.decoupling
+    if form is not None and len(ranks) > form.num_sub_blocks:
+        return
+    for strategy in ("tensor", "sequence", "pipeline") if form is None else ("block",):
         if strategy not in question.strategies or (strategy != "tensor" and question.request.num_new_tokens):
             continue
         if strategy == "pipeline" and len(ranks) > question.spec.num_layers:
@@ -214,7 +233,7 @@ def _part_s(question: Question, plan: InferencePlan, device: DeviceCosts, share:
     """Seconds of one layer for a device that has ``share`` of it, heads and tokens taken as divisible."""
     request = question.request
     rows = request.batch * (1 if request.num_new_tokens else request.num_tokens)  # tokens to come take most of the time
-    if plan.strategy == "tensor":
+    if plan.strategy in ("tensor", "block"):
         return device.work_s(Work(attention_rows=rows, attention_share=share, mlp_rows=rows, mlp_share=share))
     if plan.strategy == "pipeline":
         rows = len(micro_batches(request.batch, request.num_tokens)[0]) * request.num_tokens

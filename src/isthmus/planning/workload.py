@@ -92,6 +92,30 @@ def device_shares(plan: InferencePlan, spec: TransformerSpec) -> list[LayerShare
     return [LayerShare.whole(spec)] * len(plan.devices)
 
 
+def check_strategy(plan: InferencePlan, spec: TransformerSpec) -> None:
+    """Raises ``IsthmusError`` for a strategy that the model's form does not allow."""
+    if plan.strategy == "block" and spec.decoupling is None:
+        raise IsthmusError(
+            "strategy: got block for a model that is not decoupled; isthmus decouple makes one that is, or take tensor"
+        )
+    if plan.strategy not in ("single", "block") and spec.decoupling is not None:
+        raise IsthmusError(f"strategy: got {plan.strategy} for a decoupled model; take block")
+
+
+def sub_blocks_of(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
+    """Which sub-blocks of every decoupled layer each device of ``plan`` has; none of a model that has none. In
+    proportion to the plan's weights, at least one each. Raises ``IsthmusError`` for more devices than sub-blocks."""
+    num_devices = len(plan.devices)
+    if spec.decoupling is None:
+        return [Range(start=0, stop=0)] * num_devices
+    num = spec.decoupling.num_sub_blocks
+    if num < num_devices:
+        raise IsthmusError(f"devices: got {num_devices} for a model of {num} sub-blocks, wanted at most {num}")
+    one_each = divide(num - num_devices, plan.weights) if num > num_devices else [Range(start=0, stop=0)] * num_devices
+    stops = [sum(len(part) + 1 for part in one_each[: device + 1]) for device in range(num_devices)]
+    return [Range(start=start, stop=stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
 def layer_ranges(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
     """Which layers every device of ``plan`` has. Raises ``IsthmusError`` where a pipeline leaves one without."""
     if plan.strategy != "pipeline":
@@ -114,7 +138,9 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
     is_scattered = plan.strategy == "sequence" or (plan.strategy == "tensor" and plan.algorithm == "scatter")
     if is_scattered:
         own_rows = [request.batch * len(part) for part in ranges]
-    if plan.strategy == "sequence":
+    if spec.decoupling is not None:
+        ticks = _block_steps(plan, spec, request)
+    elif plan.strategy == "sequence":
         layer = _sequence_layer(plan, spec, request, ranges)
     elif plan.strategy == "pipeline":
         own_rows, ticks = [0] * num_devices, _pipeline_ticks(plan, spec, request)
@@ -122,7 +148,7 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
         layer = _tensor_layer(plan, spec, request, own_rows)
     embedding = Step(work=tuple(Work(embedded_rows=count) for count in own_rows), exchange=None)
     if num_devices == 1:
-        return Workload(before=(embedding,), layer=layer, after=(), num_layers=spec.num_layers)
+        return Workload(before=(embedding,), layer=layer, after=ticks, num_layers=spec.num_layers)
     idle = (Work(),) * num_devices
     asking = (
         Step(work=idle, exchange=broadcast(8 * _HEADER_VALUES, num_devices)),
@@ -130,7 +156,7 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
         embedding,
     )
     answering: tuple[Step, ...] = ()
-    if is_scattered or ticks:
+    if is_scattered or plan.strategy == "pipeline":
         answering = (Step(work=idle, exchange=gather([request.batch * spec.hidden_size] * num_devices)),)
     return Workload(before=asking, layer=layer, after=(*ticks, *answering), num_layers=spec.num_layers)
 
@@ -214,6 +240,35 @@ def _tensor_layer(
         return gathered, *_with_exchanges(attention, [summed]), gathered, *_with_exchanges(mlp, [summed])
     exchanges = all_reduce(plan.codec, rows * spec.hidden_size, len(shares), plan.algorithm)
     return (*_with_exchanges(attention, exchanges), *_with_exchanges(mlp, exchanges))
+
+
+def _block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[Step, ...]:
+    """All layers: decoupled ones without an exchange, but the last of each group, after which slices are gathered; and
+    each original one whole on every device."""
+    rows = request.batch * request.num_tokens
+    blocks = [[spec.sub_block(number) for number in range(part.start, part.stop)] for part in sub_blocks_of(plan, spec)]
+    scores = rows * request.num_tokens
+    decoupled = tuple(
+        _layer_work(
+            rows,
+            sum(len(block.units) for block in own) / spec.hidden_size,
+            scores * sum(len(block.heads) for block in own),
+        )
+        for own in blocks
+    )
+    whole = (_layer_work(rows, 1.0, scores * spec.num_heads),) * len(blocks)
+    values = [rows * sum(len(block.units) for block in own) for own in blocks]
+    [gathered] = all_gather(plan.codec, values) if len(blocks) > 1 else [None]
+    return tuple(
+        Step(work=decoupled, exchange=None if spec.is_decoupled(number + 1) else gathered)
+        if spec.is_decoupled(number)
+        else Step(work=whole, exchange=None)
+        for number in range(spec.num_layers)
+    )
+
+
+def _layer_work(rows: int, share: float, scores: int) -> Work:
+    return Work(attention_rows=rows, attention_share=share, scores=scores, mlp_rows=rows, mlp_share=share)
 
 
 def _pipeline_ticks(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[Step, ...]:

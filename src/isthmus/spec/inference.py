@@ -7,7 +7,7 @@ from typing import Literal
 
 from isthmus.spec.errors import IsthmusError
 
-STRATEGIES = ("single", "tensor", "sequence", "pipeline")
+STRATEGIES = ("single", "tensor", "sequence", "pipeline", "block")
 CODECS = ("fp32", "bf16", "int8", "int4")
 DTYPES = ("fp32", "bf16", "int8")
 ALGORITHMS = ("mesh", "two_step", "ring", "doubling", "scatter")
@@ -37,7 +37,8 @@ class InferencePlan:
 
     schema_version: int = 1
     strategy: str
-    """``single``, ``tensor`` (heads and columns divided), ``sequence`` (tokens divided) or ``pipeline`` (layers)."""
+    """``single``, ``tensor`` (heads and columns divided), ``sequence`` (tokens divided), ``pipeline`` (layers) or, for decoupled
+    models, ``block`` (sub-blocks)."""
     devices: tuple[int, ...]
     weights: tuple[float, ...]
     """Each device's part of the work; any scale."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from isthmus.spec.decoupling import Decoupling
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerSpec:
@@ -42,6 +44,23 @@ class TransformerSpec:
     """A token sees so many tokens, itself included."""
     num_token_types: int = 0
     is_head_tied: bool = True
+    decoupling: Decoupling | None = None
+    """Some of the layers are sub-blocks; the rest of this is that of the original."""
+
+    def is_decoupled(self, layer: int) -> bool:
+        """Whether that layer is one of sub-blocks."""
+        return self.decoupling is not None and layer < self.num_layers and layer not in self.decoupling.original_layers
+
+    def sub_block(self, number: int) -> SubBlock:
+        """What sub-block ``number`` sees and computes, in all decoupled layers alike."""
+        assert self.decoupling is not None
+        widths = self.decoupling.widths
+        start = sum(widths[:number])
+        heads = Range(start=0, stop=self.num_heads)
+        if self.decoupling.heads == "own":
+            own = self.num_heads // len(widths)
+            heads = Range(start=number * own, stop=(number + 1) * own)
+        return SubBlock(units=Range(start=start, stop=start + widths[number]), heads=heads)
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -79,6 +98,15 @@ class Range:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubBlock:
+    """One sub-block of the decoupled layers: its hidden ``units``, and the query ``heads`` it has (all of them, unless
+    each sub-block has heads of its own)."""
+
+    units: Range
+    heads: Range
 
 
 @dataclass(frozen=True, kw_only=True)

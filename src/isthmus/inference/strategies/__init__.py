@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy
+from isthmus.inference.strategies.block_parallel import BlockParallel
 from isthmus.inference.strategies.pipeline import Pipeline
 from isthmus.inference.strategies.scattered_tensor import ScatteredTensorParallel
 from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
-from isthmus.planning.workload import device_shares, layer_ranges
+from isthmus.planning.workload import device_shares, layer_ranges, sub_blocks_of
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
 
@@ -27,10 +28,19 @@ def make_strategy(
     order, and is None for one. What one of ``known`` has read already is not read again."""
     codec = None if plan.codec == "fp32" else plan.codec
     rank = 0 if group is None else group.rank
-    wanted = device_shares(plan, reader.spec)[rank], plan.dtype, layer_ranges(plan, reader.spec)[rank]
-    model = next((model for model in known if (model.share, model.dtype, model.layer_range) == wanted), None)
+    spec = reader.spec
+    blocks = sub_blocks_of(plan, spec)
+    own = [spec.sub_block(number) for number in range(blocks[rank].start, blocks[rank].stop)]
+    wanted = device_shares(plan, spec)[rank], plan.dtype, layer_ranges(plan, spec)[rank], own
+    model = next(
+        (model for model in known if (model.share, model.dtype, model.layer_range, model.sub_blocks) == wanted), None
+    )
     if model is None:
-        model = LocalModel(reader, wanted[0], plan.dtype, layer_range=wanted[2], progress=progress)
+        model = LocalModel(
+            reader, wanted[0], plan.dtype, layer_range=wanted[2], sub_blocks=blocks[rank], progress=progress
+        )
+    if reader.spec.decoupling is not None:
+        return BlockParallel(model, group, sub_blocks=blocks, codec=codec)
     if group is None:
         return TensorParallel(model, None)
     if plan.strategy == "sequence":

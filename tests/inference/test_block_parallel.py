@@ -1,0 +1,164 @@
+"""Decoupled models on one device and several: what transformers computes of them, and what the planner says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.inference.conftest import CONFIGS, DECODERS, on_devices
+from transformers import AutoModel, AutoModelForCausalLM
+
+from isthmus.inference.engine import Engine
+from isthmus.models.decoupled import architectures
+from isthmus.models.decoupled.configs import decoupled_config
+from isthmus.models.shards import ShardReader
+from isthmus.planning.device_costs import block_weight_bytes
+from isthmus.planning.workload import sub_blocks_of, workload
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.inference import CODECS, InferencePlan, InferenceRequest
+from isthmus.transport.base import Group
+
+assert architectures.CLASSES  # AutoModel knows decoupled models now
+NUM_TOKENS = 13
+FAMILIES = tuple(family for family in CONFIGS if family != "distilbert")
+FORMS: dict[str, dict[str, Any]] = {
+    "four": {"num_sub_blocks": 4, "original_layers": [2]},
+    "first-original": {"num_sub_blocks": 4, "original_layers": [0, 2]},
+    "end-decoupled": {"num_sub_blocks": 4, "original_layers": [1]},
+    "uneven": {"num_sub_blocks": 3, "original_layers": [2], "sub_block_widths": [4, 12, 16]},
+    "own": {"num_sub_blocks": 2, "original_layers": [2], "sub_block_heads": "own"},
+}
+Saved = Callable[[str, str], Path]
+
+
+@cache
+def reference(family: str, form: str) -> Any:
+    """The model in plain transformers, with weights of real spread."""
+    config = decoupled_config(CONFIGS[family](), FORMS[form])
+    kind = AutoModelForCausalLM if family in DECODERS else AutoModel
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind.from_config(config, attn_implementation="eager").eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    @cache
+    def write(family: str, form: str) -> Path:
+        directory = tmp_path_factory.mktemp(f"{family}-{form}")
+        reference(family, form).save_pretrained(directory)
+        return directory
+
+    return write
+
+
+def batch(family: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask (2, T), the second sequence padded."""
+    ids_BT = torch.randint(3, 99, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, slice(0, 4) if family in DECODERS else slice(9, NUM_TOKENS)] = 0
+    return ids_BT.masked_fill(mask_BT == 0, CONFIGS[family]().pad_token_id or 0), mask_BT
+
+
+def hidden_states(directory: Path, family: str, plan: InferencePlan) -> torch.Tensor:
+    ids_BT, mask_BT = batch(family)
+
+    def work(group: Group) -> torch.Tensor | None:
+        with Engine(directory, group=group, plan=plan) as engine:
+            if engine.is_leader:
+                return engine.hidden(ids_BT, mask_BT.bool())[mask_BT.bool()]
+            engine.follow()
+        return None
+
+    found = on_devices(len(plan.devices), work)[0]
+    assert found is not None
+    return found
+
+
+def expected(family: str, form: str) -> torch.Tensor:
+    ids_BT, mask_BT = batch(family)
+    positions = {"position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0)} if family in DECODERS else {}
+    model = reference(family, form)
+    with torch.inference_mode():
+        output = model.base_model(input_ids=ids_BT, attention_mask=mask_BT, **positions)
+    return output.last_hidden_state[mask_BT.bool()]
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_of_every_family_is_what_transformers_computes(
+    family: str, form: str, num_devices: int, saved: Saved
+) -> None:
+    got = hidden_states(saved(family, form), family, InferencePlan.even("block", num_devices))
+    assert error(got, expected(family, form)) <= 1e-5
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (1.0, 2.0), (3.0, 0.1), (1.0, 1.0, 2.0)])
+def test_devices_may_have_several_sub_blocks(weights: tuple[float, ...], saved: Saved) -> None:
+    plan = InferencePlan(strategy="block", devices=tuple(range(len(weights))), weights=weights)
+    assert error(hidden_states(saved("bert", "four"), "bert", plan), expected("bert", "four")) <= 1e-5
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("bf16", 0.01), ("int8", 0.02), ("int4", 0.3)])
+def test_codecs_round_what_is_exchanged(codec: str, tolerance: float, saved: Saved) -> None:
+    got = hidden_states(saved("bert", "four"), "bert", InferencePlan.even("block", 4, codec=codec))
+    assert 1e-6 < error(got, expected("bert", "four")) <= tolerance
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("form", ["four", "first-original", "end-decoupled", "uneven"])
+def test_the_planner_knows_what_is_sent_and_held(form: str, codec: str, saved: Saved) -> None:
+    directory, num_devices = saved("bert", form), 3
+    plan = InferencePlan.even("block", num_devices, codec=codec)
+    request = InferenceRequest(num_tokens=NUM_TOKENS, batch=2)
+    ids_BT = torch.randint(90, (2, NUM_TOKENS))
+
+    def work(group: Group) -> tuple[int, int, int]:
+        with Engine(directory, group=group, plan=plan) as engine:
+            model, stats = engine.local_model, engine.stats
+            assert model is not None and stats is not None
+            if engine.is_leader:
+                engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+            else:
+                engine.follow_once()
+            after = engine.stats
+            assert after is not None
+            found = after.bytes_sent - stats.bytes_sent, after.num_exchanges - stats.num_exchanges, model.num_bytes
+            if not engine.is_leader:
+                engine.follow()
+            return found
+
+    found = on_devices(num_devices, work)
+    spec = ShardReader(directory).spec
+    load = workload(plan, spec, request)
+    assert tuple(sent for sent, _, _ in found) == load.sent_bytes()
+    for (_, _, held), own in zip(found, sub_blocks_of(plan, spec), strict=True):
+        blocks = [spec.sub_block(number) for number in range(own.start, own.stop)]
+        assert held == block_weight_bytes(spec, blocks, "fp32")
+
+
+def test_what_does_not_fit_is_refused(saved: Saved, checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(IsthmusError, match="strategy: got block for a model that is not decoupled; isthmus decouple"):
+        hidden_states(checkpoint("bert"), "bert", InferencePlan.even("block", 2))
+    with pytest.raises(IsthmusError, match="strategy: got tensor for a decoupled model; take block"):
+        hidden_states(saved("bert", "four"), "bert", InferencePlan.even("tensor", 2))
+    with pytest.raises(IsthmusError, match="devices: got 3 for a model of 2 sub-blocks, wanted at most 2"):
+        hidden_states(saved("bert", "own"), "bert", InferencePlan.even("block", 3))
+
+
+def test_sub_blocks_are_shared_out_by_weight(saved: Saved) -> None:
+    spec = ShardReader(saved("bert", "four")).spec
+    plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 9.0))
+    assert [len(part) for part in sub_blocks_of(plan, spec)] == [1, 3]
