@@ -19,7 +19,7 @@ from isthmus.models.shards import ShardReader
 from isthmus.planning.device_costs import block_weight_bytes
 from isthmus.planning.workload import sub_blocks_of, workload
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import CODECS, InferencePlan, InferenceRequest
+from isthmus.spec.inference import CODECS, ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.transport.base import Group
 
 assert architectures.CLASSES  # AutoModel knows decoupled models now
@@ -29,6 +29,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "four": {"num_sub_blocks": 4, "original_layers": [2]},
     "first-original": {"num_sub_blocks": 4, "original_layers": [0, 2]},
     "end-decoupled": {"num_sub_blocks": 4, "original_layers": [1]},
+    "middle": {"num_sub_blocks": 4, "original_layers": [0, 1]},
+    "two-in-a-row": {"num_sub_blocks": 4, "original_layers": [1, 2]},
     "uneven": {"num_sub_blocks": 3, "original_layers": [2], "sub_block_widths": [4, 12, 16]},
     "own": {"num_sub_blocks": 2, "original_layers": [2], "sub_block_heads": "own"},
 }
@@ -162,3 +164,24 @@ def test_sub_blocks_are_shared_out_by_weight(saved: Saved) -> None:
     spec = ShardReader(saved("bert", "four")).spec
     plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 9.0))
     assert [len(part) for part in sub_blocks_of(plan, spec)] == [1, 3]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (0.2, 0.45, 0.6), (1.0, 0.0)])
+@pytest.mark.parametrize("kind", ORIGINAL_PLANS)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("form", ["four", "end-decoupled", "middle"])
+def test_original_layers_are_computed_in_every_way(
+    form: str, family: str, kind: str, weights: tuple[float, ...], saved: Saved
+) -> None:
+    num_originals = len(FORMS[form]["original_layers"])
+    plan = InferencePlan(
+        strategy="block", devices=tuple(range(len(weights))), weights=weights, originals=(kind,) * num_originals
+    )
+    assert error(hidden_states(saved(family, form), family, plan), expected(family, form)) <= 1e-5
+
+
+@pytest.mark.parametrize("second", ORIGINAL_PLANS)
+@pytest.mark.parametrize("first", ORIGINAL_PLANS)
+def test_neighbouring_layers_may_differ_in_their_way(first: str, second: str, saved: Saved) -> None:
+    plan = InferencePlan(strategy="block", devices=(0, 1, 2), weights=(1.0, 2.0, 1.0), originals=(first, second))
+    assert error(hidden_states(saved("bert", "two-in-a-row"), "bert", plan), expected("bert", "two-in-a-row")) <= 1e-5

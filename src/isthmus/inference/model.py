@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from isthmus.spec.transformer import LayerShare, Range, SubBlock
 
 
 class LocalModel:
-    """``layers`` are those of ``layer_range``, in order, but the decoupled ones: of those ``blocks`` has, by the layer's
-    number, this device's sub-blocks. Rows of the tables are read from the checkpoint when they are looked up."""
+    """``layers`` are those of ``layer_range``, in order. Of a decoupled model ``originals`` has, by number, the layers
+    that are whole, as far as this device has a part of them, and ``blocks`` this device's sub-blocks of the others. Rows
+    of the tables are read from the checkpoint when they are looked up."""
 
     def __init__(
         self,
@@ -27,10 +28,12 @@ class LocalModel:
         *,
         layer_range: Range | None = None,
         sub_blocks: Range | None = None,
+        original_shares: Mapping[int, LayerShare | None] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``sub_blocks`` of decoupled
-        ones, None: all of them. ``progress`` gets 0 to 1."""
+        ones, None: all of them. ``original_shares``: of a decoupled model's original layers other shares than
+        ``share``, by number; None is no part. ``progress`` gets 0 to 1."""
         self.spec = reader.spec
         self.share = share
         self.dtype = dtype
@@ -44,20 +47,27 @@ class LocalModel:
         if sub_blocks is None:
             sub_blocks = Range(start=0, stop=0 if form is None else form.num_sub_blocks)
         self.sub_blocks = [self.spec.sub_block(number) for number in range(sub_blocks.start, sub_blocks.stop)]
-        self.layers: list[Layer] = []
+        self.original_shares = dict(original_shares or {})
+        self.originals: dict[int, Layer] = {}
         self.blocks: dict[int, list[Layer]] = {}
         for number in range(self.layer_range.start, self.layer_range.stop):
             if self.spec.is_decoupled(number):
                 self.blocks[number] = [self._sub_block(reader, number, part) for part in self.sub_blocks]
-            else:
-                self.layers.append(Layer(reader, number, share, dtype, self.kernels))
+            elif (own := self.original_shares.get(number, share)) is not None:
+                self.originals[number] = Layer(reader, number, own, dtype, self.kernels)
             reader.release()
-            progress((len(self.layers) + len(self.blocks)) / len(self.layer_range))
+            progress((number + 1 - self.layer_range.start) / len(self.layer_range))
+        self.layers = list(self.originals.values())
         self._tables = {
             name: reader.table(f"{name}.weight")
             for name in ("token", "position", "type")
             if reader.has(f"{name}.weight")
         }
+
+    @property
+    def holds(self) -> tuple[LayerShare, str, Range, list[SubBlock], dict[int, LayerShare | None]]:
+        """What this was read for."""
+        return self.share, self.dtype, self.layer_range, self.sub_blocks, self.original_shares
 
     @property
     def num_bytes(self) -> int:

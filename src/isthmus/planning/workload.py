@@ -116,6 +116,38 @@ def sub_blocks_of(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
     return [Range(start=start, stop=stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
+def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]:
+    """How each original layer of a decoupled model is computed, by its number. Raises ``IsthmusError`` for another
+    number of them than the model has."""
+    if spec.decoupling is None:
+        return {}
+    layers = spec.decoupling.original_layers
+    chosen = plan.originals or ("gather",) * len(layers)
+    if len(chosen) != len(layers):
+        raise IsthmusError(f"originals: got {len(chosen)} plans for {len(layers)} original layers, wanted one for each")
+    return dict(zip(layers, chosen, strict=True))
+
+
+def fastest(plan: InferencePlan) -> int:
+    """Which device, by its place in the plan, computes what one computes for all."""
+    return plan.weights.index(max(plan.weights))
+
+
+def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int, LayerShare | None]]:
+    """By device: of which original layers it has another share than the whole; None is no part."""
+    num_devices = len(plan.devices)
+    shares: list[dict[int, LayerShare | None]] = [{} for _ in range(num_devices)]
+    if num_devices == 1:
+        return shares
+    for number, kind in original_plans(plan, spec).items():
+        for device in range(num_devices):
+            if kind == "tensor":
+                shares[device][number] = divide_layer(spec, plan.weights)[device]
+            elif kind == "fastest" and device != fastest(plan):
+                shares[device][number] = None
+    return shares
+
+
 def layer_ranges(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
     """Which layers every device of ``plan`` has. Raises ``IsthmusError`` where a pipeline leaves one without."""
     if plan.strategy != "pipeline":

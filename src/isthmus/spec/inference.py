@@ -10,6 +10,11 @@ from isthmus.spec.errors import IsthmusError
 STRATEGIES = ("single", "tensor", "sequence", "pipeline", "block")
 CODECS = ("fp32", "bf16", "int8", "int4")
 DTYPES = ("fp32", "bf16", "int8")
+ORIGINAL_PLANS = ("gather", "tokens", "sequence", "tensor", "fastest")
+"""How an original layer of a decoupled model is computed once slices are to meet. ``gather``: every device gathers all
+and computes all of it. ``tokens``: gathers all, and computes keys and values of all tokens and the rest of its own.
+``sequence``: gets its tokens, and gathers keys and values. ``tensor``: gathers all, and computes its heads and columns.
+``fastest``: one device gathers all, computes, and gives each its slices."""
 ALGORITHMS = ("mesh", "two_step", "ring", "doubling", "scatter")
 
 
@@ -47,9 +52,14 @@ class InferencePlan:
     """What matrices are kept and multiplied in."""
     algorithm: Literal["mesh", "two_step", "ring", "doubling", "scatter"] = "two_step"
     """Of all-reduces. ``scatter``: none, each sum goes to the device that keeps the token."""
+    originals: tuple[str, ...] = ()
+    """With ``block``: one of ``ORIGINAL_PLANS`` for each original layer, in order; empty: ``gather`` for all."""
 
     def __post_init__(self) -> None:
         choices = (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES), ("algorithm", ALGORITHMS))
+        for each in self.originals:
+            if each not in ORIGINAL_PLANS:
+                raise ValueError(f"originals: got {each!r}, wanted one of {', '.join(ORIGINAL_PLANS)}")
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}")

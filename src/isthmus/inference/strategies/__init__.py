@@ -12,7 +12,7 @@ from isthmus.inference.strategies.scattered_tensor import ScatteredTensorParalle
 from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
-from isthmus.planning.workload import device_shares, layer_ranges, sub_blocks_of
+from isthmus.planning.workload import device_shares, layer_ranges, original_shares, sub_blocks_of
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
 
@@ -31,16 +31,23 @@ def make_strategy(
     spec = reader.spec
     blocks = sub_blocks_of(plan, spec)
     own = [spec.sub_block(number) for number in range(blocks[rank].start, blocks[rank].stop)]
-    wanted = device_shares(plan, spec)[rank], plan.dtype, layer_ranges(plan, spec)[rank], own
-    model = next(
-        (model for model in known if (model.share, model.dtype, model.layer_range, model.sub_blocks) == wanted), None
-    )
+    originals = original_shares(plan, spec)[rank]
+    wanted = device_shares(plan, spec)[rank], plan.dtype, layer_ranges(plan, spec)[rank], own, originals
+    model = next((model for model in known if model.holds == wanted), None)
     if model is None:
         model = LocalModel(
-            reader, wanted[0], plan.dtype, layer_range=wanted[2], sub_blocks=blocks[rank], progress=progress
+            reader,
+            wanted[0],
+            plan.dtype,
+            layer_range=wanted[2],
+            sub_blocks=blocks[rank],
+            original_shares=originals,
+            progress=progress,
         )
-    if reader.spec.decoupling is not None:
-        return BlockParallel(model, group, sub_blocks=blocks, codec=codec)
+    if spec.decoupling is not None:
+        return BlockParallel(
+            model, group, sub_blocks=blocks, weights=plan.weights, originals=plan.originals, codec=codec
+        )
     if group is None:
         return TensorParallel(model, None)
     if plan.strategy == "sequence":

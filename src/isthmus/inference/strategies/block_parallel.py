@@ -1,11 +1,17 @@
 """Block parallelism (DeTransformer, Wei et al., DATE 2024, section III) for decoupled models.
 
-Between two original layers every device computes its sub-blocks by itself. Before an original layer slices are gathered
-on every device, which computes all of the layer (BP+Allgather), and goes on with its own slices: one exchange a group
-of layers.
+Between two original layers every device computes its sub-blocks by itself. An original layer mixes all slices, and is
+computed in one of the ways of ``ORIGINAL_PLANS``. What a device holds between layers is one of three things: its
+``slices`` of all tokens, the ``whole`` of all tokens, or the whole of its ``tokens``. A layer says what it wants, and
+what is there becomes it with the fewest bytes: an all-gather, or all-to-all where each device needs but a part.
+
+Shapes: B batch, T tokens, t this device's tokens, H hidden units, w those of this device's slices.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,69 +19,226 @@ from torch import Tensor
 from isthmus.inference.layer import Layer, Rotation
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy, Tokens
+from isthmus.planning.shares import divide
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: what all layers need. ``own``: this device's tokens, where tokens are divided."""
+
+    tokens: Tokens
+    ranges: list[Range]
+    own: Range
+    rotation: Rotation | None
+    own_rotation: Rotation | None
+    allowed: Tensor | None
+    is_causal: bool
+    own_allowed: Tensor | None
+
+
 class BlockParallel(Strategy):
-    """``model`` has this device's sub-blocks, and all of each original layer."""
+    """``model`` has this device's sub-blocks, and what its part of each original layer takes."""
 
     def __init__(
-        self, model: LocalModel, group: Group | None, *, sub_blocks: list[Range], codec: str | None = None
+        self,
+        model: LocalModel,
+        group: Group | None,
+        *,
+        sub_blocks: Sequence[Range],
+        weights: Sequence[float] = (1.0,),
+        originals: Sequence[str] = (),
+        codec: str | None = None,
     ) -> None:
-        """``sub_blocks``: which each device has. ``codec`` is what slices are sent in. ``group`` None: this device is
-        alone."""
+        """``sub_blocks``: which each device has. ``weights``: by which tokens are divided. ``originals``: how each
+        original layer is computed, in order; all ``gather`` without. ``codec`` is what is exchanged in. ``group`` None:
+        this device is alone."""
         super().__init__(model)
-        self._group, self._codec = group, codec
+        self._group, self._codec, self._weights = group, codec, tuple(weights)
         spec = model.spec
         assert spec.decoupling is not None
+        layers = spec.decoupling.original_layers
+        self._plans = dict(zip(layers, originals or ("gather",) * len(layers), strict=True))
         widths = spec.decoupling.widths
         self._widths = [sum(widths[part.start : part.stop]) for part in sub_blocks]
-        rank = 0 if group is None else group.rank
-        start = sum(self._widths[:rank])
-        self._own = slice(start, start + self._widths[rank])
+        self._rank = 0 if group is None else group.rank
+        start = sum(self._widths[: self._rank])
+        self._own_units = slice(start, start + self._widths[self._rank])
+
+    def token_ranges(self, num_tokens: int) -> list[Range] | None:
+        last = self.model.spec.num_layers - 1
+        if self._group is None or self._plans.get(last) not in ("tokens", "sequence"):
+            return None
+        return divide(num_tokens, self._weights)
 
     def run(self, tokens: Tokens) -> Tensor:
         spec = self.model.spec
-        whole_BTH = self.model.embed(tokens.ids_BT, tokens.positions_BT)
-        rotation = self.model.rotation(tokens.positions_BT)
-        allowed, is_plainly_causal = tokens.mask(spec)
-        originals = iter(self.model.layers)
-        slices: list[Tensor] | None = None
+        given = self._begin(tokens)
+        kind, state = "whole", self.model.embed(tokens.ids_BT, tokens.positions_BT)
         for number in range(spec.num_layers):
             if number in self.model.blocks:
-                if slices is None:
-                    slices = self._split(whole_BTH)
-                slices = [
-                    self._compute(block, part, rotation, allowed, is_plainly_causal)
-                    for block, part in zip(self.model.blocks[number], slices, strict=True)
-                ]
+                kind, state = "slices", self._sub_blocks(number, self._as_slices(kind, state, given), given)
+            elif self._group is None:
+                state = self._whole_layer(number, self._as_whole(kind, state, given), given)
+                kind = "whole"
             else:
-                if slices is not None:
-                    whole_BTH, slices = self._join(slices), None
-                whole_BTH = self._compute(next(originals), whole_BTH, rotation, allowed, is_plainly_causal)
-        return self._finish(whole_BTH if slices is None else self._join(slices))
+                kind, state = self._original(self._plans[number], number, kind, state, given)
+        if kind == "tokens":
+            return self._finish(state)
+        return self._finish(self._as_whole(kind, state, given))
 
-    def _compute(
-        self, layer: Layer, hidden_BTH: Tensor, rotation: Rotation | None, allowed: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        """A layer, or a sub-block, of which this device has all."""
-        return self._layer(
-            layer,
-            hidden_BTH,
-            lambda x_BTH: layer.attend(*layer.project(x_BTH, rotation), allowed, is_causal),
-            layer.mlp,
+    def _begin(self, tokens: Tokens) -> _Pass:
+        spec, model = self.model.spec, self.model
+        num_tokens = tokens.ids_BT.shape[1]
+        ranges = divide(num_tokens, self._weights)
+        own = ranges[self._rank]
+        allowed, is_causal = tokens.mask(spec)
+        are_divided = self._group is not None and {"tokens", "sequence"} & set(self._plans.values())
+        return _Pass(
+            tokens=tokens,
+            ranges=ranges,
+            own=own,
+            rotation=model.rotation(tokens.positions_BT),
+            own_rotation=model.rotation(tokens.positions_BT[:, own.start : own.stop]),
+            allowed=allowed,
+            is_causal=is_causal,
+            own_allowed=tokens.allowed(own, is_causal=spec.is_decoder, window=spec.sliding_window)
+            if are_divided
+            else None,
         )
 
-    def _split(self, whole_BTH: Tensor) -> list[Tensor]:
-        """This device's slices."""
-        return list(whole_BTH[..., self._own].split([len(part.units) for part in self.model.sub_blocks], dim=-1))
+    # --- layers -------------------------------------------------------------------------------------------------------
 
-    def _join(self, slices: list[Tensor]) -> Tensor:
-        """All slices, of all devices, (B, T, H)."""
-        own_BTw = torch.cat(slices, dim=-1)
-        if self._group is None:
-            return own_BTw
-        gathered = [own_BTw.new_empty(*own_BTw.shape[:-1], width) for width in self._widths]
-        self._group.all_gather(gathered, own_BTw, codec=self._codec)
-        return torch.cat(gathered, dim=-1)
+    def _sub_blocks(self, number: int, own_BTw: Tensor, given: _Pass) -> Tensor:
+        slices = own_BTw.split([len(part.units) for part in self.model.sub_blocks], dim=-1)
+        return torch.cat(
+            [
+                self._alone(block, part, given)
+                for block, part in zip(self.model.blocks[number], slices, strict=True)
+            ],
+            dim=-1,
+        )
+
+    def _alone(self, layer: Layer, hidden_BTH: Tensor, given: _Pass) -> Tensor:
+        """A layer, or a sub-block, of which this device has all, of all tokens."""
+
+        def attention(x_BTH: Tensor) -> Tensor:
+            return layer.attend(*layer.project(x_BTH, given.rotation), given.allowed, given.is_causal)
+
+        return self._layer(layer, hidden_BTH, attention, layer.mlp)
+
+    def _whole_layer(self, number: int, whole_BTH: Tensor, given: _Pass) -> Tensor:
+        return self._alone(self.model.originals[number], whole_BTH, given)
+
+    def _original(self, plan: str, number: int, kind: str, state: Tensor, given: _Pass) -> tuple[str, Tensor]:
+        if plan == "gather":
+            return "whole", self._whole_layer(number, self._as_whole(kind, state, given), given)
+        if plan == "tensor":
+            return "whole", self._tensor(number, self._as_whole(kind, state, given), given)
+        if plan == "tokens":
+            return "tokens", self._tokens(number, self._as_whole(kind, state, given), given)
+        if plan == "sequence":
+            return "tokens", self._sequence(number, self._as_tokens(kind, state, given), given)
+        return "slices", self._fastest(number, self._as_slices(kind, state, given), given)
+
+    def _tensor(self, number: int, whole_BTH: Tensor, given: _Pass) -> Tensor:
+        """Heads and columns are divided: BP+TP."""
+        layer = self.model.originals[number]
+
+        def summed(partial_BTH: Tensor) -> Tensor:
+            assert self._group is not None
+            partial_BTH = partial_BTH.contiguous()
+            self._group.all_reduce(partial_BTH, codec=self._codec, algorithm="two_step")
+            return partial_BTH
+
+        def attention(x_BTH: Tensor) -> Tensor:
+            return summed(layer.attend(*layer.project(x_BTH, given.rotation), given.allowed, given.is_causal))
+
+        return self._layer(layer, whole_BTH, attention, lambda x_BTH: summed(layer.mlp(x_BTH)))
+
+    def _tokens(self, number: int, whole_BTH: Tensor, given: _Pass) -> Tensor:
+        """Every device has keys and values of all tokens, and does the rest for its own."""
+        layer, rows = self.model.originals[number], slice(given.own.start, given.own.stop)
+        norm_first = self.model.spec.norm_first
+
+        def attention(x_BtH: Tensor) -> Tensor:
+            # What the block got is the norm of this device's tokens alone; keys and values need all of them.
+            all_BTH = layer.norm1(whole_BTH) if norm_first else whole_BTH
+            query, key, value = layer.project(all_BTH, given.rotation)
+            return layer.attend(query[:, :, rows], key, value, given.own_allowed, False)
+
+        return self._layer(layer, whole_BTH[:, rows], attention, layer.mlp)
+
+    def _sequence(self, number: int, own_BtH: Tensor, given: _Pass) -> Tensor:
+        """Every device has its tokens, and gathers keys and values of the others: BP+SP."""
+        layer, spec = self.model.originals[number], self.model.spec
+        batch = own_BtH.shape[0]
+        gathered = [
+            torch.empty(2, batch, spec.num_kv_heads, len(part), spec.head_size) for part in given.ranges
+        ]
+
+        def attention(x_BtH: Tensor) -> Tensor:
+            assert self._group is not None
+            query, key, value = layer.project(x_BtH, given.own_rotation)
+            self._group.all_gather(gathered, torch.stack((key, value)), codec=self._codec)
+            key, value = torch.cat(gathered, dim=3)
+            return layer.attend(query, key, value, given.own_allowed, False)
+
+        return self._layer(layer, own_BtH, attention, layer.mlp)
+
+    def _fastest(self, number: int, own_BTw: Tensor, given: _Pass) -> Tensor:
+        """One device, the one with the largest weight, gathers all slices, computes the layer, and gives them back."""
+        fastest = self._weights.index(max(self._weights))
+        shape = own_BTw.shape[:-1]
+        nothing = own_BTw.new_empty(0)
+        is_it = self._rank == fastest
+        mine = own_BTw.contiguous()
+        parts = [own_BTw.new_empty(*shape, width) if is_it else nothing for width in self._widths]
+        self._all_to_all(parts, [mine if rank == fastest else nothing for rank in range(len(self._widths))])
+        outputs, inputs = [nothing] * len(parts), [nothing] * len(parts)
+        own_out = torch.empty_like(mine)
+        outputs[fastest] = own_out
+        if is_it:
+            whole_BTH = self._whole_layer(number, torch.cat(parts, dim=-1), given)
+            inputs = [part.contiguous() for part in whole_BTH.split(self._widths, dim=-1)]
+        self._all_to_all(outputs, inputs)
+        return own_out
+
+    # --- from what is there to what is wanted ---------------------------------------------------------------------------
+
+    def _as_slices(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
+        if kind == "slices":
+            return state
+        if kind == "whole":
+            return state[..., self._own_units]
+        outputs = [state.new_empty(state.shape[0], len(part), self._widths[self._rank]) for part in given.ranges]
+        self._all_to_all(outputs, [part.contiguous() for part in state.split(self._widths, dim=-1)])
+        return torch.cat(outputs, dim=1)
+
+    def _as_tokens(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
+        if kind == "tokens":
+            return state
+        if kind == "whole":
+            return state[:, given.own.start : given.own.stop]
+        outputs = [state.new_empty(state.shape[0], len(given.own), width) for width in self._widths]
+        inputs = [state[:, part.start : part.stop].contiguous() for part in given.ranges]
+        self._all_to_all(outputs, inputs)
+        return torch.cat(outputs, dim=-1)
+
+    def _as_whole(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
+        if kind == "whole" or self._group is None:
+            return state
+        if kind == "slices":
+            gathered, dim = [state.new_empty(*state.shape[:-1], width) for width in self._widths], 2
+        else:
+            gathered = [state.new_empty(state.shape[0], len(part), state.shape[2]) for part in given.ranges]
+            dim = 1
+        self._group.all_gather(gathered, state.contiguous(), codec=self._codec)
+        return torch.cat(gathered, dim=dim)
+
+    def _all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+        assert self._group is not None
+        self._group.all_to_all(outputs, inputs, codec=self._codec)
+
+
