@@ -16,8 +16,9 @@ from isthmus.inference.engine import Engine
 from isthmus.models.decoupled import architectures
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
+from isthmus.planning.block_steps import original_shares, sub_blocks_of
 from isthmus.planning.device_costs import block_weight_bytes
-from isthmus.planning.workload import sub_blocks_of, workload
+from isthmus.planning.workload import workload
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import CODECS, ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.transport.base import Group
@@ -119,36 +120,50 @@ def test_codecs_round_what_is_exchanged(codec: str, tolerance: float, saved: Sav
     assert 1e-6 < error(got, expected("bert", "four")) <= tolerance
 
 
+PLANS: list[tuple[str, tuple[str, ...]]] = [
+    *((form, ("gather",)) for form in ("four", "end-decoupled", "uneven")),
+    ("first-original", ("gather", "gather")),
+    *(("four", (kind,)) for kind in ORIGINAL_PLANS),
+    *(("end-decoupled", (kind,)) for kind in ORIGINAL_PLANS),
+    *(("two-in-a-row", (first, second)) for first in ORIGINAL_PLANS for second in ORIGINAL_PLANS),
+]
+
+
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("form", ["four", "first-original", "end-decoupled", "uneven"])
-def test_the_planner_knows_what_is_sent_and_held(form: str, codec: str, saved: Saved) -> None:
-    directory, num_devices = saved("bert", form), 3
-    plan = InferencePlan.even("block", num_devices, codec=codec)
+@pytest.mark.parametrize(("form", "originals"), PLANS)
+def test_the_planner_knows_what_is_sent_and_held(
+    form: str, originals: tuple[str, ...], codec: str, saved: Saved
+) -> None:
+    directory = saved("bert", form)
+    plan = InferencePlan(
+        strategy="block", devices=(0, 1, 2), weights=(0.2, 0.45, 0.6), codec=codec, originals=originals
+    )
     request = InferenceRequest(num_tokens=NUM_TOKENS, batch=2)
     ids_BT = torch.randint(90, (2, NUM_TOKENS))
 
     def work(group: Group) -> tuple[int, int, int]:
         with Engine(directory, group=group, plan=plan) as engine:
-            model, stats = engine.local_model, engine.stats
-            assert model is not None and stats is not None
+            model, before = engine.local_model, engine.stats
+            assert model is not None and before is not None
             if engine.is_leader:
                 engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
             else:
                 engine.follow_once()
             after = engine.stats
             assert after is not None
-            found = after.bytes_sent - stats.bytes_sent, after.num_exchanges - stats.num_exchanges, model.num_bytes
+            found = after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges, model.num_bytes
             if not engine.is_leader:
                 engine.follow()
             return found
 
-    found = on_devices(num_devices, work)
+    found = on_devices(3, work)
     spec = ShardReader(directory).spec
     load = workload(plan, spec, request)
     assert tuple(sent for sent, _, _ in found) == load.sent_bytes()
-    for (_, _, held), own in zip(found, sub_blocks_of(plan, spec), strict=True):
+    assert found[0][1] == load.num_exchanges()
+    for (_, _, held), own, shares in zip(found, sub_blocks_of(plan, spec), original_shares(plan, spec), strict=True):
         blocks = [spec.sub_block(number) for number in range(own.start, own.stop)]
-        assert held == block_weight_bytes(spec, blocks, "fp32")
+        assert held == block_weight_bytes(spec, blocks, shares, "fp32")
 
 
 def test_what_does_not_fit_is_refused(saved: Saved, checkpoint: Callable[[str], Path]) -> None:

@@ -6,7 +6,8 @@ bias that is added once, are the layer's.
 A sub-block of a decoupled layer is such a layer too, whose hidden states are its slice: it reads with its columns of
 the matrices that read hidden units, writes with its rows of those that write them, and norms over its slice.
 
-Shapes: B batch, T tokens, K keys, H hidden size (a sub-block's: its slice), A query heads and G key/value heads of this device, D head size.
+Shapes: B batch, T tokens, K keys, H hidden size (a sub-block's: its slice), A query heads and G key/value heads of this
+device, D head size.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from isthmus.spec.transformer import LayerShare, Range, SubBlock
 
 class LocalModel:
     """``layers`` are those of ``layer_range``, in order. Of a decoupled model ``originals`` has, by number, the layers
-    that are whole, as far as this device has a part of them, and ``blocks`` this device's sub-blocks of the others. Rows
-    of the tables are read from the checkpoint when they are looked up."""
+    that are whole, as far as this device has a part of them, and ``blocks`` this device's sub-blocks of the others.
+    Rows of the tables are read from the checkpoint when they are looked up."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class LocalModel:
         original_shares: Mapping[int, LayerShare | None] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``sub_blocks`` of decoupled
-        ones, None: all of them. ``original_shares``: of a decoupled model's original layers other shares than
+        """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``sub_blocks`` of
+        decoupled ones, None: all of them. ``original_shares``: of a decoupled model's original layers other shares than
         ``share``, by number; None is no part. ``progress`` gets 0 to 1."""
         self.spec = reader.spec
         self.share = share

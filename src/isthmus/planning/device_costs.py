@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from isthmus.planning.curves import evaluate
 from isthmus.planning.exchanges import Traffic
-from isthmus.planning.workload import Work
+from isthmus.planning.steps import Work
 from isthmus.spec.cluster import DeviceProfile, LinkProfile, WidthTimes
 from isthmus.spec.inference import InferenceRequest
 from isthmus.spec.profile import Curve
@@ -124,11 +124,15 @@ def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str, num_layer
     return num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
 
 
-def block_weight_bytes(spec: TransformerSpec, blocks: Sequence[SubBlock], dtype: str) -> int:
-    """Of a decoupled model's layers on a device that has ``blocks`` of each decoupled one and all of the others."""
+def block_weight_bytes(
+    spec: TransformerSpec, blocks: Sequence[SubBlock], shares: Mapping[int, LayerShare | None], dtype: str
+) -> int:
+    """Of a decoupled model's layers on a device that has ``blocks`` of each decoupled one and all of the others, but of
+    those in ``shares`` such a share, or nothing."""
     assert spec.decoupling is not None
-    num_originals = len(spec.decoupling.original_layers)
-    total = weight_bytes(spec, LayerShare.whole(spec), dtype, num_originals)
+    originals = spec.decoupling.original_layers
+    held = (shares.get(number, LayerShare.whole(spec)) for number in originals)
+    total = sum(weight_bytes(spec, share, dtype, 1) for share in held if share is not None)
     for block in blocks:
         width = len(block.units)
         has_own_heads = len(block.heads) < spec.num_heads
@@ -137,7 +141,7 @@ def block_weight_bytes(spec: TransformerSpec, blocks: Sequence[SubBlock], dtype:
         inner = spec.intermediate_size * (2 if spec.has_gate else 1)
         values = width * (outer + len(block.heads) * spec.head_size + inner + spec.intermediate_size)
         scales = outer + inner + 2 * width if dtype == "int8" else 0
-        total += (spec.num_layers - num_originals) * (values * WEIGHT_BYTES[dtype] + 4 * scales)
+        total += (spec.num_layers - len(originals)) * (values * WEIGHT_BYTES[dtype] + 4 * scales)
     return total
 
 

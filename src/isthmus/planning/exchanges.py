@@ -100,6 +100,24 @@ def reduce_scatter(codec: str, shares: Sequence[int]) -> Exchange:
     )
 
 
+def all_to_all(codec: str, values: Sequence[Sequence[int]]) -> Exchange:
+    """Device i's ``values[i][j]`` come to device j. Whoever has nothing for another says so."""
+    sizes = [[encoded_bytes(codec, count) for count in row] for row in values]
+    peers, is_coded = len(values) - 1, codec != "fp32"
+    return tuple(
+        Traffic(
+            num_sent=peers,
+            num_received=peers,
+            sent_bytes=sum(row) - row[device] + peers * HEADER_BYTES,
+            received_bytes=sum(column) - column[device] + peers * HEADER_BYTES,
+            encoded=sum(values[device]) if is_coded else 0,
+            decoded=sum(row[device] for row in values) if is_coded else 0,
+            added=sum(row[device] for row in values),
+        )
+        for device, (row, column) in enumerate(zip(sizes, map(list, zip(*sizes, strict=True)), strict=True))
+    )
+
+
 def pass_on(codec: str, values: Sequence[int]) -> Exchange:
     """Device i's ``values[i]`` go to device i + 1; the last one keeps its own."""
     sizes = [encoded_bytes(codec, count) + HEADER_BYTES if count else 0 for count in values[:-1]] + [0]

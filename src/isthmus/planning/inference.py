@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from isthmus.planning.block_steps import original_shares, sub_blocks_of
 from isthmus.planning.device_costs import (
     PROCESS_BYTES,
     DeviceCosts,
@@ -19,7 +20,8 @@ from isthmus.planning.device_costs import (
     working_bytes,
 )
 from isthmus.planning.shares import divide, micro_batches
-from isthmus.planning.workload import Step, Work, Workload, device_shares, layer_ranges, passes, sub_blocks_of
+from isthmus.planning.steps import Step, Work
+from isthmus.planning.workload import Workload, device_shares, layer_ranges, passes
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES, InferencePlan, InferenceRequest
@@ -165,7 +167,8 @@ def _held_bytes(spec: TransformerSpec, plan: InferencePlan) -> list[int]:
         pairs = zip(device_shares(plan, spec), layer_ranges(plan, spec), strict=True)
         return [weight_bytes(spec, share, plan.dtype, len(layers)) for share, layers in pairs]
     blocks = ([spec.sub_block(number) for number in range(p.start, p.stop)] for p in sub_blocks_of(plan, spec))
-    return [block_weight_bytes(spec, own, plan.dtype) for own in blocks]
+    pairs = zip(blocks, original_shares(plan, spec), strict=True)
+    return [block_weight_bytes(spec, own, shares, plan.dtype) for own, shares in pairs]
 
 
 def _computing_s(load: Workload, devices: Sequence[DeviceCosts]) -> float:

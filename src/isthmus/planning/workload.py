@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from isthmus.planning.block_steps import block_steps
 from isthmus.planning.exchanges import (
     Exchange,
     all_gather,
@@ -19,45 +20,13 @@ from isthmus.planning.exchanges import (
     reduce_scatter,
 )
 from isthmus.planning.shares import divide, divide_layer, micro_batches
+from isthmus.planning.steps import Step, Work
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
 _HEADER_VALUES = 4
 SMALL_VALUES = 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one device computes until the next exchange. Rows are tokens of all sequences."""
-
-    attention_rows: int = 0
-    attention_share: float = 0.0
-    """Of the elements of attention's matrices."""
-    scores: int = 0
-    """Pairs of query and key, over heads and sequences."""
-    mlp_rows: int = 0
-    mlp_share: float = 0.0
-    num_layers: int = 1
-    """So many of them; what follows is not of layers."""
-    embedded_rows: int = 0
-    head_rows: int = 0
-    head_share: float = 0.0
-    """Of the words that are scored."""
-    copied: int = 0
-    """Values copied together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """All devices compute, then exchange."""
-
-    work: tuple[Work, ...]
-    exchange: Exchange | None
-    is_prepared: bool = False
-    """Of a sum that is repeated for every token (``transport/repeated``)."""
-    overlaps: bool = False
-    """The exchange goes on while the next step is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,52 +71,6 @@ def check_strategy(plan: InferencePlan, spec: TransformerSpec) -> None:
         raise IsthmusError(f"strategy: got {plan.strategy} for a decoupled model; take block")
 
 
-def sub_blocks_of(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
-    """Which sub-blocks of every decoupled layer each device of ``plan`` has; none of a model that has none. In
-    proportion to the plan's weights, at least one each. Raises ``IsthmusError`` for more devices than sub-blocks."""
-    num_devices = len(plan.devices)
-    if spec.decoupling is None:
-        return [Range(start=0, stop=0)] * num_devices
-    num = spec.decoupling.num_sub_blocks
-    if num < num_devices:
-        raise IsthmusError(f"devices: got {num_devices} for a model of {num} sub-blocks, wanted at most {num}")
-    one_each = divide(num - num_devices, plan.weights) if num > num_devices else [Range(start=0, stop=0)] * num_devices
-    stops = [sum(len(part) + 1 for part in one_each[: device + 1]) for device in range(num_devices)]
-    return [Range(start=start, stop=stop) for start, stop in zip([0, *stops], stops, strict=False)]
-
-
-def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]:
-    """How each original layer of a decoupled model is computed, by its number. Raises ``IsthmusError`` for another
-    number of them than the model has."""
-    if spec.decoupling is None:
-        return {}
-    layers = spec.decoupling.original_layers
-    chosen = plan.originals or ("gather",) * len(layers)
-    if len(chosen) != len(layers):
-        raise IsthmusError(f"originals: got {len(chosen)} plans for {len(layers)} original layers, wanted one for each")
-    return dict(zip(layers, chosen, strict=True))
-
-
-def fastest(plan: InferencePlan) -> int:
-    """Which device, by its place in the plan, computes what one computes for all."""
-    return plan.weights.index(max(plan.weights))
-
-
-def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int, LayerShare | None]]:
-    """By device: of which original layers it has another share than the whole; None is no part."""
-    num_devices = len(plan.devices)
-    shares: list[dict[int, LayerShare | None]] = [{} for _ in range(num_devices)]
-    if num_devices == 1:
-        return shares
-    for number, kind in original_plans(plan, spec).items():
-        for device in range(num_devices):
-            if kind == "tensor":
-                shares[device][number] = divide_layer(spec, plan.weights)[device]
-            elif kind == "fastest" and device != fastest(plan):
-                shares[device][number] = None
-    return shares
-
-
 def layer_ranges(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
     """Which layers every device of ``plan`` has. Raises ``IsthmusError`` where a pipeline leaves one without."""
     if plan.strategy != "pipeline":
@@ -166,12 +89,13 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
     num_devices = len(plan.devices)
     rows = request.batch * request.num_tokens
     ranges = divide(request.num_tokens, plan.weights)
-    own_rows, layer, ticks = [rows] * num_devices, (), ()
+    own_rows, layer = [rows] * num_devices, ()
+    ticks: tuple[Step, ...] = ()
     is_scattered = plan.strategy == "sequence" or (plan.strategy == "tensor" and plan.algorithm == "scatter")
     if is_scattered:
         own_rows = [request.batch * len(part) for part in ranges]
     if spec.decoupling is not None:
-        ticks = _block_steps(plan, spec, request)
+        ticks, is_scattered = block_steps(plan, spec, request)
     elif plan.strategy == "sequence":
         layer = _sequence_layer(plan, spec, request, ranges)
     elif plan.strategy == "pipeline":
@@ -272,35 +196,6 @@ def _tensor_layer(
         return gathered, *_with_exchanges(attention, [summed]), gathered, *_with_exchanges(mlp, [summed])
     exchanges = all_reduce(plan.codec, rows * spec.hidden_size, len(shares), plan.algorithm)
     return (*_with_exchanges(attention, exchanges), *_with_exchanges(mlp, exchanges))
-
-
-def _block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[Step, ...]:
-    """All layers: decoupled ones without an exchange, but the last of each group, after which slices are gathered; and
-    each original one whole on every device."""
-    rows = request.batch * request.num_tokens
-    blocks = [[spec.sub_block(number) for number in range(part.start, part.stop)] for part in sub_blocks_of(plan, spec)]
-    scores = rows * request.num_tokens
-    decoupled = tuple(
-        _layer_work(
-            rows,
-            sum(len(block.units) for block in own) / spec.hidden_size,
-            scores * sum(len(block.heads) for block in own),
-        )
-        for own in blocks
-    )
-    whole = (_layer_work(rows, 1.0, scores * spec.num_heads),) * len(blocks)
-    values = [rows * sum(len(block.units) for block in own) for own in blocks]
-    [gathered] = all_gather(plan.codec, values) if len(blocks) > 1 else [None]
-    return tuple(
-        Step(work=decoupled, exchange=None if spec.is_decoupled(number + 1) else gathered)
-        if spec.is_decoupled(number)
-        else Step(work=whole, exchange=None)
-        for number in range(spec.num_layers)
-    )
-
-
-def _layer_work(rows: int, share: float, scores: int) -> Work:
-    return Work(attention_rows=rows, attention_share=share, scores=scores, mlp_rows=rows, mlp_share=share)
 
 
 def _pipeline_ticks(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[Step, ...]:

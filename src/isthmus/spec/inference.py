@@ -42,8 +42,8 @@ class InferencePlan:
 
     schema_version: int = 1
     strategy: str
-    """``single``, ``tensor`` (heads and columns divided), ``sequence`` (tokens divided), ``pipeline`` (layers) or, for decoupled
-    models, ``block`` (sub-blocks)."""
+    """``single``, ``tensor`` (heads and columns divided), ``sequence`` (tokens divided), ``pipeline`` (layers) or, for
+    decoupled models, ``block`` (sub-blocks)."""
     devices: tuple[int, ...]
     weights: tuple[float, ...]
     """Each device's part of the work; any scale."""

@@ -12,7 +12,8 @@ from isthmus.inference.strategies.scattered_tensor import ScatteredTensorParalle
 from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
-from isthmus.planning.workload import device_shares, layer_ranges, original_shares, sub_blocks_of
+from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
 

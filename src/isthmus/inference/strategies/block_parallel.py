@@ -113,10 +113,7 @@ class BlockParallel(Strategy):
     def _sub_blocks(self, number: int, own_BTw: Tensor, given: _Pass) -> Tensor:
         slices = own_BTw.split([len(part.units) for part in self.model.sub_blocks], dim=-1)
         return torch.cat(
-            [
-                self._alone(block, part, given)
-                for block, part in zip(self.model.blocks[number], slices, strict=True)
-            ],
+            [self._alone(block, part, given) for block, part in zip(self.model.blocks[number], slices, strict=True)],
             dim=-1,
         )
 
@@ -174,9 +171,7 @@ class BlockParallel(Strategy):
         """Every device has its tokens, and gathers keys and values of the others: BP+SP."""
         layer, spec = self.model.originals[number], self.model.spec
         batch = own_BtH.shape[0]
-        gathered = [
-            torch.empty(2, batch, spec.num_kv_heads, len(part), spec.head_size) for part in given.ranges
-        ]
+        gathered = [torch.empty(2, batch, spec.num_kv_heads, len(part), spec.head_size) for part in given.ranges]
 
         def attention(x_BtH: Tensor) -> Tensor:
             assert self._group is not None
@@ -205,7 +200,7 @@ class BlockParallel(Strategy):
         self._all_to_all(outputs, inputs)
         return own_out
 
-    # --- from what is there to what is wanted ---------------------------------------------------------------------------
+    # --- from what is there to what is wanted -------------------------------------------------------------------------
 
     def _as_slices(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
         if kind == "slices":
@@ -240,5 +235,3 @@ class BlockParallel(Strategy):
     def _all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
         assert self._group is not None
         self._group.all_to_all(outputs, inputs, codec=self._codec)
-
-

@@ -1,0 +1,220 @@
+"""What devices compute and exchange for a decoupled model under block parallelism, layer by layer: the arithmetic of
+``inference/strategies/block_parallel``, without computing.
+
+What devices hold between layers is their ``slices`` of all tokens, the ``whole`` of all tokens, or their ``tokens``; a
+layer that wants another of them costs an exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from isthmus.planning.exchanges import Exchange, all_gather, all_reduce, all_to_all
+from isthmus.planning.shares import divide, divide_layer
+from isthmus.planning.steps import Step, Work
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec
+
+
+def sub_blocks_of(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
+    """Which sub-blocks of every decoupled layer each device of ``plan`` has; none of a model that has none. In
+    proportion to the plan's weights, at least one each. Raises ``IsthmusError`` for more devices than sub-blocks."""
+    num_devices = len(plan.devices)
+    if spec.decoupling is None:
+        return [Range(start=0, stop=0)] * num_devices
+    num = spec.decoupling.num_sub_blocks
+    if num < num_devices:
+        raise IsthmusError(f"devices: got {num_devices} for a model of {num} sub-blocks, wanted at most {num}")
+    one_each = divide(num - num_devices, plan.weights) if num > num_devices else [Range(start=0, stop=0)] * num_devices
+    stops = [sum(len(part) + 1 for part in one_each[: device + 1]) for device in range(num_devices)]
+    return [Range(start=start, stop=stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]:
+    """How each original layer of a decoupled model is computed, by its number. Raises ``IsthmusError`` for another
+    number of them than the model has."""
+    if spec.decoupling is None:
+        return {}
+    layers = spec.decoupling.original_layers
+    chosen = plan.originals or ("gather",) * len(layers)
+    if len(chosen) != len(layers):
+        raise IsthmusError(f"originals: got {len(chosen)} plans for {len(layers)} original layers, wanted one for each")
+    return dict(zip(layers, chosen, strict=True))
+
+
+def fastest(plan: InferencePlan) -> int:
+    """Which device, by its place in the plan, computes what one computes for all."""
+    return plan.weights.index(max(plan.weights))
+
+
+def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int, LayerShare | None]]:
+    """By device: of which original layers it has another share than the whole; None is no part."""
+    num_devices = len(plan.devices)
+    shares: list[dict[int, LayerShare | None]] = [{} for _ in range(num_devices)]
+    if num_devices == 1:
+        return shares
+    for number, kind in original_plans(plan, spec).items():
+        for device in range(num_devices):
+            if kind == "tensor":
+                shares[device][number] = divide_layer(spec, plan.weights)[device]
+            elif kind == "fastest" and device != fastest(plan):
+                shares[device][number] = None
+    return shares
+
+
+def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[tuple[Step, ...], bool]:
+    """(all layers' steps, whether devices end with their tokens: else all of them with everything)."""
+    steps = _Steps(plan, spec, request)
+    for number in range(spec.num_layers):
+        if spec.is_decoupled(number):
+            steps.become("slices")
+            steps.compute(steps.decoupled)
+        else:
+            steps.original(steps.plans[number])
+    ends_divided = steps.state == "tokens"
+    if not ends_divided:
+        steps.become("whole")
+    return tuple(steps.done), ends_divided
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """By device."""
+
+    widths: list[int]
+    """Hidden units of its slices."""
+    rows: list[int]
+    """Tokens of its range, of all sequences."""
+
+
+class _Steps:
+    """Steps so far, and what devices hold after them."""
+
+    def __init__(self, plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> None:
+        self._plan, self._spec, self._request = plan, spec, request
+        self._num_devices = len(plan.devices)
+        self._all_rows = request.batch * request.num_tokens
+        owned = sub_blocks_of(plan, spec)
+        blocks = [[spec.sub_block(number) for number in range(part.start, part.stop)] for part in owned]
+        ranges = divide(request.num_tokens, plan.weights)
+        self._sizes = _Sizes(
+            widths=[sum(len(block.units) for block in own) for own in blocks],
+            rows=[request.batch * len(part) for part in ranges],
+        )
+        self.plans = original_plans(plan, spec)
+        self.decoupled = tuple(self._sub_block_work(own) for own in blocks)
+        self.state = "whole"
+        self.done: list[Step] = []
+
+    def compute(self, work: tuple[Work, ...]) -> None:
+        self.done.append(Step(work=work, exchange=None))
+
+    def original(self, kind: str) -> None:
+        """One original layer."""
+        whole = self._work(self._all_rows, 1.0)
+        if self._num_devices == 1 or kind == "gather":
+            self.become("whole")
+            self.compute((whole,) * self._num_devices)
+        elif kind == "tensor":
+            self._tensor()
+        elif kind == "tokens":
+            self.become("whole")
+            # Queries, keys and values come from one product, of all tokens; it is this share of attention's.
+            spec = self._spec
+            product = (spec.num_heads / 2 + spec.num_kv_heads) / (spec.num_heads + spec.num_kv_heads)
+            self.compute(
+                tuple(
+                    replace(
+                        self._work(rows, 1.0),
+                        attention_rows=round(rows + (self._all_rows - rows) * product),
+                    )
+                    for rows in self._sizes.rows
+                )
+            )
+            self.state = "tokens"
+        elif kind == "sequence":
+            self._sequence()
+        else:
+            self._fastest(whole)
+
+    def become(self, wanted: str) -> None:
+        """The exchange, if any, from what is there to what is wanted."""
+        if wanted == self.state or self._num_devices == 1:
+            self.state = wanted
+            return
+        sizes, codec = self._sizes, self._plan.codec
+        if wanted == "whole":
+            hidden = self._spec.hidden_size
+            by_slices = [self._all_rows * width for width in sizes.widths]
+            values = by_slices if self.state == "slices" else [rows * hidden for rows in sizes.rows]
+            self._exchange(all_gather(codec, values))
+        elif self.state != "whole":
+            # Device i has slice i of all tokens and gives j its tokens of it, or the other way round.
+            sent = [[rows * width for rows in sizes.rows] for width in sizes.widths]
+            if wanted == "slices":
+                sent = [list(column) for column in zip(*sent, strict=True)]
+            self._exchange([all_to_all(codec, sent)])
+        self.state = wanted
+
+    def _tensor(self) -> None:
+        self.become("whole")
+        spec, rows = self._spec, self._all_rows
+        shares = divide_layer(spec, self._plan.weights)
+        reduced = all_reduce(self._plan.codec, rows * spec.hidden_size, self._num_devices, "two_step")
+        kv = spec.num_heads + spec.num_kv_heads
+        self.compute(
+            tuple(
+                Work(
+                    attention_rows=rows,
+                    attention_share=(len(share.heads) + len(share.kv_heads(spec))) / kv,
+                    scores=rows * self._request.num_tokens * len(share.heads),
+                )
+                for share in shares
+            )
+        )
+        self._exchange(reduced)
+        self.compute(
+            tuple(Work(mlp_rows=rows, mlp_share=len(share.columns) / spec.intermediate_size) for share in shares)
+        )
+        self._exchange(reduced)
+
+    def _sequence(self) -> None:
+        self.become("tokens")
+        spec = self._spec
+        kv_values = 2 * spec.num_kv_heads * spec.head_size
+        self.compute(
+            tuple(
+                replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in self._sizes.rows
+            )
+        )
+        self._exchange(all_gather(self._plan.codec, [kv_values * rows for rows in self._sizes.rows]))
+
+    def _fastest(self, whole: Work) -> None:
+        self.become("slices")
+        device, codec = fastest(self._plan), self._plan.codec
+        values = [self._all_rows * width for width in self._sizes.widths]
+        there = [[count if to == device else 0 for to in range(len(values))] for count in values]
+        back = [[count if source == device else 0 for count in values] for source in range(len(values))]
+        self._exchange([all_to_all(codec, there)])
+        self.compute(tuple(whole if place == device else Work() for place in range(self._num_devices)))
+        self._exchange([all_to_all(codec, back)])
+
+    def _exchange(self, exchanges: Sequence[Exchange]) -> None:
+        """The first one follows what was computed last."""
+        for exchange in exchanges:
+            if self.done and self.done[-1].exchange is None:
+                self.done[-1] = replace(self.done[-1], exchange=exchange)
+            else:
+                self.done.append(Step(work=(Work(),) * self._num_devices, exchange=exchange))
+
+    def _work(self, rows: int, share: float) -> Work:
+        """A layer of ``rows`` tokens."""
+        scores = rows * self._request.num_tokens * self._spec.num_heads
+        return Work(attention_rows=rows, attention_share=share, scores=scores, mlp_rows=rows, mlp_share=share)
+
+    def _sub_block_work(self, own: Sequence[SubBlock]) -> Work:
+        share = sum(len(block.units) for block in own) / self._spec.hidden_size
+        scores = self._all_rows * self._request.num_tokens * sum(len(block.heads) for block in own)
+        return replace(self._work(self._all_rows, share), scores=scores)

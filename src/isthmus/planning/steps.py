@@ -1,0 +1,40 @@
+"""What a forward pass is made of, for the planner: devices compute, then exchange, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isthmus.planning.exchanges import Exchange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one device computes until the next exchange. Rows are tokens of all sequences."""
+
+    attention_rows: int = 0
+    attention_share: float = 0.0
+    """Of the elements of attention's matrices."""
+    scores: int = 0
+    """Pairs of query and key, over heads and sequences."""
+    mlp_rows: int = 0
+    mlp_share: float = 0.0
+    num_layers: int = 1
+    """So many of them; what follows is not of layers."""
+    embedded_rows: int = 0
+    head_rows: int = 0
+    head_share: float = 0.0
+    """Of the words that are scored."""
+    copied: int = 0
+    """Values copied together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """All devices compute, then exchange."""
+
+    work: tuple[Work, ...]
+    exchange: Exchange | None
+    is_prepared: bool = False
+    """Of a sum that is repeated for every token (``transport/repeated``)."""
+    overlaps: bool = False
+    """The exchange goes on while the next step is computed."""
