@@ -33,6 +33,7 @@ from isthmus.profiling.network import is_as_measured, measure_link, share_texts,
 from isthmus.profiling.steady import steady_s
 from isthmus.reporting.environment import cpu_name
 from isthmus.spec.cluster import ClusterProfile, CodecTimes, DeviceProfile, LinkProfile, Transfer, Waiting, WidthTimes
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.profile import Curve
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
@@ -46,6 +47,7 @@ _MOST_ROWS = 512
 _CODEC_VALUES = 1 << 16
 _STREAM_VALUES = 16 << 20
 _ALONE_S = 0.25
+_NONE = Range(start=0, stop=0)
 
 
 def measure_cluster(
@@ -157,15 +159,18 @@ class _Parts:
     """Runs the two blocks of a layer as any strategy does, with as many keys as rows and nothing to sum up. So few rows
     as a decoder continues at once are one token of each of so many sequences."""
 
-    def __init__(self, model: LocalModel) -> None:
+    def __init__(self, model: LocalModel, layers: Sequence[Layer] | None = None) -> None:
+        """``layers``: those that are run, the model's own by default."""
         self.model = model
+        self._layers = model.layers if layers is None else layers
+        self._width = self._layers[0].width
         self._block = TensorParallel(model, None)._block
         self._turns = count()
 
     def attention(self, rows: int) -> Callable[[], object]:
         if (blocks := self._token_blocks(rows)) is not None:
             return _in_turn(blocks, 0)
-        hidden = torch.randn(1, rows, self.model.spec.hidden_size)
+        hidden = torch.randn(1, rows, self._width)
         rotation = self.model.rotation(torch.arange(rows)[None])
 
         def run() -> Tensor:
@@ -179,7 +184,7 @@ class _Parts:
     def mlp(self, rows: int) -> Callable[[], object]:
         if (blocks := self._token_blocks(rows)) is not None:
             return _in_turn(blocks, 1)
-        hidden = torch.randn(1, rows, self.model.spec.hidden_size)
+        hidden = torch.randn(1, rows, self._width)
 
         def run() -> Tensor:
             layer = self._next()
@@ -189,7 +194,7 @@ class _Parts:
 
     def _token_blocks(self, rows: int) -> NativeBlocks | None:
         model = self.model
-        if model.kernels is None or rows > MOST_ROWS:
+        if model.kernels is None or rows > MOST_ROWS or self._layers is not model.layers:
             return None
         cache = KVCache(
             num_layers=len(model.layers),
@@ -213,7 +218,7 @@ class _Parts:
         return native
 
     def _next(self) -> Layer:
-        return self.model.layers[next(self._turns) % len(self.model.layers)]
+        return self._layers[next(self._turns) % len(self._layers)]
 
 
 def _in_turn(native: NativeBlocks, first: int) -> Callable[[], object]:
@@ -233,7 +238,27 @@ def _read_parts(reader: ShardReader, width: int, dtype: str) -> tuple[float, _Pa
     per_layer = (reader.spec.attention_numel + reader.spec.mlp_numel) * part * WEIGHT_BYTES[dtype]
     room = min(_CACHE_BYTES, free_memory_bytes() // 4)
     num_layers = max(1, min(reader.spec.num_layers, math.ceil(room / per_layer)))
-    return part, _Parts(LocalModel(reader, share, dtype, layer_range=Range(start=0, stop=num_layers)))
+    if (form := reader.spec.decoupling) is None:
+        return part, _Parts(LocalModel(reader, share, dtype, layer_range=Range(start=0, stop=num_layers)))
+    if not form.original_layers:
+        raise IsthmusError("model: all of its layers are decoupled; wanted at least one in which slices meet")
+    others = dict.fromkeys(form.original_layers[num_layers:])
+    return part, _Parts(LocalModel(reader, share, dtype, sub_blocks=_NONE, original_shares=others))
+
+
+def _read_sub_block(reader: ShardReader, dtype: str) -> tuple[float, _Parts]:
+    """The first sub-block of every decoupled layer, and the part of the hidden units that it has."""
+    form = reader.spec.decoupling
+    assert form is not None
+    first = Range(start=0, stop=1)
+    model = LocalModel(
+        reader,
+        LayerShare.whole(reader.spec),
+        dtype,
+        sub_blocks=first,
+        original_shares=dict.fromkeys(form.original_layers),
+    )
+    return form.widths[0] / reader.spec.hidden_size, _Parts(model, [blocks[0] for blocks in model.blocks.values()])
 
 
 def _narrow(spec: TransformerSpec, width: int) -> tuple[LayerShare, float]:
@@ -249,6 +274,7 @@ def _measure_device(
     reader: ShardReader, group: Group | None, dtypes: Sequence[str], rows: Sequence[int]
 ) -> DeviceProfile:
     layers: dict[str, tuple[WidthTimes, ...]] = {}
+    sub_blocks: dict[str, WidthTimes] = {}
     s_per_score = _s_per_score(reader.spec, rows[-1])
     for dtype in dtypes:
         widths: dict[float, WidthTimes] = {}
@@ -259,6 +285,13 @@ def _measure_device(
             attention = _without_scores(_curve(parts.attention, rows), s_per_score * len(parts.model.share.heads))
             widths[share] = WidthTimes(share=share, attention=attention, mlp=_curve(parts.mlp, rows))
         layers[dtype] = tuple(widths.values())
+        if reader.spec.decoupling is not None:
+            share, parts = _read_sub_block(reader, dtype)
+            if group is not None:
+                start(group)
+            num_heads = len(parts.model.sub_blocks[0].heads)
+            attention = _without_scores(_curve(parts.attention, rows), s_per_score * num_heads)
+            sub_blocks[dtype] = WidthTimes(share=share, attention=attention, mlp=_curve(parts.mlp, rows))
     _, parts = _read_parts(reader, 1, dtypes[0])
     # Both at the same moment, so that other work on the machine meets both alike.
     together_s = _together_s(parts, rows[-1], group)
@@ -271,6 +304,7 @@ def _measure_device(
         free_memory_bytes=free_memory_bytes(),
         memory_bytes_per_s=_memory_bytes_per_s(),
         layers=layers,
+        sub_block=sub_blocks,
         embedding=_curve(lambda num: _embed(parts.model, num), rows),
         s_per_score=s_per_score,
         codecs={name: _codec_times(name, values) for name in CODEC_NAMES},

@@ -7,15 +7,17 @@ layer that wants another of them costs an exchange.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.planning.exchanges import Exchange, all_gather, all_reduce, all_to_all
 from isthmus.planning.shares import divide, divide_layer
 from isthmus.planning.steps import Step, Work
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec
+
+_START, _END = "start", "end"
 
 
 def sub_blocks_of(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
@@ -66,17 +68,49 @@ def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int
 
 def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[tuple[Step, ...], bool]:
     """(all layers' steps, whether devices end with their tokens: else all of them with everything)."""
-    steps = _Steps(plan, spec, request)
+    steps, kinds = _Steps(plan, spec, request), original_plans(plan, spec)
     for number in range(spec.num_layers):
-        if spec.is_decoupled(number):
-            steps.become("slices")
-            steps.compute(steps.decoupled)
-        else:
-            steps.original(steps.plans[number])
-    ends_divided = steps.state == "tokens"
-    if not ends_divided:
-        steps.become("whole")
-    return tuple(steps.done), ends_divided
+        steps.layer(kinds.get(number))
+    steps.end()
+    return tuple(steps.done), steps.state == "tokens"
+
+
+def best_originals(
+    plan: InferencePlan,
+    spec: TransformerSpec,
+    request: InferenceRequest,
+    seconds_of: Callable[[Sequence[Step]], float],
+) -> tuple[str, ...]:
+    """The fastest of ``ORIGINAL_PLANS`` for each original layer, all else being as in ``plan``: exact where seconds of
+    steps depend on no more than the layer before. The fastest way to end each layer in each way follows from those to
+    end the one before."""
+    seconds: dict[tuple[str | None, str | None], float] = {}
+
+    def more_s(before: str | None, kind: str | None) -> float:
+        """What a layer takes after another one; an exchange may follow what the other has computed."""
+        if (before, kind) not in seconds:
+            steps = _Steps(plan, spec, request, "whole" if before == _START else "slices")
+            if before != _START:
+                steps.layer(before)
+            before_s = seconds_of(steps.done)
+            if kind == _END:
+                steps.end()
+            else:
+                steps.layer(kind)
+            seconds[before, kind] = seconds_of(steps.done) - before_s
+        return seconds[before, kind]
+
+    best: dict[str | None, tuple[float, tuple[str, ...]]] = {_START: (0.0, ())}
+    for number in range(spec.num_layers):
+        kinds = (None,) if spec.is_decoupled(number) else ORIGINAL_PLANS
+        after: dict[str | None, tuple[float, tuple[str, ...]]] = {}
+        for kind in kinds:
+            after[kind] = min(
+                (before_s + more_s(before, kind), chosen if kind is None else (*chosen, kind))
+                for before, (before_s, chosen) in best.items()
+            )
+        best = after
+    return min((before_s + more_s(before, _END), chosen) for before, (before_s, chosen) in best.items())[1]
 
 
 @dataclass(frozen=True)
@@ -92,7 +126,9 @@ class _Sizes:
 class _Steps:
     """Steps so far, and what devices hold after them."""
 
-    def __init__(self, plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> None:
+    def __init__(
+        self, plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest, state: str = "whole"
+    ) -> None:
         self._plan, self._spec, self._request = plan, spec, request
         self._num_devices = len(plan.devices)
         self._all_rows = request.batch * request.num_tokens
@@ -103,28 +139,39 @@ class _Steps:
             widths=[sum(len(block.units) for block in own) for own in blocks],
             rows=[request.batch * len(part) for part in ranges],
         )
-        self.plans = original_plans(plan, spec)
-        self.decoupled = tuple(self._sub_block_work(own) for own in blocks)
-        self.state = "whole"
+        self._decoupled = tuple(self._sub_block_work(own) for own in blocks)
+        self.state = state
         self.done: list[Step] = []
 
-    def compute(self, work: tuple[Work, ...]) -> None:
+    def layer(self, kind: str | None) -> None:
+        """An original layer, computed so, or with None a decoupled one."""
+        if kind is None:
+            self._become("slices")
+            self._compute(self._decoupled)
+        else:
+            self._original(kind)
+
+    def end(self) -> None:
+        """Devices end with their tokens, or all with everything."""
+        if self.state != "tokens":
+            self._become("whole")
+
+    def _compute(self, work: tuple[Work, ...]) -> None:
         self.done.append(Step(work=work, exchange=None))
 
-    def original(self, kind: str) -> None:
-        """One original layer."""
+    def _original(self, kind: str) -> None:
         whole = self._work(self._all_rows, 1.0)
         if self._num_devices == 1 or kind == "gather":
-            self.become("whole")
-            self.compute((whole,) * self._num_devices)
+            self._become("whole")
+            self._compute((whole,) * self._num_devices)
         elif kind == "tensor":
             self._tensor()
         elif kind == "tokens":
-            self.become("whole")
+            self._become("whole")
             # Queries, keys and values come from one product, of all tokens; it is this share of attention's.
             spec = self._spec
             product = (spec.num_heads / 2 + spec.num_kv_heads) / (spec.num_heads + spec.num_kv_heads)
-            self.compute(
+            self._compute(
                 tuple(
                     replace(
                         self._work(rows, 1.0),
@@ -139,7 +186,7 @@ class _Steps:
         else:
             self._fastest(whole)
 
-    def become(self, wanted: str) -> None:
+    def _become(self, wanted: str) -> None:
         """The exchange, if any, from what is there to what is wanted."""
         if wanted == self.state or self._num_devices == 1:
             self.state = wanted
@@ -159,12 +206,12 @@ class _Steps:
         self.state = wanted
 
     def _tensor(self) -> None:
-        self.become("whole")
+        self._become("whole")
         spec, rows = self._spec, self._all_rows
         shares = divide_layer(spec, self._plan.weights)
         reduced = all_reduce(self._plan.codec, rows * spec.hidden_size, self._num_devices, "two_step")
         kv = spec.num_heads + spec.num_kv_heads
-        self.compute(
+        self._compute(
             tuple(
                 Work(
                     attention_rows=rows,
@@ -175,16 +222,16 @@ class _Steps:
             )
         )
         self._exchange(reduced)
-        self.compute(
+        self._compute(
             tuple(Work(mlp_rows=rows, mlp_share=len(share.columns) / spec.intermediate_size) for share in shares)
         )
         self._exchange(reduced)
 
     def _sequence(self) -> None:
-        self.become("tokens")
+        self._become("tokens")
         spec = self._spec
         kv_values = 2 * spec.num_kv_heads * spec.head_size
-        self.compute(
+        self._compute(
             tuple(
                 replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in self._sizes.rows
             )
@@ -192,13 +239,13 @@ class _Steps:
         self._exchange(all_gather(self._plan.codec, [kv_values * rows for rows in self._sizes.rows]))
 
     def _fastest(self, whole: Work) -> None:
-        self.become("slices")
+        self._become("slices")
         device, codec = fastest(self._plan), self._plan.codec
         values = [self._all_rows * width for width in self._sizes.widths]
         there = [[count if to == device else 0 for to in range(len(values))] for count in values]
         back = [[count if source == device else 0 for count in values] for source in range(len(values))]
         self._exchange([all_to_all(codec, there)])
-        self.compute(tuple(whole if place == device else Work() for place in range(self._num_devices)))
+        self._compute(tuple(whole if place == device else Work() for place in range(self._num_devices)))
         self._exchange([all_to_all(codec, back)])
 
     def _exchange(self, exchanges: Sequence[Exchange]) -> None:
@@ -215,6 +262,8 @@ class _Steps:
         return Work(attention_rows=rows, attention_share=share, scores=scores, mlp_rows=rows, mlp_share=share)
 
     def _sub_block_work(self, own: Sequence[SubBlock]) -> Work:
-        share = sum(len(block.units) for block in own) / self._spec.hidden_size
-        scores = self._all_rows * self._request.num_tokens * sum(len(block.heads) for block in own)
-        return replace(self._work(self._all_rows, share), scores=scores)
+        return Work(
+            block_rows=self._all_rows,
+            block_share=sum(len(block.units) for block in own) / self._spec.hidden_size,
+            scores=self._all_rows * self._request.num_tokens * sum(len(block.heads) for block in own),
+        )

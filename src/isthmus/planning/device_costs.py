@@ -39,6 +39,8 @@ class DeviceCosts:
             layer_s += self._block_s("attention", work.attention_rows, work.attention_share)
         if work.mlp_rows:
             layer_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
+        if work.block_rows:
+            layer_s += self._sub_blocks_s(work.block_rows, work.block_share)
         total_s = work.num_layers * layer_s + work.copied * profile.s_per_added_value
         if work.head_rows:  # as long as the MLP's matrices take, value for value
             values = work.head_share * self.spec.vocab_size * self.spec.hidden_size
@@ -76,9 +78,10 @@ class DeviceCosts:
         spec = self.spec
         head = spec.vocab_size * spec.hidden_size * work.head_share
         attention, mlp = spec.attention_numel * work.attention_share, spec.mlp_numel * work.mlp_share
-        weights = head
-        weights += work.num_layers * (attention * (work.attention_rows > 0) + mlp * (work.mlp_rows > 0))
-        products = work.attention_rows * attention + work.mlp_rows * mlp
+        blocks = (spec.attention_numel + spec.mlp_numel) * work.block_share
+        parts = ((work.attention_rows, attention), (work.mlp_rows, mlp), (work.block_rows, blocks))
+        weights = head + work.num_layers * sum(numel for rows, numel in parts if rows)
+        products = sum(rows * numel for rows, numel in parts)
         flops = work.num_layers * (4.0 * work.scores * spec.head_size + 2.0 * products) + 2.0 * work.head_rows * head
         reading_s = weights * WEIGHT_BYTES[self.dtype] / self.profile.memory_bytes_per_s
         return max(flops / self.best_flops, reading_s) * self.profile.alone_factor
@@ -92,6 +95,14 @@ class DeviceCosts:
                 for rows, seconds in zip(curve.num_tokens, curve.seconds, strict=True):
                     rates.append(2.0 * rows * numel * width.share / seconds)
         return max(rates)
+
+    def _sub_blocks_s(self, rows: int, share: float) -> float:
+        """Sub-blocks of one layer, in proportion to the one that was measured."""
+        key = ("sub-block", rows, 0.0)
+        if key not in self._seconds:
+            times = self.profile.sub_block[self.dtype]
+            self._seconds[key] = float(evaluate(times.attention, rows) + evaluate(times.mlp, rows)) / times.share
+        return self._seconds[key] * share
 
     def _block_s(self, block: str, rows: int, share: float) -> float:
         key = (block, rows, share)

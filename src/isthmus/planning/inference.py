@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.block_steps import best_originals, original_shares, sub_blocks_of
 from isthmus.planning.device_costs import (
     PROCESS_BYTES,
     DeviceCosts,
@@ -24,7 +24,7 @@ from isthmus.planning.steps import Step, Work
 from isthmus.planning.workload import Workload, device_shares, layer_ranges, passes
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES, InferencePlan, InferenceRequest
+from isthmus.spec.inference import CODECS, DTYPES, ORIGINAL_PLANS, STRATEGIES, InferencePlan, InferenceRequest
 from isthmus.spec.transformer import TransformerSpec
 
 CODEC_ERRORS = {"fp32": 0.0, "bf16": 0.01, "int8": 0.03, "int4": 0.3}
@@ -208,8 +208,27 @@ def _plans(
             if weights is None or (strategy == "pipeline" and not _gives_layers_to_all(weights, question.spec)):
                 continue
             for codec in question.codecs:
+                if strategy == "block":
+                    plan = replace(even, weights=weights, codec=codec)
+                    yield from _block_plans(question, plan, [costs[rank] for rank in ranks])
+                    continue
                 for algorithm in algorithms:
                     yield replace(even, weights=weights, codec=codec, algorithm=algorithm)
+
+
+def _block_plans(question: Question, plan: InferencePlan, devices: Sequence[DeviceCosts]) -> Iterator[InferencePlan]:
+    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest."""
+    form = question.spec.decoupling
+    assert form is not None
+    devices = [_sharing(device, len(devices), len(question.profile.devices)) for device in devices]
+
+    def seconds_of(steps: Sequence[Step]) -> float:
+        credits_ = [device.link.burst_bytes for device in devices]
+        return sum(_step_s(step, devices, plan.codec, credits_) for step in steps)
+
+    best = best_originals(plan, question.spec, question.request, seconds_of)
+    for originals in dict.fromkeys((best, *((kind,) * len(form.original_layers) for kind in ORIGINAL_PLANS))):
+        yield replace(plan, originals=originals)
 
 
 def _gives_layers_to_all(weights: Sequence[float], spec: TransformerSpec) -> bool:
@@ -236,7 +255,9 @@ def _part_s(question: Question, plan: InferencePlan, device: DeviceCosts, share:
     """Seconds of one layer for a device that has ``share`` of it, heads and tokens taken as divisible."""
     request = question.request
     rows = request.batch * (1 if request.num_new_tokens else request.num_tokens)  # tokens to come take most of the time
-    if plan.strategy in ("tensor", "block"):
+    if plan.strategy == "block":
+        return device.work_s(Work(block_rows=rows, block_share=share))
+    if plan.strategy == "tensor":
         return device.work_s(Work(attention_rows=rows, attention_share=share, mlp_rows=rows, mlp_share=share))
     if plan.strategy == "pipeline":
         rows = len(micro_batches(request.batch, request.num_tokens)[0]) * request.num_tokens

@@ -18,6 +18,9 @@ class Work:
     """Pairs of query and key, over heads and sequences."""
     mlp_rows: int = 0
     mlp_share: float = 0.0
+    block_rows: int = 0
+    block_share: float = 0.0
+    """Of a decoupled layer: the hidden units of this device's sub-blocks, as a part of all."""
     num_layers: int = 1
     """So many of them; what follows is not of layers."""
     embedded_rows: int = 0
