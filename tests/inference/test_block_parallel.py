@@ -12,7 +12,10 @@ import torch
 from tests.inference.conftest import CONFIGS, DECODERS, on_devices
 from transformers import AutoModel, AutoModelForCausalLM
 
+from isthmus.inference import model
 from isthmus.inference.engine import Engine
+from isthmus.inference.generation import check_can_generate
+from isthmus.inference.kernels import load_kernels
 from isthmus.models.decoupled import architectures
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
@@ -20,6 +23,7 @@ from isthmus.planning.block_steps import original_shares, sub_blocks_of
 from isthmus.planning.device_costs import block_weight_bytes
 from isthmus.planning.workload import workload
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import CODECS, ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.transport.base import Group
 
@@ -45,10 +49,10 @@ def reference(family: str, form: str) -> Any:
     kind = AutoModelForCausalLM if family in DECODERS else AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = kind.from_config(config, attn_implementation="eager").eval()
-        for parameter in model.parameters():
+        made = kind.from_config(config, attn_implementation="eager").eval()
+        for parameter in made.parameters():
             torch.nn.init.normal_(parameter, mean=0.5 if parameter.dim() == 1 else 0.0, std=0.2)
-    return model
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +92,8 @@ def hidden_states(directory: Path, family: str, plan: InferencePlan) -> torch.Te
 def expected(family: str, form: str) -> torch.Tensor:
     ids_BT, mask_BT = batch(family)
     positions = {"position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0)} if family in DECODERS else {}
-    model = reference(family, form)
     with torch.inference_mode():
-        output = model.base_model(input_ids=ids_BT, attention_mask=mask_BT, **positions)
+        output = reference(family, form).base_model(input_ids=ids_BT, attention_mask=mask_BT, **positions)
     return output.last_hidden_state[mask_BT.bool()]
 
 
@@ -143,15 +146,15 @@ def test_the_planner_knows_what_is_sent_and_held(
 
     def work(group: Group) -> tuple[int, int, int]:
         with Engine(directory, group=group, plan=plan) as engine:
-            model, before = engine.local_model, engine.stats
-            assert model is not None and before is not None
+            held, before = engine.local_model, engine.stats
+            assert held is not None and before is not None
             if engine.is_leader:
                 engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
             else:
                 engine.follow_once()
             after = engine.stats
             assert after is not None
-            found = after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges, model.num_bytes
+            found = after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges, held.num_bytes
             if not engine.is_leader:
                 engine.follow()
             return found
@@ -200,3 +203,57 @@ def test_original_layers_are_computed_in_every_way(
 def test_neighbouring_layers_may_differ_in_their_way(first: str, second: str, saved: Saved) -> None:
     plan = InferencePlan(strategy="block", devices=(0, 1, 2), weights=(1.0, 2.0, 1.0), originals=(first, second))
     assert error(hidden_states(saved("bert", "two-in-a-row"), "bert", plan), expected("bert", "two-in-a-row")) <= 1e-5
+
+
+def continued(directory: Path, plan: InferencePlan, num_new: int) -> torch.Tensor:
+    """The leader's new tokens (2, n), after the prompts of ``batch``."""
+    ids_BT, mask_BT = batch("llama")
+
+    def work(group: Group) -> torch.Tensor | None:
+        with Engine(directory, group=group, plan=plan) as engine:
+            if engine.is_leader:
+                return engine.generate_tokens(ids_BT, mask_BT, GenerationSettings(max_new_tokens=num_new))
+            engine.follow()
+        return None
+
+    found = on_devices(len(plan.devices), work)[0]
+    assert found is not None
+    return found
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens one by one by what is compiled, and by PyTorch."""
+    if request.param == "torch":
+        monkeypatch.setattr(model, "load_kernels", lambda: None)
+    elif load_kernels() is None:
+        pytest.skip("there is no C compiler")
+
+
+GENERATING = {
+    "one": InferencePlan.even("single", 1),
+    "two": InferencePlan.even("block", 2),
+    "two, divided": InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 1.0), originals=("tensor",)),
+    "two uneven, divided": InferencePlan(strategy="block", devices=(0, 1), weights=(3.0, 1.0), originals=("tensor",)),
+}
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("plan", GENERATING)
+@pytest.mark.parametrize("form", ["four", "uneven", "own", "end-decoupled"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_greedy_tokens_are_those_of_transformers(family: str, form: str, plan: str, saved: Saved) -> None:
+    ids_BT, mask_BT = batch("llama")
+    reference_model = reference(family, form)
+    config = reference_model.generation_config
+    config.eos_token_id, config.pad_token_id = None, 0
+    wanted = reference_model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=40, do_sample=False)
+    found = continued(saved(family, form), GENERATING[plan], 40)
+    assert found.tolist() == wanted[:, ids_BT.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "sequence", "fastest"])
+def test_ways_that_do_not_leave_everything_everywhere_cannot_generate(kind: str, saved: Saved) -> None:
+    plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 1.0), originals=(kind,))
+    with pytest.raises(IsthmusError, match=f"originals: got {kind}, wanted gather or tensor to generate"):
+        check_can_generate(ShardReader(saved("llama", "four")), plan)

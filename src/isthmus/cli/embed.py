@@ -17,7 +17,7 @@ def embed(
     text_file: Annotated[Path | None, typer.Option(help="A text in each line; - is standard input.")] = None,
     devices: Devices = None,
     strategy: Annotated[
-        Literal["auto", "tensor", "sequence", "pipeline"],
+        Literal["auto", "tensor", "sequence", "pipeline", "block"],
         typer.Option(help=STRATEGY_HELP),
     ] = "auto",
     codec: Codec = "fp32",

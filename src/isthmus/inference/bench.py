@@ -144,7 +144,8 @@ class _Entry:
 def _entries(
     options: BenchOptions, reader: ShardReader, request: InferenceRequest, profile: ClusterProfile
 ) -> list[_Entry]:
-    """For each strategy, codec and dtype the fastest predicted plan of all devices, and the planner's own choice."""
+    """For each strategy, codec, dtype and way of computing original layers the fastest predicted plan of all devices,
+    and the planner's own choice."""
     question = Question(
         spec=reader.spec,
         request=request,
@@ -154,11 +155,11 @@ def _entries(
         dtypes=options.dtypes,
     )
     everybody = len(profile.devices)
-    best: dict[tuple[str, str, str], Candidate] = {}
+    best: dict[tuple[object, ...], Candidate] = {}
     for candidate in sorted(weigh(question), key=lambda candidate: candidate.latency_s):
         plan = candidate.plan
         if candidate.fits and len(plan.devices) == (1 if plan.strategy == "single" else everybody):
-            best.setdefault((plan.strategy, plan.codec, plan.dtype), candidate)
+            best.setdefault((plan.strategy, plan.codec, plan.dtype, plan.originals), candidate)
     codecs, dtypes = allowed(options.max_error)
     choice = choose(
         replace(
@@ -199,7 +200,7 @@ def _row(entry: _Entry, timed: Timed, request: InferenceRequest, transport: str)
         num_exchanges=timed.num_exchanges,
         max_rel_error=timed.max_rel_error,
         transport=transport if len(plan.devices) > 1 else "none",
-        algorithm=plan.algorithm if plan.strategy == "tensor" else "",
+        algorithm=plan.way,
         weights=plan.weights,
         is_choice=entry.is_choice,
         num_new_tokens=request.num_new_tokens,

@@ -95,7 +95,7 @@ class Decoding:
             rotary = self._rotary_TD[0][self._positions_B1], self._rotary_TD[1][self._positions_B1]
         views, mask_B11K = self._cache.add_token()
         for layer, cached in zip(self._model.layers, views, strict=True):
-            self._add(_attend(layer, layer.norm1(hidden_BH), rotary, cached, mask_B11K), layer.o_bias)
+            self._add(attend_token(layer, layer.norm1(hidden_BH), rotary, cached, mask_B11K), layer.o_bias)
             self._add(layer.mlp(layer.norm2(hidden_BH)), layer.down_bias)
 
     def _add(self, partial_BH: Tensor, bias: Tensor | None) -> None:
@@ -119,7 +119,7 @@ class Decoding:
                 self._hidden_BH += bias
 
 
-def _attend(
+def attend_token(
     layer: Layer,
     x_BH: Tensor,
     rotary: tuple[Tensor, Tensor] | None,

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from isthmus.inference.block_decoding import BlockDecoding
 from isthmus.inference.choosing import Chooser, Head
 from isthmus.inference.decoding import Decoding
 from isthmus.inference.strategies.base import Strategy, Tokens
+from isthmus.inference.strategies.block_parallel import BlockParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
 from isthmus.planning.shares import divide_layer
@@ -28,7 +30,7 @@ class Generation:
     def __init__(self, strategy: Strategy, reader: ShardReader, plan: InferencePlan) -> None:
         """Raises ``IsthmusError`` for an encoder, and for a plan that divides tokens."""
         check_can_generate(reader, plan)
-        assert isinstance(strategy, TensorParallel)
+        assert isinstance(strategy, (TensorParallel, BlockParallel))
         self._strategy = strategy
         group = strategy.group
         shares = [LayerShare.whole(reader.spec)] if group is None else divide_layer(reader.spec, plan.weights)
@@ -47,9 +49,11 @@ class Generation:
     ) -> Tensor:
         """The new tokens (B, n) int64, the same on every device; n is at most ``settings.max_new_tokens``. Prompts are
         padded on the left. Behind the end of a sequence comes padding. Blocks on the other devices."""
-        decoding = Decoding(
-            self._strategy, Tokens.of(ids_BT, attended_BT, is_decoder=True), settings.max_new_tokens - 1
-        )
+        tokens, num_more = Tokens.of(ids_BT, attended_BT, is_decoder=True), settings.max_new_tokens - 1
+        if isinstance(self._strategy, BlockParallel):
+            decoding = BlockDecoding(self._strategy, tokens, num_more)
+        else:
+            decoding = Decoding(self._strategy, tokens, num_more)
         chooser = Chooser(self._head, self._strategy.group, settings)
         is_open = [True] * len(ids_BT)
         found: list[list[int]] = []
@@ -79,12 +83,15 @@ def check_can_generate(reader: ShardReader, plan: InferencePlan) -> None:
         raise IsthmusError(
             f"model: {reader.spec.model_type!r} is an encoder; wanted a decoder, such as llama, to generate"
         )
-    if plan.strategy not in ("single", "tensor"):
+    if plan.strategy not in ("single", "tensor", "block"):
         raise IsthmusError(
             f"strategy: got {plan.strategy!r}, wanted 'tensor' to generate: devices divide heads, not tokens or layers"
         )
-    if reader.spec.decoupling is not None:
-        raise IsthmusError("model: is decoupled; generating with it is still to come, embed and AutoModel work")
+    if divided := set(plan.originals) - {"gather", "tensor"}:
+        raise IsthmusError(
+            f"originals: got {', '.join(sorted(divided))}, wanted gather or tensor to generate: every device needs all "
+            "of the last token"
+        )
     if plan.algorithm == "scatter":
         raise IsthmusError("algorithm: got 'scatter', wanted another to generate: every device needs the last token")
 

@@ -78,7 +78,7 @@ class NativeBlocks:
 def _shape(layer: Layer, sources: Tensor) -> CShape:
     spec = layer.spec
     return CShape(
-        hidden=spec.hidden_size,
+        hidden=layer.width,
         heads=len(layer.share.heads),
         kv_heads=len(layer.kv_heads),
         cached_heads=layer.num_cached_heads,

@@ -206,7 +206,7 @@ def _cells(candidate: Candidate, *, is_chosen: bool) -> list[str]:
     total = sum(plan.weights)
     return [
         "→" if is_chosen else "" if candidate.fits else "✗",
-        f"{plan.strategy} {plan.algorithm}" if plan.strategy == "tensor" else plan.strategy,
+        f"{plan.strategy} {plan.way}".strip(),
         ",".join(map(str, plan.devices)),
         "even" if is_even else ":".join(f"{weight / total:.2f}" for weight in plan.weights),
         plan.codec if len(plan.devices) > 1 else "",

@@ -70,6 +70,14 @@ class InferencePlan:
         if self.strategy == "single" and len(self.devices) != 1:
             raise ValueError(f"devices: got {self.devices} for strategy 'single', wanted one")
 
+    @property
+    def way(self) -> str:
+        """What sets it apart from other plans of its strategy: how tensor parallelism sums, or how original layers of a
+        decoupled model are computed."""
+        if self.strategy == "tensor":
+            return self.algorithm
+        return "+".join(dict.fromkeys(self.originals)) if self.strategy == "block" else ""
+
     @staticmethod
     def even(strategy: str, num_devices: int, *, codec: str = "fp32", dtype: str = "fp32") -> InferencePlan:
         """All of ``num_devices`` alike; one of them is ``single`` whatever was asked for."""

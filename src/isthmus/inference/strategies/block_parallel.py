@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, t this device's tokens, H hidden units, w those of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ from isthmus.inference.strategies.base import Strategy, Tokens
 from isthmus.planning.shares import divide
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
+
+Fill = Callable[[int, int, Tensor, Tensor], None]
+"""(layer, which of this device's sub-blocks, keys (B, G, T, D), values)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class _Pass:
     allowed: Tensor | None
     is_causal: bool
     own_allowed: Tensor | None
+    fill: Fill | None
+    """Gets the keys and values of all tokens, for those to come."""
 
 
 class BlockParallel(Strategy):
@@ -55,31 +60,36 @@ class BlockParallel(Strategy):
         original layer is computed, in order; all ``gather`` without. ``codec`` is what is exchanged in. ``group`` None:
         this device is alone."""
         super().__init__(model)
-        self._group, self._codec, self._weights = group, codec, tuple(weights)
+        self.group, self._codec, self._weights = group, codec, tuple(weights)
         spec = model.spec
         assert spec.decoupling is not None
         layers = spec.decoupling.original_layers
         self._plans = dict(zip(layers, originals or ("gather",) * len(layers), strict=True))
         widths = spec.decoupling.widths
-        self._widths = [sum(widths[part.start : part.stop]) for part in sub_blocks]
+        self.widths = [sum(widths[part.start : part.stop]) for part in sub_blocks]
         self._rank = 0 if group is None else group.rank
-        start = sum(self._widths[: self._rank])
-        self._own_units = slice(start, start + self._widths[self._rank])
+        start = sum(self.widths[: self._rank])
+        self.own_units = slice(start, start + self.widths[self._rank])
 
     def token_ranges(self, num_tokens: int) -> list[Range] | None:
         last = self.model.spec.num_layers - 1
-        if self._group is None or self._plans.get(last) not in ("tokens", "sequence"):
+        if self.group is None or self._plans.get(last) not in ("tokens", "sequence"):
             return None
         return divide(num_tokens, self._weights)
 
-    def run(self, tokens: Tokens) -> Tensor:
+    def plan_of(self, number: int) -> str:
+        """How an original layer is computed."""
+        return self._plans[number] if self.group is not None else "gather"
+
+    def run(self, tokens: Tokens, fill: Fill | None = None) -> Tensor:
+        """``fill``: gets what a cache keeps of a prompt."""
         spec = self.model.spec
-        given = self._begin(tokens)
+        given = self._begin(tokens, fill)
         kind, state = "whole", self.model.embed(tokens.ids_BT, tokens.positions_BT)
         for number in range(spec.num_layers):
             if number in self.model.blocks:
                 kind, state = "slices", self._sub_blocks(number, self._as_slices(kind, state, given), given)
-            elif self._group is None:
+            elif self.group is None:
                 state = self._whole_layer(number, self._as_whole(kind, state, given), given)
                 kind = "whole"
             else:
@@ -88,13 +98,13 @@ class BlockParallel(Strategy):
             return self._finish(state)
         return self._finish(self._as_whole(kind, state, given))
 
-    def _begin(self, tokens: Tokens) -> _Pass:
+    def _begin(self, tokens: Tokens, fill: Fill | None) -> _Pass:
         spec, model = self.model.spec, self.model
         num_tokens = tokens.ids_BT.shape[1]
         ranges = divide(num_tokens, self._weights)
         own = ranges[self._rank]
         allowed, is_causal = tokens.mask(spec)
-        are_divided = self._group is not None and {"tokens", "sequence"} & set(self._plans.values())
+        are_divided = self.group is not None and {"tokens", "sequence"} & set(self._plans.values())
         return _Pass(
             tokens=tokens,
             ranges=ranges,
@@ -106,6 +116,7 @@ class BlockParallel(Strategy):
             own_allowed=tokens.allowed(own, is_causal=spec.is_decoder, window=spec.sliding_window)
             if are_divided
             else None,
+            fill=fill,
         )
 
     # --- layers -------------------------------------------------------------------------------------------------------
@@ -113,20 +124,31 @@ class BlockParallel(Strategy):
     def _sub_blocks(self, number: int, own_BTw: Tensor, given: _Pass) -> Tensor:
         slices = own_BTw.split([len(part.units) for part in self.model.sub_blocks], dim=-1)
         return torch.cat(
-            [self._alone(block, part, given) for block, part in zip(self.model.blocks[number], slices, strict=True)],
+            [
+                self._alone(number, block, part, given, place)
+                for place, (block, part) in enumerate(zip(self.model.blocks[number], slices, strict=True))
+            ],
             dim=-1,
         )
 
-    def _alone(self, layer: Layer, hidden_BTH: Tensor, given: _Pass) -> Tensor:
+    def _alone(self, number: int, layer: Layer, hidden_BTH: Tensor, given: _Pass, place: int = 0) -> Tensor:
         """A layer, or a sub-block, of which this device has all, of all tokens."""
 
         def attention(x_BTH: Tensor) -> Tensor:
-            return layer.attend(*layer.project(x_BTH, given.rotation), given.allowed, given.is_causal)
+            return layer.attend(*self._project(number, layer, x_BTH, given, place), given.allowed, given.is_causal)
 
         return self._layer(layer, hidden_BTH, attention, layer.mlp)
 
     def _whole_layer(self, number: int, whole_BTH: Tensor, given: _Pass) -> Tensor:
-        return self._alone(self.model.originals[number], whole_BTH, given)
+        return self._alone(number, self.model.originals[number], whole_BTH, given)
+
+    def _project(
+        self, number: int, layer: Layer, x_BTH: Tensor, given: _Pass, place: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = layer.project(x_BTH, given.rotation)
+        if given.fill is not None:
+            given.fill(number, place, key, value)
+        return query, key, value
 
     def _original(self, plan: str, number: int, kind: str, state: Tensor, given: _Pass) -> tuple[str, Tensor]:
         if plan == "gather":
@@ -144,13 +166,13 @@ class BlockParallel(Strategy):
         layer = self.model.originals[number]
 
         def summed(partial_BTH: Tensor) -> Tensor:
-            assert self._group is not None
+            assert self.group is not None
             partial_BTH = partial_BTH.contiguous()
-            self._group.all_reduce(partial_BTH, codec=self._codec, algorithm="two_step")
+            self.group.all_reduce(partial_BTH, codec=self._codec, algorithm="two_step")
             return partial_BTH
 
         def attention(x_BTH: Tensor) -> Tensor:
-            return summed(layer.attend(*layer.project(x_BTH, given.rotation), given.allowed, given.is_causal))
+            return summed(layer.attend(*self._project(number, layer, x_BTH, given), given.allowed, given.is_causal))
 
         return self._layer(layer, whole_BTH, attention, lambda x_BTH: summed(layer.mlp(x_BTH)))
 
@@ -162,7 +184,7 @@ class BlockParallel(Strategy):
         def attention(x_BtH: Tensor) -> Tensor:
             # What the block got is the norm of this device's tokens alone; keys and values need all of them.
             all_BTH = layer.norm1(whole_BTH) if norm_first else whole_BTH
-            query, key, value = layer.project(all_BTH, given.rotation)
+            query, key, value = self._project(number, layer, all_BTH, given)
             return layer.attend(query[:, :, rows], key, value, given.own_allowed, False)
 
         return self._layer(layer, whole_BTH[:, rows], attention, layer.mlp)
@@ -174,10 +196,12 @@ class BlockParallel(Strategy):
         gathered = [torch.empty(2, batch, spec.num_kv_heads, len(part), spec.head_size) for part in given.ranges]
 
         def attention(x_BtH: Tensor) -> Tensor:
-            assert self._group is not None
+            assert self.group is not None
             query, key, value = layer.project(x_BtH, given.own_rotation)
-            self._group.all_gather(gathered, torch.stack((key, value)), codec=self._codec)
+            self.group.all_gather(gathered, torch.stack((key, value)), codec=self._codec)
             key, value = torch.cat(gathered, dim=3)
+            if given.fill is not None:
+                given.fill(number, 0, key, value)
             return layer.attend(query, key, value, given.own_allowed, False)
 
         return self._layer(layer, own_BtH, attention, layer.mlp)
@@ -189,14 +213,14 @@ class BlockParallel(Strategy):
         nothing = own_BTw.new_empty(0)
         is_it = self._rank == fastest
         mine = own_BTw.contiguous()
-        parts = [own_BTw.new_empty(*shape, width) if is_it else nothing for width in self._widths]
-        self._all_to_all(parts, [mine if rank == fastest else nothing for rank in range(len(self._widths))])
+        parts = [own_BTw.new_empty(*shape, width) if is_it else nothing for width in self.widths]
+        self._all_to_all(parts, [mine if rank == fastest else nothing for rank in range(len(self.widths))])
         outputs, inputs = [nothing] * len(parts), [nothing] * len(parts)
         own_out = torch.empty_like(mine)
         outputs[fastest] = own_out
         if is_it:
             whole_BTH = self._whole_layer(number, torch.cat(parts, dim=-1), given)
-            inputs = [part.contiguous() for part in whole_BTH.split(self._widths, dim=-1)]
+            inputs = [part.contiguous() for part in whole_BTH.split(self.widths, dim=-1)]
         self._all_to_all(outputs, inputs)
         return own_out
 
@@ -206,9 +230,9 @@ class BlockParallel(Strategy):
         if kind == "slices":
             return state
         if kind == "whole":
-            return state[..., self._own_units]
-        outputs = [state.new_empty(state.shape[0], len(part), self._widths[self._rank]) for part in given.ranges]
-        self._all_to_all(outputs, [part.contiguous() for part in state.split(self._widths, dim=-1)])
+            return state[..., self.own_units]
+        outputs = [state.new_empty(state.shape[0], len(part), self.widths[self._rank]) for part in given.ranges]
+        self._all_to_all(outputs, [part.contiguous() for part in state.split(self.widths, dim=-1)])
         return torch.cat(outputs, dim=1)
 
     def _as_tokens(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
@@ -216,22 +240,22 @@ class BlockParallel(Strategy):
             return state
         if kind == "whole":
             return state[:, given.own.start : given.own.stop]
-        outputs = [state.new_empty(state.shape[0], len(given.own), width) for width in self._widths]
+        outputs = [state.new_empty(state.shape[0], len(given.own), width) for width in self.widths]
         inputs = [state[:, part.start : part.stop].contiguous() for part in given.ranges]
         self._all_to_all(outputs, inputs)
         return torch.cat(outputs, dim=-1)
 
     def _as_whole(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
-        if kind == "whole" or self._group is None:
+        if kind == "whole" or self.group is None:
             return state
         if kind == "slices":
-            gathered, dim = [state.new_empty(*state.shape[:-1], width) for width in self._widths], 2
+            gathered, dim = [state.new_empty(*state.shape[:-1], width) for width in self.widths], 2
         else:
             gathered = [state.new_empty(state.shape[0], len(part), state.shape[2]) for part in given.ranges]
             dim = 1
-        self._group.all_gather(gathered, state.contiguous(), codec=self._codec)
+        self.group.all_gather(gathered, state.contiguous(), codec=self._codec)
         return torch.cat(gathered, dim=dim)
 
     def _all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
-        assert self._group is not None
-        self._group.all_to_all(outputs, inputs, codec=self._codec)
+        assert self.group is not None
+        self.group.all_to_all(outputs, inputs, codec=self._codec)
