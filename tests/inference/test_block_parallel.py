@@ -21,10 +21,10 @@ from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_steps import original_shares, sub_blocks_of
 from isthmus.planning.device_costs import block_weight_bytes
-from isthmus.planning.workload import workload
+from isthmus.planning.workload import passes, workload
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
-from isthmus.spec.inference import CODECS, ORIGINAL_PLANS, InferencePlan, InferenceRequest
+from isthmus.spec.inference import CODECS, GENERATING, ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.transport.base import Group
 
 assert architectures.CLASSES  # AutoModel knows decoupled models now
@@ -230,7 +230,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("there is no C compiler")
 
 
-GENERATING = {
+GENERATING_PLANS = {
     "one": InferencePlan.even("single", 1),
     "two": InferencePlan.even("block", 2),
     "two, divided": InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 1.0), originals=("tensor",)),
@@ -239,7 +239,7 @@ GENERATING = {
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("plan", GENERATING)
+@pytest.mark.parametrize("plan", GENERATING_PLANS)
 @pytest.mark.parametrize("form", ["four", "uneven", "own", "end-decoupled"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_greedy_tokens_are_those_of_transformers(family: str, form: str, plan: str, saved: Saved) -> None:
@@ -248,7 +248,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, form: str, plan: s
     config = reference_model.generation_config
     config.eos_token_id, config.pad_token_id = None, 0
     wanted = reference_model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=40, do_sample=False)
-    found = continued(saved(family, form), GENERATING[plan], 40)
+    found = continued(saved(family, form), GENERATING_PLANS[plan], 40)
     assert found.tolist() == wanted[:, ids_BT.shape[1] :].tolist()
 
 
@@ -257,3 +257,38 @@ def test_ways_that_do_not_leave_everything_everywhere_cannot_generate(kind: str,
     plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 1.0), originals=(kind,))
     with pytest.raises(IsthmusError, match=f"originals: got {kind}, wanted gather or tensor to generate"):
         check_can_generate(ShardReader(saved("llama", "four")), plan)
+
+
+@pytest.mark.parametrize("kind", GENERATING)
+@pytest.mark.parametrize("num_sequences", [1, 300])
+@pytest.mark.parametrize("form", ["four", "end-decoupled"])
+def test_the_planner_knows_what_a_token_sends(form: str, num_sequences: int, kind: str, saved: Saved) -> None:
+    """300 sequences are too many for the sums that suit a few values."""
+    plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 1.0), codec="int8", originals=(kind,))
+    directory = saved("llama", form)
+    ids_BT = torch.randint(3, 90, (num_sequences, 5))
+
+    def work(group: Group) -> list[tuple[int, int]]:
+        with Engine(directory, group=group, plan=plan) as engine:
+            found = []
+            for count in (3, 7):
+                before = engine.stats
+                if engine.is_leader:
+                    settings = GenerationSettings(max_new_tokens=count)
+                    engine.generate_tokens(ids_BT, torch.ones_like(ids_BT), settings)
+                else:
+                    engine.follow_once()
+                after = engine.stats
+                assert before is not None and after is not None
+                found.append((after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges))
+            if not engine.is_leader:
+                engine.follow()
+            return found
+
+    found = on_devices(2, work)
+    request = InferenceRequest(num_tokens=5, batch=num_sequences, num_new_tokens=3)
+    [(_, _), (token, count)] = passes(plan, ShardReader(directory).spec, request)
+    assert count == 2
+    for rank, ((few_bytes, _), (many_bytes, _)) in enumerate(found):
+        assert many_bytes - few_bytes == 4 * token.sent_bytes()[rank]
+    assert found[0][1][1] - found[0][0][1] == 4 * token.num_exchanges()

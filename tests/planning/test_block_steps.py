@@ -10,7 +10,8 @@ import pytest
 from tests.planning.clusters import BERT, cluster, device, link
 
 from isthmus.planning.block_steps import best_originals
-from isthmus.planning.inference import Question, allowed, choose, predict
+from isthmus.planning.inference import choose, predict
+from isthmus.planning.plans import Question, allowed
 from isthmus.spec.cluster import ClusterProfile, WidthTimes
 from isthmus.spec.decoupling import Decoupling
 from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest

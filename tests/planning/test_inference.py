@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.planning.clusters import BERT, LLAMA, cluster, device, even_cluster, link
 
 from isthmus.planning.device_costs import PROCESS_BYTES, weight_bytes
-from isthmus.planning.inference import Question, allowed, choose, predict, weigh
+from isthmus.planning.inference import choose, predict, weigh
+from isthmus.planning.plans import Question, allowed
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest

@@ -12,7 +12,8 @@ from tests.inference.conftest import checkpoint, on_devices  # noqa: F401
 
 from isthmus.inference.profile import measure_cluster
 from isthmus.models.shards import ShardReader
-from isthmus.planning.inference import Question, choose
+from isthmus.planning.inference import choose
+from isthmus.planning.plans import Question
 from isthmus.profiling.network import share_texts
 from isthmus.profiling.steady import steady_s
 from isthmus.spec.cluster import ClusterProfile

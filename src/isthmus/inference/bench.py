@@ -20,7 +20,8 @@ from isthmus.inference.profile import measure_cluster
 from isthmus.inference.timing import Timed, time_plans
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
-from isthmus.planning.inference import Candidate, Question, allowed, choose, predict, weigh
+from isthmus.planning.inference import Candidate, choose, predict, weigh
+from isthmus.planning.plans import Question, allowed
 from isthmus.profiling.network import share_texts
 from isthmus.reporting.environment import environment
 from isthmus.reporting.latency_plot import plot_latency

@@ -22,6 +22,7 @@ from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.block_parallel import BlockParallel
 from isthmus.planning.workload import token_algorithm
+from isthmus.transport.base import Algorithm
 
 
 class _Track:
@@ -127,7 +128,7 @@ class BlockDecoding:
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
         group = strategy.group
         self._gathered = [torch.empty(batch, width) for width in strategy.widths]
-        self._algorithm = (
+        self._algorithm: Algorithm = (
             None if group is None else token_algorithm(batch * model.spec.hidden_size, group.world_size)
         ) or "two_step"
 

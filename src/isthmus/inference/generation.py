@@ -17,7 +17,7 @@ from isthmus.models.shards import ShardReader
 from isthmus.planning.shares import divide_layer
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
-from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.inference import GENERATING, InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare
 
 OnTokens = Callable[[list[int]], bool]
@@ -87,7 +87,7 @@ def check_can_generate(reader: ShardReader, plan: InferencePlan) -> None:
         raise IsthmusError(
             f"strategy: got {plan.strategy!r}, wanted 'tensor' to generate: devices divide heads, not tokens or layers"
         )
-    if divided := set(plan.originals) - {"gather", "tensor"}:
+    if divided := set(plan.originals) - set(GENERATING):
         raise IsthmusError(
             f"originals: got {', '.join(sorted(divided))}, wanted gather or tensor to generate: every device needs all "
             "of the last token"

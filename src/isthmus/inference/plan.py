@@ -20,7 +20,8 @@ from isthmus.inference.joining import TIMEOUT_S, is_started_per_device
 from isthmus.inference.profile import measure_cluster
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
-from isthmus.planning.inference import Candidate, Choice, Question, allowed, choose
+from isthmus.planning.inference import Candidate, Choice, choose
+from isthmus.planning.plans import Question, allowed
 from isthmus.profiling.cache import find, keep
 from isthmus.reporting.human import human_bytes, human_memory, human_s
 from isthmus.spec.cluster import Cluster, ClusterProfile, read_cluster

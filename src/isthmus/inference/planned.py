@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from isthmus.inference.profile import measure_cluster
 from isthmus.models.shards import ShardReader
-from isthmus.planning.inference import Choice, Question, choose
+from isthmus.planning.inference import Choice, choose
+from isthmus.planning.plans import Question
 from isthmus.profiling.network import share_texts
 from isthmus.spec.inference import STRATEGIES, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json

@@ -75,13 +75,28 @@ def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRe
     return tuple(steps.done), steps.state == "tokens"
 
 
+def block_token_steps(
+    plan: InferencePlan, spec: TransformerSpec, batch: int, num_keys: int, algorithm: str | None
+) -> tuple[Step, ...]:
+    """All layers of one more token of each sequence, which sees ``num_keys``. ``algorithm``: how so few values are best
+    summed; slices are exchanged in FP32."""
+    one = InferenceRequest(num_tokens=1, batch=batch)
+    steps = _Steps(plan, spec, one, num_keys=num_keys, algorithm=algorithm or "two_step", codec="fp32")
+    kinds = original_plans(plan, spec)
+    for number in range(spec.num_layers):
+        steps.layer(kinds.get(number))
+    steps.end()
+    return tuple(steps.done)
+
+
 def best_originals(
     plan: InferencePlan,
     spec: TransformerSpec,
     request: InferenceRequest,
     seconds_of: Callable[[Sequence[Step]], float],
+    allowed: Sequence[str] = ORIGINAL_PLANS,
 ) -> tuple[str, ...]:
-    """The fastest of ``ORIGINAL_PLANS`` for each original layer, all else being as in ``plan``: exact where seconds of
+    """The fastest of those ``allowed`` for each original layer, all else being as in ``plan``: exact where seconds of
     steps depend on no more than the layer before. The fastest way to end each layer in each way follows from those to
     end the one before."""
     seconds: dict[tuple[str | None, str | None], float] = {}
@@ -102,7 +117,7 @@ def best_originals(
 
     best: dict[str | None, tuple[float, tuple[str, ...]]] = {_START: (0.0, ())}
     for number in range(spec.num_layers):
-        kinds = (None,) if spec.is_decoupled(number) else ORIGINAL_PLANS
+        kinds = (None,) if spec.is_decoupled(number) else allowed
         after: dict[str | None, tuple[float, tuple[str, ...]]] = {}
         for kind in kinds:
             after[kind] = min(
@@ -127,10 +142,21 @@ class _Steps:
     """Steps so far, and what devices hold after them."""
 
     def __init__(
-        self, plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest, state: str = "whole"
+        self,
+        plan: InferencePlan,
+        spec: TransformerSpec,
+        request: InferenceRequest,
+        state: str = "whole",
+        *,
+        num_keys: int | None = None,
+        algorithm: str = "two_step",
+        codec: str | None = None,
     ) -> None:
-        self._plan, self._spec, self._request = plan, spec, request
+        """``num_keys``: that each token sees, those of the request without. ``algorithm``: of all-reduces."""
+        self._plan, self._spec = plan, spec
         self._num_devices = len(plan.devices)
+        self._num_keys = request.num_tokens if num_keys is None else num_keys
+        self._algorithm, self._codec = algorithm, codec or plan.codec
         self._all_rows = request.batch * request.num_tokens
         owned = sub_blocks_of(plan, spec)
         blocks = [[spec.sub_block(number) for number in range(part.start, part.stop)] for part in owned]
@@ -191,7 +217,7 @@ class _Steps:
         if wanted == self.state or self._num_devices == 1:
             self.state = wanted
             return
-        sizes, codec = self._sizes, self._plan.codec
+        sizes, codec = self._sizes, self._codec
         if wanted == "whole":
             hidden = self._spec.hidden_size
             by_slices = [self._all_rows * width for width in sizes.widths]
@@ -209,14 +235,14 @@ class _Steps:
         self._become("whole")
         spec, rows = self._spec, self._all_rows
         shares = divide_layer(spec, self._plan.weights)
-        reduced = all_reduce(self._plan.codec, rows * spec.hidden_size, self._num_devices, "two_step")
+        reduced = all_reduce(self._codec, rows * spec.hidden_size, self._num_devices, self._algorithm)
         kv = spec.num_heads + spec.num_kv_heads
         self._compute(
             tuple(
                 Work(
                     attention_rows=rows,
                     attention_share=(len(share.heads) + len(share.kv_heads(spec))) / kv,
-                    scores=rows * self._request.num_tokens * len(share.heads),
+                    scores=rows * self._num_keys * len(share.heads),
                 )
                 for share in shares
             )
@@ -236,11 +262,11 @@ class _Steps:
                 replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in self._sizes.rows
             )
         )
-        self._exchange(all_gather(self._plan.codec, [kv_values * rows for rows in self._sizes.rows]))
+        self._exchange(all_gather(self._codec, [kv_values * rows for rows in self._sizes.rows]))
 
     def _fastest(self, whole: Work) -> None:
         self._become("slices")
-        device, codec = fastest(self._plan), self._plan.codec
+        device, codec = fastest(self._plan), self._codec
         values = [self._all_rows * width for width in self._sizes.widths]
         there = [[count if to == device else 0 for to in range(len(values))] for count in values]
         back = [[count if source == device else 0 for count in values] for source in range(len(values))]
@@ -258,12 +284,12 @@ class _Steps:
 
     def _work(self, rows: int, share: float) -> Work:
         """A layer of ``rows`` tokens."""
-        scores = rows * self._request.num_tokens * self._spec.num_heads
+        scores = rows * self._num_keys * self._spec.num_heads
         return Work(attention_rows=rows, attention_share=share, scores=scores, mlp_rows=rows, mlp_share=share)
 
     def _sub_block_work(self, own: Sequence[SubBlock]) -> Work:
         return Work(
             block_rows=self._all_rows,
             block_share=sum(len(block.units) for block in own) / self._spec.hidden_size,
-            scores=self._all_rows * self._request.num_tokens * sum(len(block.heads) for block in own),
+            scores=self._all_rows * self._num_keys * sum(len(block.heads) for block in own),
         )

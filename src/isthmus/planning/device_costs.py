@@ -170,10 +170,42 @@ def generation_bytes(spec: TransformerSpec, share: LayerShare, request: Inferenc
     """What continuing takes beside all that: keys and values (``KVCache``), and the head; 0 for other requests."""
     if not request.num_new_tokens:
         return 0
+    slots = _num_slots(spec, request)
+    cached = 8 * spec.num_layers * request.batch * slots * _num_cached(spec, share) * spec.head_size
+    return cached + len(share.vocabulary) * spec.hidden_size * WEIGHT_BYTES[dtype]
+
+
+def block_generation_bytes(
+    spec: TransformerSpec,
+    blocks: Sequence[SubBlock],
+    shares: Mapping[int, LayerShare | None],
+    vocabulary: int,
+    request: InferenceRequest,
+    dtype: str,
+) -> int:
+    """As ``generation_bytes``, of a decoupled model: every sub-block has a cache of its own heads."""
+    if not request.num_new_tokens:
+        return 0
+    assert spec.decoupling is not None
+    originals = spec.decoupling.original_layers
+    held = [shares.get(number, LayerShare.whole(spec)) for number in originals]
+    heads = sum(_num_cached(spec, share) for share in held if share is not None)
+    whole = LayerShare.whole(spec)
+    for block in blocks:
+        own = LayerShare(heads=block.heads, columns=whole.columns, vocabulary=whole.vocabulary)
+        heads += (spec.num_layers - len(originals)) * _num_cached(spec, own)
+    return 8 * request.batch * _num_slots(spec, request) * heads * spec.head_size + (
+        vocabulary * spec.hidden_size * WEIGHT_BYTES[dtype]
+    )
+
+
+def _num_cached(spec: TransformerSpec, share: LayerShare) -> int:
+    """Key/value heads that a cache keeps of one layer (``Layer.num_cached_heads``)."""
     heads = share.heads
     is_grouped = len(share.kv_heads(spec)) == 1 or not (len(heads) % spec.heads_per_kv_head)
-    num_cached = len(share.kv_heads(spec)) if is_grouped else len(heads)
+    return len(share.kv_heads(spec)) if is_grouped else len(heads)
+
+
+def _num_slots(spec: TransformerSpec, request: InferenceRequest) -> int:
     seen = request.num_tokens + request.num_new_tokens
-    slots = min(seen, spec.sliding_window or seen)
-    cached = 8 * spec.num_layers * request.batch * slots * num_cached * spec.head_size
-    return cached + len(share.vocabulary) * spec.hidden_size * WEIGHT_BYTES[dtype]
+    return min(seen, spec.sliding_window or seen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from isthmus.planning.block_steps import block_steps
+from isthmus.planning.block_steps import block_steps, block_token_steps
 from isthmus.planning.exchanges import (
     Exchange,
     all_gather,
@@ -91,11 +91,12 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
     ranges = divide(request.num_tokens, plan.weights)
     own_rows, layer = [rows] * num_devices, ()
     ticks: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = ()
     is_scattered = plan.strategy == "sequence" or (plan.strategy == "tensor" and plan.algorithm == "scatter")
     if is_scattered:
         own_rows = [request.batch * len(part) for part in ranges]
     if spec.decoupling is not None:
-        ticks, is_scattered = block_steps(plan, spec, request)
+        steps, is_scattered = block_steps(plan, spec, request)
     elif plan.strategy == "sequence":
         layer = _sequence_layer(plan, spec, request, ranges)
     elif plan.strategy == "pipeline":
@@ -104,12 +105,13 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
         layer = _tensor_layer(plan, spec, request, own_rows)
     embedding = Step(work=tuple(Work(embedded_rows=count) for count in own_rows), exchange=None)
     if num_devices == 1:
-        return Workload(before=(embedding,), layer=layer, after=ticks, num_layers=spec.num_layers)
+        return Workload(before=(embedding, *steps), layer=layer, after=(), num_layers=spec.num_layers)
     idle = (Work(),) * num_devices
     asking = (
         Step(work=idle, exchange=broadcast(8 * _HEADER_VALUES, num_devices)),
         Step(work=idle, exchange=broadcast(8 * 2 * rows, num_devices)),
         embedding,
+        *steps,
     )
     answering: tuple[Step, ...] = ()
     if is_scattered or plan.strategy == "pipeline":
@@ -143,6 +145,13 @@ def _token_workload(plan: InferencePlan, spec: TransformerSpec, request: Inferen
     mlp = tuple(Work(mlp_rows=batch, mlp_share=len(share.columns) / spec.intermediate_size) for share in shares)
     head = tuple(Work(head_rows=batch, head_share=len(share.vocabulary) / spec.vocab_size) for share in shares)
     before = (Step(work=(Work(embedded_rows=batch),) * num_devices, exchange=None),)
+    if spec.decoupling is not None:
+        algorithm = token_algorithm(batch * spec.hidden_size, num_devices)
+        before += block_token_steps(plan, spec, batch, keys, algorithm)
+        head_shares = divide_layer(spec, plan.weights)
+        head = tuple(Work(head_rows=batch, head_share=len(s.vocabulary) / spec.vocab_size) for s in head_shares)
+        told = None if num_devices == 1 else all_gather("fp32", [3 * batch] * num_devices)[0]
+        return Workload(before=before, layer=(), after=(Step(work=head, exchange=told),), num_layers=0)
     if num_devices == 1:
         layer = (Step(work=attention, exchange=None), Step(work=mlp, exchange=None))
         after = (Step(work=head, exchange=None),)

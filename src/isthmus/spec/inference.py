@@ -15,6 +15,8 @@ ORIGINAL_PLANS = ("gather", "tokens", "sequence", "tensor", "fastest")
 and computes all of it. ``tokens``: gathers all, and computes keys and values of all tokens and the rest of its own.
 ``sequence``: gets its tokens, and gathers keys and values. ``tensor``: gathers all, and computes its heads and columns.
 ``fastest``: one device gathers all, computes, and gives each its slices."""
+GENERATING = ("gather", "tensor")
+"""Those that leave all of the last token on every device."""
 ALGORITHMS = ("mesh", "two_step", "ring", "doubling", "scatter")
 
 

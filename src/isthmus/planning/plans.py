@@ -1,0 +1,167 @@
+"""Which plans are worth weighing for a request, and how each divides its work among devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from isthmus.planning.block_steps import best_originals
+from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, weight_bytes, working_bytes
+from isthmus.planning.shares import divide, micro_batches
+from isthmus.planning.step_seconds import sharing, step_s
+from isthmus.planning.steps import Step, Work
+from isthmus.planning.workload import device_shares
+from isthmus.spec.cluster import ClusterProfile
+from isthmus.spec.inference import (
+    CODECS,
+    DTYPES,
+    GENERATING,
+    ORIGINAL_PLANS,
+    STRATEGIES,
+    InferencePlan,
+    InferenceRequest,
+)
+from isthmus.spec.transformer import TransformerSpec
+
+CODEC_ERRORS = {"fp32": 0.0, "bf16": 0.01, "int8": 0.03, "int4": 0.3}
+DTYPE_ERRORS = {"fp32": 0.0, "bf16": 0.03, "int8": 0.1}
+"""Relative errors to be expected of hidden states. What a model's really are, ``isthmus bench infer`` measures."""
+EVEN = 1.1
+"""Devices that differ by less in speed get equal parts."""
+ROUNDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be planned. ``memory_bytes``: each device's limit, its process included (None: what is free)."""
+
+    spec: TransformerSpec
+    request: InferenceRequest
+    profile: ClusterProfile
+    memory_bytes: tuple[int | None, ...] = ()
+    strategies: tuple[str, ...] = STRATEGIES
+    codecs: tuple[str, ...] = ("fp32",)
+    dtypes: tuple[str, ...] = ("fp32",)
+
+    def budget_bytes(self, rank: int) -> int:
+        free = self.profile.devices[rank].free_memory_bytes
+        limit = self.memory_bytes[rank] if self.memory_bytes else None
+        return free if limit is None else max(0, min(free, limit - PROCESS_BYTES))
+
+
+def allowed(max_error: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The (codecs, dtypes) each of whose expected errors is within ``max_error``; FP32 always is."""
+    codecs = tuple(name for name in CODECS if CODEC_ERRORS[name] <= max_error)
+    dtypes = tuple(name for name in DTYPES if DTYPE_ERRORS[name] <= max_error)
+    return codecs, dtypes
+
+
+def plans(
+    question: Question, ranks: tuple[int, ...], dtype: str, costs: dict[int, DeviceCosts]
+) -> Iterator[InferencePlan]:
+    if len(ranks) == 1:
+        if "single" in question.strategies:
+            yield InferencePlan(strategy="single", devices=ranks, weights=(1.0,), dtype=dtype)
+        return
+    form = question.spec.decoupling
+    if form is not None and len(ranks) > form.num_sub_blocks:
+        return
+    for strategy in ("tensor", "sequence", "pipeline") if form is None else ("block",):
+        if strategy not in question.strategies:
+            continue
+        if strategy not in ("tensor", "block") and question.request.num_new_tokens:
+            continue
+        if strategy == "pipeline" and len(ranks) > question.spec.num_layers:
+            continue
+        even = InferencePlan(strategy=strategy, devices=ranks, weights=(1.0,) * len(ranks), dtype=dtype)
+        balanced = _balanced(question, even, [costs[rank] for rank in ranks])
+        algorithms = ("two_step",)
+        if strategy == "tensor":
+            algorithms = ("two_step", "mesh") if question.request.num_new_tokens else ("two_step", "mesh", "scatter")
+        for weights in dict.fromkeys((even.weights, balanced, _within_memory(question, even, balanced))):
+            if weights is None or (strategy == "pipeline" and not _gives_layers_to_all(weights, question.spec)):
+                continue
+            for codec in question.codecs:
+                if strategy == "block":
+                    plan = replace(even, weights=weights, codec=codec)
+                    yield from _block_plans(question, plan, [costs[rank] for rank in ranks])
+                    continue
+                for algorithm in algorithms:
+                    yield replace(even, weights=weights, codec=codec, algorithm=algorithm)
+
+
+def _block_plans(question: Question, plan: InferencePlan, devices: Sequence[DeviceCosts]) -> Iterator[InferencePlan]:
+    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest."""
+    form = question.spec.decoupling
+    assert form is not None
+    devices = [sharing(device, len(devices), len(question.profile.devices)) for device in devices]
+
+    def seconds_of(steps: Sequence[Step]) -> float:
+        credits_ = [device.link.burst_bytes for device in devices]
+        return sum(step_s(step, devices, plan.codec, credits_) for step in steps)
+
+    kinds = tuple(GENERATING) if question.request.num_new_tokens else ORIGINAL_PLANS
+    best = best_originals(plan, question.spec, question.request, seconds_of, kinds)
+    for originals in dict.fromkeys((best, *((kind,) * len(form.original_layers) for kind in kinds))):
+        yield replace(plan, originals=originals)
+
+
+def _gives_layers_to_all(weights: Sequence[float], spec: TransformerSpec) -> bool:
+    return all(len(part) for part in divide(spec.num_layers, weights))
+
+
+def _balanced(question: Question, even: InferencePlan, devices: Sequence[DeviceCosts]) -> tuple[float, ...]:
+    """Weights with which all devices compute equally long, as far as whole heads and tokens allow."""
+    weights = [1.0] * len(devices)
+    for _ in range(ROUNDS):
+        total = sum(weights)
+        seconds = []
+        for device, weight in zip(devices, weights, strict=True):
+            share = weight / total
+            seconds.append(_part_s(question, even, device, share))
+        if max(seconds) < EVEN * min(seconds) and weights[0] == weights[-1] and len(set(weights)) == 1:
+            return even.weights
+        mean_s = sum(seconds) / len(seconds)
+        weights = [weight * mean_s / second for weight, second in zip(weights, seconds, strict=True)]
+    return tuple(round(weight / sum(weights), 4) for weight in weights)
+
+
+def _part_s(question: Question, plan: InferencePlan, device: DeviceCosts, share: float) -> float:
+    """Seconds of one layer for a device that has ``share`` of it, heads and tokens taken as divisible."""
+    request = question.request
+    rows = request.batch * (1 if request.num_new_tokens else request.num_tokens)  # tokens to come take most of the time
+    if plan.strategy == "block":
+        return device.work_s(Work(block_rows=rows, block_share=share))
+    if plan.strategy == "tensor":
+        return device.work_s(Work(attention_rows=rows, attention_share=share, mlp_rows=rows, mlp_share=share))
+    if plan.strategy == "pipeline":
+        rows = len(micro_batches(request.batch, request.num_tokens)[0]) * request.num_tokens
+        return share * device.work_s(Work(attention_rows=rows, attention_share=1.0, mlp_rows=rows, mlp_share=1.0))
+    own = max(1, round(rows * share))
+    return device.work_s(Work(attention_rows=own, attention_share=1.0, mlp_rows=own, mlp_share=1.0))
+
+
+def _within_memory(question: Question, even: InferencePlan, weights: tuple[float, ...]) -> tuple[float, ...] | None:
+    """``weights`` with what does not fit a device's memory moved to the others; None where nothing is to be moved, or
+    all together have too little room. For tensor parallelism and pipelines, where weights are memory."""
+    if even.strategy not in ("tensor", "pipeline"):
+        return None
+    spec, request, num_devices = question.spec, question.request, len(weights)
+    [whole] = device_shares(replace(even, strategy="single", devices=(0,), weights=(1.0,)), spec)
+    total = weight_bytes(spec, whole, even.dtype, spec.num_layers)
+    # A head and the unit of columns, or a layer, may be added by rounding.
+    slack = 1.0 / spec.num_layers
+    if even.strategy == "tensor":
+        slack = 1.0 / spec.num_heads + 16.0 / spec.intermediate_size
+    rest = working_bytes(spec, whole, request, num_devices)
+    most = [max(0.0, (question.budget_bytes(rank) - rest) / total - slack) for rank in even.devices]
+    parts = [weight / sum(weights) for weight in weights]
+    if sum(most) < 1 or all(part <= limit for part, limit in zip(parts, most, strict=True)):
+        return None
+    full: set[int] = set()
+    while over := [i for i in range(num_devices) if i not in full and parts[i] > most[i]]:
+        full |= set(over)
+        left = 1 - sum(most[i] for i in full)
+        free = sum(weights[i] for i in range(num_devices) if i not in full)
+        parts = [most[i] if i in full else left * weights[i] / free for i in range(num_devices)]
+    return tuple(round(part, 4) for part in parts)
