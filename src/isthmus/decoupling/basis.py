@@ -146,7 +146,8 @@ def change_basis(model: PreTrainedModel, basis_HH: Tensor) -> None:
                 matrix.copy_((matrix * half.norm.weight) @ basis_HH)
             half.norm.weight.fill_(1.0)
             half.writing.copy_(basis_HH.T @ half.writing)
-            if half.writer.bias is not None:
-                half.writer.bias.copy_(basis_HH.T @ half.writer.bias)
+            writer: Any = half.writer
+            if writer.bias is not None:
+                writer.bias.copy_(basis_HH.T @ writer.bias)
     head.weight.copy_((head.weight * body.norm.weight) @ basis_HH)
     body.norm.weight.fill_(1.0)

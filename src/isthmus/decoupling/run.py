@@ -27,6 +27,7 @@ from isthmus.evaluation.tasks import Task
 from isthmus.models.attention import use_blocked_attention
 from isthmus.reporting.environment import environment
 from isthmus.reporting.fidelity_plot import plot_fidelity
+from isthmus.spec.decoupling import Decoupling
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import DecoupleReport, FidelityPoint, TaskScore
@@ -175,22 +176,9 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
         source = fine_tuned(source, tokenizer, task, output, recipe, seed=options.seed, place=place, progress=progress)
         config = options.wanted.config(source.config)
     torch.manual_seed(options.seed)
-    progress.phase("reading the model")
-    original = source.load().to(device)  # type: ignore[arg-type]
     padding = pad_token_id(tokenizer)
     first = _first_batches(corpus, padding, device)
-    if wants_shared(options.basis, original):
-        progress.phase("changing the basis")
-        form = config.decoupling
-        layers = [layer for layer in range(config.num_hidden_layers) if layer not in form.original_layers]
-        with place.autocast():
-            share_basis(original, form.widths, layers, first, output / "checkpoints" / "basis.safetensors")
-    if options.original_layers == SENSITIVE:
-        config = _by_sensitivity(options, source, original, config, first, progress)
-    decoupled = source.decoupled(original, config).to(device)  # type: ignore[arg-type]
-    if device.type == "cpu":
-        for model in (original, decoupled):
-            use_blocked_attention(model)
+    original, decoupled = _pair(options, source, config, first, place, progress)
     trainer = _trainer(options, corpus, Distiller(original, decoupled, dtype=options.dtype), padding, progress, stop)
     if not (options.resume and trainer.resume()) and options.init == "fitted":
         with place.autocast():
@@ -207,16 +195,29 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
         )
     progress.phase("writing the model")
     source.write(decoupled.cpu(), output)
-    report = _report(options, corpus, trainer, result)
-    atomic_write(output / "report.json", to_json(report))
-    plot_fidelity(
-        report.curve, output / "fidelity.png", title=f"{Path(options.model).name}, {options.sub_blocks} sub-blocks"
-    )
-    progress.message(
-        f"model        {output} (AutoModel.from_pretrained loads it after `import isthmus`)\n"
-        f"fidelity     {output}/fidelity.png, report.json"
-    )
-    return report
+    return _written_report(options, corpus, trainer, result, progress)
+
+
+def _pair(
+    options: DecoupleOptions, source: Source, config: PretrainedConfig, first: list[Batch], place: Place, progress: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The original, in the basis that was asked for, and its copy with plain slices. ``first`` is some text."""
+    progress.phase("reading the model")
+    original = source.load().to(place.device)  # type: ignore[arg-type]
+    if wants_shared(options.basis, original):
+        progress.phase("changing the basis")
+        form: Decoupling = config.decoupling  # type: ignore[assignment]
+        layers = [layer for layer in range(source.config.num_hidden_layers) if layer not in form.original_layers]
+        path = Path(options.output) / "checkpoints" / "basis.safetensors"
+        with place.autocast():
+            share_basis(original, form.widths, layers, first, path)
+    if options.original_layers == SENSITIVE:
+        config = _by_sensitivity(options, source, original, config, first, progress)
+    decoupled = source.decoupled(original, config).to(place.device)  # type: ignore[arg-type]
+    if place.device.type == "cpu":
+        for model in (original, decoupled):
+            use_blocked_attention(model)
+    return original, decoupled
 
 
 def _seq_len(options: DecoupleOptions, source: Source) -> int:
@@ -304,7 +305,9 @@ def _trainer(
     )
 
 
-def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer, result: TaskScore | None) -> DecoupleReport:
+def _written_report(
+    options: DecoupleOptions, corpus: Corpus, trainer: Trainer, result: TaskScore | None, progress: Any
+) -> DecoupleReport:
     config = json.loads(json.dumps(asdict(options), default=str)) | {
         "num_texts": len(corpus.texts),
         "num_tokens": corpus.num_tokens,
@@ -324,4 +327,13 @@ def _report(options: DecoupleOptions, corpus: Corpus, trainer: Trainer, result: 
         )
         for record in trainer.records
     )
-    return DecoupleReport(config=config, environment=environment(), curve=curve, score=result)
+    report = DecoupleReport(config=config, environment=environment(), curve=curve, score=result)
+    output = Path(options.output)
+    atomic_write(output / "report.json", to_json(report))
+    title = f"{Path(options.model).name}, {options.sub_blocks} sub-blocks"
+    plot_fidelity(report.curve, output / "fidelity.png", title=title)
+    progress.message(
+        f"model        {output} (AutoModel.from_pretrained loads it after `import isthmus`)\n"
+        f"fidelity     {output}/fidelity.png, report.json"
+    )
+    return report
