@@ -21,6 +21,12 @@ def model_of(family: str) -> Any:
     return AutoModel.from_config(decoupled_config(tiny(family), fields))
 
 
+def up_of(model: Any) -> Any:
+    """The first layer's first matrix of the MLP."""
+    layer: Any = layers_of(model)[0]
+    return layer.intermediate.dense
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_every_parameter_has_one_optimizer_and_slices_are_cut_apart(family: str) -> None:
     model = model_of(family)
@@ -50,8 +56,8 @@ def test_a_sub_blocks_update_is_that_of_its_matrix_alone() -> None:
     for one, scale in ((model, 1.0), (other, 100.0)):
         muon = optimizers_of(one, matrix_factor=1.0, weight_decay=0.0)[1]
         one(input_ids=tokens()).last_hidden_state.square().sum().backward()
-        weight = layers_of(one)[0].intermediate.dense.weight
+        weight = up_of(one).weight
         weight.grad[:, 16:] *= scale  # the last slice's alone
         muon.step()
-    ours, theirs = (layers_of(one)[0].intermediate.dense.weight for one in (model, other))
+    ours, theirs = (up_of(one).weight for one in (model, other))
     torch.testing.assert_close(ours[:, :16], theirs[:, :16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_not_all_can_stay() -> None:
 @pytest.fixture
 def lopsided(encoder: Path, tmp_path: Path) -> Path:
     """The encoder with a first layer that does nothing, so that decoupling it costs nothing."""
-    model = BertModel.from_pretrained(encoder)
+    model: Any = BertModel.from_pretrained(encoder)
     layer = model.encoder.layer[0]
     with torch.no_grad():
         for dense in (layer.attention.output.dense, layer.output.dense):
