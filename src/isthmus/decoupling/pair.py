@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from isthmus.decoupling.slicing import copy_weights
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.decoupled.architectures import auto_class_of
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.sentence import copy_pooling
+from isthmus.models.transformer_families import read_config
 from isthmus.models.writer import copy_tokenizer
 from isthmus.spec.decoupling import original_layers_of, proportional_widths
 from isthmus.spec.errors import IsthmusError
@@ -105,13 +106,7 @@ class Source:
 def open_source(model: str | Path) -> Source:
     """Finds the checkpoint ``model`` and checks that it can be decoupled. Blocks for a Hugging Face id."""
     directory = resolve_checkpoint(model)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"model: {directory} has no config.json, wanted a Hugging Face checkpoint directory")
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise IsthmusError(f"model: cannot read the configuration in {directory}: {reason}") from error
+    config = read_config(directory)
     decoupled_config(config, {}) if config.model_type.startswith("decoupled_") else None
     checkpoint_files(directory)
     return Source(directory, config)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging
 
 from isthmus.data import load_tokenizer, read_records
@@ -27,6 +27,7 @@ from isthmus.evaluation.probe import probe
 from isthmus.evaluation.tasks import Task, open_task
 from isthmus.models.attention import use_blocked_attention
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
+from isthmus.models.transformer_families import read_config
 from isthmus.reporting.environment import environment
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -134,10 +135,8 @@ def _telling(console: Console | None) -> Iterator[Say]:
 
 def _candidate(model: str | Path) -> Candidate:
     directory = resolve_checkpoint(model)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"model: {directory} has no config.json, wanted a Hugging Face checkpoint directory")
+    config: Any = read_config(directory)
     checkpoint_files(directory)
-    config: Any = AutoConfig.from_pretrained(directory)
     num_layers = config.num_hidden_layers
     name = (config.architectures or [""])[0]
     return Candidate(

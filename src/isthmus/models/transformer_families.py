@@ -261,19 +261,25 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def read_config(directory: Path) -> PretrainedConfig:
+    """The configuration in ``directory``. Raises ``IsthmusError`` for one that transformers does not know, and
+    ``FileNotFoundError`` where there is none."""
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"model: {directory} has no config.json, wanted a Hugging Face checkpoint directory")
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise IsthmusError(f"model: cannot read the configuration in {directory}: {reason}") from error
+
+
 def read_family(directory: Path) -> tuple[PretrainedConfig, Family, TransformerSpec]:
     """The configuration in ``directory``, the family and what the model is made of.
 
     Raises ``IsthmusError`` for an architecture that is not supported (the message names those that are), and
     ``FileNotFoundError`` where there is no ``config.json``.
     """
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"model: {directory} has no config.json, wanted a Hugging Face checkpoint directory")
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise IsthmusError(f"model: cannot read the configuration in {directory}: {reason}") from error
+    config = read_config(directory)
     family = FAMILIES.get(getattr(config, "base_model_type", "") or config.model_type)
     if family is None:
         raise IsthmusError(
