@@ -177,9 +177,7 @@ class TrainingProgress:
         self._phase = None
         if self._is_plain:
             self._say_last_step()
-            self._line(
-                f"step {step}/{self.num_steps}  evaluation {text if isinstance(result, str) else f'loss {text}'}"
-            )
+            self._line(f"step {step}/{self.num_steps}  evaluation {text}")
 
     def message(self, text: str) -> None:
         """Prints a line that stays, above the panel."""
