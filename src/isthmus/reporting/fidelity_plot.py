@@ -20,14 +20,16 @@ def plot_fidelity(curve: Sequence[FidelityPoint], path: str | os.PathLike[str], 
     quiet_axes(axes)
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     minutes = [point.minutes for point in curve]
-    for (name, values), color in zip(_series(curve).items(), SERIES, strict=False):
+    series = _series(curve)
+    highest = max(values[-1] for values in series.values())
+    for (name, values), color in zip(series.items(), SERIES, strict=False):
         axes.plot(
             minutes, values, color=color, linewidth=1.8, marker="o", markersize=5, markeredgecolor="white", label=name
         )
         axes.annotate(
             f"{values[-1]:.3f}",
             (minutes[-1], values[-1]),
-            (6, -3),
+            (6, 1 if values[-1] == highest else -9),
             textcoords="offset points",
             fontsize=9,
             color=color,
