@@ -185,7 +185,8 @@ def test_unknown_choice_is_refused_with_the_choices(
         ("a.jsonl", "", r"a\.jsonl is empty"),
         ("a.jsonl", '{"text": ""}\n', r"a\.jsonl has nothing to predict"),
         ("a.txt", "", r"a\.txt has nothing to predict"),
-        ("a.csv", "text\n", r"a\.csv has the suffix \.csv, wanted one of"),
+        ("a.bin", "text\n", r"a\.bin has the suffix \.bin, wanted one of"),
+        ("a.csv", "text\n", r"a\.csv is empty, wanted at least one record"),
     ],
 )
 def test_bad_data_names_the_line(
