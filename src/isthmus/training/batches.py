@@ -22,6 +22,9 @@ class BatchStream:
     A text is its token ids (T,), or (2, T): ids, and token types as pairs of texts have. Texts of like length meet:
     within chunks of 50 batches they are sorted by length, then the batches are shuffled. The same arguments give the
     same batches. Of several processes each takes every ``num_parts``-th batch, from ``part``.
+
+    ``crossed_share`` of the texts of a batch go on with the rest of another text of that batch from some token on
+    (``crossed``), anew in each epoch: for labels that are computed from whatever comes.
     """
 
     def __init__(
@@ -33,11 +36,12 @@ class BatchStream:
         seed: int,
         part: int = 0,
         num_parts: int = 1,
+        crossed_share: float = 0.0,
     ) -> None:
         self._texts = texts
         self._lengths = np.array([text.shape[-1] for text in texts])
         self._tokens_per_batch, self._pad_token_id, self._seed = tokens_per_batch, pad_token_id, seed
-        self._part, self._num_parts = part, num_parts
+        self._part, self._num_parts, self._crossed_share = part, num_parts, crossed_share
         self._epoch = self._position = 0
         self._batches = self._shuffled()
 
@@ -46,9 +50,12 @@ class BatchStream:
         while self._position + self._part >= len(self._batches):
             self._epoch, self._position = self._epoch + 1, 0
             self._batches = self._shuffled()
-        numbers = self._batches[self._position + self._part]
+        place = self._position + self._part
         self._position += self._num_parts
-        return collate([self._texts[number] for number in numbers], self._pad_token_id)
+        texts = [self._texts[number] for number in self._batches[place]]
+        if self._crossed_share:
+            texts = crossed(texts, self._crossed_share, np.random.default_rng([self._seed, 2, self._epoch, place]))
+        return collate(texts, self._pad_token_id)
 
     def state(self) -> dict[str, int]:
         """What ``restore`` needs to go on with the very next batch; plain JSON."""
@@ -75,6 +82,22 @@ class BatchStream:
         # A whole number of rounds, so that all processes take equally many.
         num_whole = max(1, len(batches) // self._num_parts) * self._num_parts
         return [batches[index % len(batches)] for index in rng.permutation(max(len(batches), num_whole))[:num_whole]]
+
+
+def crossed(texts: Sequence[np.ndarray], share: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """``texts``, of which about ``share`` have the beginning of one and the rest of another (or of the same) text: the
+    first and the last token, which may be special, come from a first and a last."""
+    others = rng.permutation(len(texts))
+    drawn, places = rng.random(len(texts)), rng.random(len(texts))
+    result = []
+    for text, other, chance, place in zip(texts, others, drawn, places, strict=True):
+        rest = texts[other]
+        shorter = min(text.shape[-1], rest.shape[-1])
+        if chance < share and shorter > 1 and text.ndim == rest.ndim:
+            first = 1 + int(place * (shorter - 1))
+            text = np.concatenate([text[..., :first], rest[..., first:]], axis=-1)
+        result.append(text)
+    return result
 
 
 def cut(numbers: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
