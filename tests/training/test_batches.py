@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.spec.errors import IsthmusError
-from isthmus.training.batches import BatchStream, crossed
+from isthmus.training.batches import BatchStream, crossed, replaced
 
 PAD, FIRST, LAST = 0, 1, 2
 
@@ -27,10 +27,10 @@ def stream_of(texts: list[np.ndarray], **options: float) -> BatchStream:
     return BatchStream(texts, **(defaults | options))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("crossed_share", [0.0, 0.7])
-def test_each_text_comes_once_an_epoch(crossed_share: float):
+@pytest.mark.parametrize("shares", [{}, {"crossed_share": 0.7, "replaced_share": 0.2}], ids=["plain", "varied"])
+def test_each_text_comes_once_an_epoch(shares: dict[str, float]):
     texts, seen = texts_of(60), 0
-    stream = stream_of(texts, crossed_share=crossed_share)
+    stream = stream_of(texts, **shares)
     while seen < len(texts):
         batch = stream.next()
         assert batch["input_ids"].numel() <= 48 or len(batch["input_ids"]) == 1
@@ -40,13 +40,13 @@ def test_each_text_comes_once_an_epoch(crossed_share: float):
     assert stream.state()["epoch"] == 1
 
 
-@pytest.mark.parametrize("crossed_share", [0.0, 0.7])
-def test_goes_on_with_the_very_next_batch(crossed_share: float):
+@pytest.mark.parametrize("shares", [{}, {"crossed_share": 0.7, "replaced_share": 0.2}], ids=["plain", "varied"])
+def test_goes_on_with_the_very_next_batch(shares: dict[str, float]):
     texts = texts_of(60)
-    whole = stream_of(texts, crossed_share=crossed_share)
+    whole = stream_of(texts, **shares)
     for _ in range(17):
         whole.next()
-    resumed = stream_of(texts, crossed_share=crossed_share)
+    resumed = stream_of(texts, **shares)
     resumed.restore(whole.state())
     for _ in range(20):
         ours, theirs = resumed.next(), whole.next()
@@ -90,6 +90,33 @@ def test_the_share_is_about_what_was_asked():
     changed = sum(not np.array_equal(text, new) for text, new in zip(texts, result, strict=True))
     assert 0.3 < changed / 2000 < 0.55  # a rest of the last token alone changes nothing where lengths agree
     assert all(new is text for text, new in zip(texts, crossed(texts, 0.0, np.random.default_rng(0)), strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(num=st.integers(1, 30), share=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_replaced_tokens_are_others_of_the_batch_and_ends_stay(num: int, share: float, seed: int):
+    texts = texts_of(num, seed)
+    before = [text.copy() for text in texts]
+    result = replaced(texts, share, np.random.default_rng(seed))
+    inner = {token for text in texts for token in text[1:-1]}
+    for text, old, new in zip(texts, before, result, strict=True):
+        assert (text == old).all(), "the text itself is left as it was"
+        assert (len(new), new[0], new[-1]) == (len(text), FIRST, LAST)
+        assert set(new[1:-1]) <= inner
+
+
+def test_about_the_share_that_was_asked_is_replaced():
+    texts = texts_of(2000)
+    result = replaced(texts, 0.2, np.random.default_rng(0))
+    changed = sum(int((text != new).sum()) for text, new in zip(texts, result, strict=True))
+    assert changed / sum(len(text) - 2 for text in texts) == pytest.approx(0.2, abs=0.02)
+
+
+def test_replacing_in_pairs_leaves_token_types():
+    texts = [np.stack([np.arange(10, 16) + 10 * k, np.full(6, k)]) for k in range(2)]
+    result = replaced(texts, 1.0, np.random.default_rng(0))
+    assert all((text[1] == new[1]).all() for text, new in zip(texts, result, strict=True))
+    assert any((text[0] != new[0]).any() for text, new in zip(texts, result, strict=True))
 
 
 def test_pairs_keep_their_token_types():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -48,7 +48,7 @@ class Distiller:
     """``original`` and ``decoupled`` side by side: what one batch costs, and how far apart they are.
 
     Both are of one family and on one device, with the same head or none: that of a language model or of a classifier
-    is distilled too.
+    is distilled too. An encoder's tables of embeddings stay the original's.
     """
 
     def __init__(
@@ -72,6 +72,10 @@ class Distiller:
         self._original_result: Any = None
         for parameter in original.parameters():
             parameter.requires_grad_(False)
+        if not self.is_causal:  # trained, they learn the text by heart: docs/log.md
+            for module in decoupled.modules():
+                if isinstance(module, nn.Embedding):
+                    module.weight.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:

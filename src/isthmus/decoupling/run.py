@@ -40,8 +40,8 @@ from isthmus.training.output import check_output, clear_output
 DEFAULT_MINUTES = 30.0
 EVALUATION_TOKENS = 4096
 SENSITIVE = "sensitive"
-CROSSED_SHARE = 0.7
-"""Of an encoder's texts: with them as they are the copy knows them by heart after a few epochs (docs/log.md)."""
+CROSSED_SHARE, REPLACED_SHARE = 0.7, 0.1
+"""Of an encoder's texts and tokens: as they are, the copy knows the texts by heart after a few epochs (docs/log.md)."""
 FIT_TOKENS = 8192
 """Tokens that slices are fitted on; more were no better (docs/log.md)."""
 
@@ -294,6 +294,7 @@ def _trainer(
         part=rank,
         num_parts=world_size,
         crossed_share=0.0 if distiller.is_causal else CROSSED_SHARE,
+        replaced_share=0.0 if distiller.is_causal else REPLACED_SHARE,
     )
     held_out = fixed_batches(corpus.held_out, EVALUATION_TOKENS, padding)
     return Trainer(

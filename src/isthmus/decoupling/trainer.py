@@ -169,7 +169,7 @@ class Trainer:
             warmup = max(min(2 * MEASURED_STEPS, self.num_steps // 4), round(options.warmup * self.num_steps))
             rate = learning_rate_at(
                 self.step + 1,
-                schedule="cosine",
+                schedule="linear",
                 learning_rate=options.learning_rate,
                 num_steps=self.num_steps + 1,
                 warmup=warmup,

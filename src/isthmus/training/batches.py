@@ -24,7 +24,8 @@ class BatchStream:
     same batches. Of several processes each takes every ``num_parts``-th batch, from ``part``.
 
     ``crossed_share`` of the texts of a batch go on with the rest of another text of that batch from some token on
-    (``crossed``), anew in each epoch: for labels that are computed from whatever comes.
+    (``crossed``), then ``replaced_share`` of the tokens become other tokens of that batch (``replaced``), anew in each
+    epoch: for labels that are computed from whatever comes.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class BatchStream:
         part: int = 0,
         num_parts: int = 1,
         crossed_share: float = 0.0,
+        replaced_share: float = 0.0,
     ) -> None:
         self._texts = texts
         self._lengths = np.array([text.shape[-1] for text in texts])
         self._tokens_per_batch, self._pad_token_id, self._seed = tokens_per_batch, pad_token_id, seed
-        self._part, self._num_parts, self._crossed_share = part, num_parts, crossed_share
+        self._part, self._num_parts = part, num_parts
+        self._crossed_share, self._replaced_share = crossed_share, replaced_share
         self._epoch = self._position = 0
         self._batches = self._shuffled()
 
@@ -53,8 +56,11 @@ class BatchStream:
         place = self._position + self._part
         self._position += self._num_parts
         texts = [self._texts[number] for number in self._batches[place]]
+        rng = np.random.default_rng([self._seed, 2, self._epoch, place])
         if self._crossed_share:
-            texts = crossed(texts, self._crossed_share, np.random.default_rng([self._seed, 2, self._epoch, place]))
+            texts = crossed(texts, self._crossed_share, rng)
+        if self._replaced_share:
+            texts = replaced(texts, self._replaced_share, rng)
         return collate(texts, self._pad_token_id)
 
     def state(self) -> dict[str, int]:
@@ -96,6 +102,21 @@ def crossed(texts: Sequence[np.ndarray], share: float, rng: np.random.Generator)
         if chance < share and shorter > 1 and text.ndim == rest.ndim:
             first = 1 + int(place * (shorter - 1))
             text = np.concatenate([text[..., :first], rest[..., first:]], axis=-1)
+        result.append(text)
+    return result
+
+
+def replaced(texts: Sequence[np.ndarray], share: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """``texts``, of whose tokens about ``share`` are any of ``texts``' instead; first and last ones, which may be
+    special, stay and are put nowhere. Token types stay."""
+    inner = np.concatenate([np.atleast_2d(text)[0, 1:-1] for text in texts])
+    result = []
+    for text in texts:
+        text = text.copy()
+        ids = text if text.ndim == 1 else text[0]
+        [places] = np.nonzero(rng.random(max(0, len(ids) - 2)) < share)
+        if len(places):
+            ids[1 + places] = rng.choice(inner, len(places))
         result.append(text)
     return result
 
