@@ -19,8 +19,8 @@ from isthmus.inference.kernels import load_kernels
 from isthmus.models.decoupled import architectures
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
-from isthmus.planning.block_steps import original_shares, sub_blocks_of
-from isthmus.planning.device_costs import block_weight_bytes
+from isthmus.planning.block_steps import sub_blocks_of
+from isthmus.planning.pieces import held_bytes, pieces_of
 from isthmus.planning.workload import passes, workload
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
@@ -146,8 +146,8 @@ def test_the_planner_knows_what_is_sent_and_held(
 
     def work(group: Group) -> tuple[int, int, int]:
         with Engine(directory, group=group, plan=plan) as engine:
-            held, before = engine.local_model, engine.stats
-            assert held is not None and before is not None
+            [held], before = engine.local_models, engine.stats
+            assert before is not None
             if engine.is_leader:
                 engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
             else:
@@ -164,9 +164,7 @@ def test_the_planner_knows_what_is_sent_and_held(
     load = workload(plan, spec, request)
     assert tuple(sent for sent, _, _ in found) == load.sent_bytes()
     assert found[0][1] == load.num_exchanges()
-    for (_, _, held), own, shares in zip(found, sub_blocks_of(plan, spec), original_shares(plan, spec), strict=True):
-        blocks = [spec.sub_block(number) for number in range(own.start, own.stop)]
-        assert held == block_weight_bytes(spec, blocks, shares, "fp32")
+    assert [held for _, _, held in found] == [held_bytes(spec, pieces) for pieces in pieces_of(plan, spec)]
 
 
 def test_what_does_not_fit_is_refused(saved: Saved, checkpoint: Callable[[str], Path]) -> None:

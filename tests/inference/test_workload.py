@@ -54,14 +54,15 @@ def measured(directory: Path, plan: InferencePlan, request: InferenceRequest) ->
 
     def work(group: Group) -> tuple[int, int, int] | None:
         with Engine(directory, group=group, plan=plan) as engine:
-            model, before = engine.local_model, engine.stats
+            models, before = engine.local_models, engine.stats
             if engine.is_leader:
                 engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
             else:
                 engine.follow_once()
             after = engine.stats
-            if model is None:
+            if not models:
                 return None
+            [model] = models
             if before is None or after is None:
                 return 0, 0, model.num_bytes
             sent = after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges
@@ -144,8 +145,7 @@ def test_bytes_exchanges_and_memory_of_generating_are_those_of_a_real_run(
                     stats.append((after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges))
                 else:
                     stats.append((0, 0))
-                model = engine.local_model
-                assert model is not None
+                [model] = engine.local_models
                 slots = 2 * len(model.layers) * batch * (5 + request.num_new_tokens)
                 held.append(4 * slots * model.layers[0].num_cached_heads * spec.head_size)
         if not engine.is_leader:

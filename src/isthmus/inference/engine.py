@@ -1,7 +1,8 @@
 """``Engine``: one model on one or several devices that answer a request together.
 
 The device with rank 0 leads: it is asked, tells the others what to compute, and has the answer. The others ``follow``.
-Every request begins with a header that all receive, so that devices never disagree about what comes next.
+Every request begins with a header that all receive, so that devices never disagree about what comes next. With several
+plans it says which: all of them stay loaded, so that another one for the next request moves no weights.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from isthmus.inference.generation import Generation, OnTokens, check_can_generate, check_length
+from isthmus.inference.execution import Execution
+from isthmus.inference.generation import OnTokens, check_can_generate, check_length
+from isthmus.inference.layer import Layer
 from isthmus.inference.model import LocalModel
 from isthmus.inference.prompting import Answers, encode_prompts, end_and_padding, pad_left
-from isthmus.inference.strategies import make_strategy
-from isthmus.inference.strategies.base import Strategy, Tokens
+from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.sentence import read_pooling
 from isthmus.models.shards import ShardReader
+from isthmus.planning.pieces import Piece
 from isthmus.planning.workload import check_strategy
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import Completion, GenerationSettings
-from isthmus.spec.inference import InferencePlan
+from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
-from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import TransportStats
 from isthmus.transport.errors import TransportError
@@ -52,13 +54,15 @@ class Engine:
         model: str | Path,
         *,
         group: Group | None = None,
-        plan: InferencePlan | None = None,
+        plan: InferencePlan | Sequence[InferencePlan] | None = None,
+        planner: RuntimePlanner | None = None,
         progress: Callable[[float], None] = lambda share: None,
-        known: Sequence[LocalModel] = (),
+        known: dict[Piece, Layer] | None = None,
     ) -> None:
         """Reads this device's part of ``model`` (a directory or a Hugging Face id). Called on every device of ``group``
-        with the same ``plan``; without one, all devices divide heads and columns evenly in FP32.
-        ``known``: what other engines of this device have read of the same model (``local_model``).
+        with the same ``plan``; without one, all devices divide heads and columns evenly in FP32. Of several plans the
+        leader's ``planner`` picks one for each request, without one the first.
+        ``known``: what other engines of this device have read of the same model; what this one reads is added.
 
         Raises ``IsthmusError`` for a model that cannot be divided, ``FileNotFoundError`` for none.
         """
@@ -66,23 +70,40 @@ class Engine:
         self.directory = resolve_checkpoint(model)
         self._reader = ShardReader(self.directory)
         self.spec = self._reader.spec
-        self.plan = plan or InferencePlan.even("tensor" if self.spec.decoupling is None else "block", num_devices)
-        if self.plan.devices[-1] >= num_devices or self.plan.devices[0] != 0:
-            raise IsthmusError(
-                f"devices: got ranks {self.plan.devices} in the plan for {num_devices}, wanted 0 among them"
-            )
-        check_strategy(self.plan, self.spec)
-        self.group = group
+        if plan is None:
+            plan = InferencePlan.even("tensor" if self.spec.decoupling is None else "block", num_devices)
+        self.plans = (plan,) if isinstance(plan, InferencePlan) else tuple(plan)
+        for each in self.plans:
+            if each.devices[-1] >= num_devices or each.devices[0] != 0:
+                raise IsthmusError(
+                    f"devices: got ranks {each.devices} in the plan for {num_devices}, wanted 0 among them"
+                )
+            check_strategy(each, self.spec)
+        self.plan = self.plans[0]
+        """Of the request that was answered last."""
+        self.group, self._planner = group, planner
         rank = group.rank if group is not None else 0
         self.is_leader = rank == 0
-        self._working: Group | None = None
-        if group is not None and rank in self.plan.devices and len(self.plan.devices) > 1:
-            self._working = group.subgroup(self.plan.devices) if len(self.plan.devices) < num_devices else group
-        takes_part = rank in self.plan.devices
-        self._strategy: Strategy | None = None
-        if takes_part:
-            self._strategy = make_strategy(self.plan, self._reader, self._working, progress, known)
-        self._generation: Generation | None = None
+        self._groups: dict[tuple[int, ...], Group] = {}
+        self._members = tuple(sorted({device for each in self.plans for device in each.devices}))
+        """Devices that some plan needs; the leader tells them what comes."""
+        self._everybody = self._group_of(self._members)
+        known = {} if known is None else known
+        self._executions: list[Execution | None] = []
+        for number, each in enumerate(self.plans):
+            working, before = self._group_of(each.devices), number / len(self.plans)
+            self._executions.append(
+                Execution(
+                    each,
+                    self._reader,
+                    working,
+                    lambda share, before=before: progress(before + share / len(self.plans)),
+                    known,
+                )
+                if rank in each.devices
+                else None
+            )
+        self._last: Execution | None = None
         self._tokenizer: Any = None
 
     def __enter__(self) -> Self:
@@ -90,26 +111,32 @@ class Engine:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, TransportError):
-            self._strategy = None  # nobody can be told any more, and the error is to be seen
+            self._executions = []  # nobody can be told any more, and the error is to be seen
         else:
             self.close()
 
     def close(self) -> None:
         """Lets the followers go. The group stays open: it is the caller's."""
-        if self.is_leader and self._working is not None and self._strategy is not None:
+        if self.is_leader and self._everybody is not None and self._executions:
+            self._collected()
             self._announce(_Request.STOP, (0, 0))
-        self._strategy = None
+        self._executions = []
 
     @property
-    def local_model(self) -> LocalModel | None:
-        """What this device holds; None where it has no part, or the engine is closed."""
-        return None if self._strategy is None else self._strategy.model
+    def local_models(self) -> list[LocalModel]:
+        """What this device holds for each plan that it has a part in; none where the engine is closed."""
+        return [execution.strategy.model for execution in self._own]
 
     @property
     def stats(self) -> TransportStats | None:
-        """What this device has sent and received under this engine's plan; None where it works with no other. Where
-        the plan has all devices of the group, what went over the group before is in it."""
-        return None if self._working is None else self._working.stats
+        """What this device has sent and received with others; None where it works with no other. Where a plan has all
+        devices of the group, what went over the group before is in it."""
+        groups = {id(group): group for group in (self._everybody, *(each.group for each in self._own)) if group}
+        return TransportStats.total(group.stats for group in groups.values()) if groups else None
+
+    @property
+    def _own(self) -> list[Execution]:
+        return [execution for execution in self._executions if execution is not None]
 
     @property
     def tokenizer(self) -> Any:
@@ -208,14 +235,14 @@ class Engine:
     ) -> Tensor:
         """New tokens (B, n) of prompts that are padded on the left. See ``generate`` and ``Generation.run``."""
         self._check_leads()
-        check_can_generate(self._reader, self.plan)
+        for plan in self.plans:
+            check_can_generate(self._reader, plan)
         check_length(self._reader, ids_BT.shape[1], settings.max_new_tokens)
         text = torch.frombuffer(bytearray(to_json(settings).encode()), dtype=torch.uint8)
-        self._announce(_Request.GENERATE, ids_BT.shape, len(text))
-        if self._working is not None:
-            self._working.broadcast(torch.stack((ids_BT, attended_BT.long())))
-            self._working.broadcast(text)
-        return self._generate(ids_BT, attended_BT, settings, on_tokens)
+        execution = self._begin(_Request.GENERATE, ids_BT, attended_BT, settings.max_new_tokens, len(text))
+        if execution.group is not None:
+            execution.group.broadcast(text)
+        return execution.generate(ids_BT, attended_BT, settings, on_tokens)
 
     def _check_leads(self) -> None:
         if not self.is_leader:
@@ -228,16 +255,55 @@ class Engine:
                 f"text: {ids_BT.shape[1]} tokens, and {self.spec.model_type} at {self.directory} allows "
                 f"{self.spec.max_num_tokens}; shorten it or divide it"
             )
-        self._announce(request, ids_BT.shape)
-        if self._working is not None:
-            self._working.broadcast(torch.stack((ids_BT, attended_BT.long())))
-        answer = self._compute(request, ids_BT, attended_BT)
-        assert answer is not None
-        return answer
+        execution = self._begin(request, ids_BT, attended_BT)
+        return _answer(request, execution, ids_BT, attended_BT)
 
-    def _announce(self, request: _Request, shape: Sequence[int], num_settings_bytes: int = 0) -> None:
-        if self._working is not None:
-            self._working.broadcast(torch.tensor([request, *shape, num_settings_bytes]))
+    def _begin(
+        self,
+        request: _Request,
+        ids_BT: Tensor,
+        attended_BT: Tensor,
+        num_new_tokens: int = 0,
+        num_settings_bytes: int = 0,
+    ) -> Execution:
+        """Chooses a plan, and gives its devices the tokens."""
+        number = 0
+        if len(self.plans) > 1:
+            rates_NN = self._collected()
+            if self._planner is not None:
+                self._planner.observe(rates_NN.tolist())
+                batch, num_tokens = ids_BT.shape
+                asked = InferenceRequest(num_tokens=num_tokens, batch=batch, num_new_tokens=num_new_tokens)
+                number = self._planner.choose(asked)
+        self.plan = self.plans[number]
+        self._announce(request, ids_BT.shape, num_settings_bytes, number)
+        execution = self._executions[number]
+        assert execution is not None
+        self._last = execution
+        if execution.group is not None:
+            execution.group.broadcast(torch.stack((ids_BT, attended_BT.long())))
+        return execution
+
+    def _announce(self, request: _Request, shape: Sequence[int], num_settings_bytes: int = 0, number: int = 0) -> None:
+        if self._everybody is not None:
+            self._everybody.broadcast(torch.tensor([request, *shape, num_settings_bytes, number]))
+
+    def _collected(self) -> Tensor:
+        """Bytes a second (N, N) that each device (row) got from each (column) in the last request; 0 where nothing is
+        known. The others have sent theirs once they were done: nobody waits for them who would not wait anyway."""
+        size = 1 if self.group is None else self.group.world_size
+        rates_NN, execution = torch.zeros(size, size), self._last
+        if (
+            len(self.plans) > 1
+            and execution is not None
+            and execution.group is not None
+            and self._everybody is not None
+        ):
+            rates_NN[0] = self._rates(execution)
+            for device in execution.plan.devices[1:]:
+                self._everybody.recv(rates_NN[device], self._members.index(device))
+        self._last = None
+        return rates_NN
 
     # --- everybody ----------------------------------------------------------------------------------------------------
 
@@ -247,59 +313,52 @@ class Engine:
             pass
 
     def follow_once(self) -> bool:
-        """Computes one request. False: the leader has closed, or this device has no part."""
-        if self._working is None:
+        """Computes one request, or learns that it is not needed for it. False: the leader has closed, or this device
+        has no part in any plan."""
+        if self._everybody is None:
             return False
-        header = torch.empty(4, dtype=torch.int64)
-        self._working.broadcast(header)
-        request, batch, num_tokens, num_settings_bytes = header.tolist()
+        header = torch.empty(5, dtype=torch.int64)
+        self._everybody.broadcast(header)
+        request, batch, num_tokens, num_settings_bytes, number = header.tolist()
         if request == _Request.STOP:
             return False
+        self.plan, execution = self.plans[number], self._executions[number]
+        if execution is None or execution.group is None:
+            return True
         tokens = torch.empty(2, batch, num_tokens, dtype=torch.int64)
-        self._working.broadcast(tokens)
+        execution.group.broadcast(tokens)
+        ids_BT, attended_BT = tokens[0], tokens[1].bool()
         if request == _Request.GENERATE:
             text = torch.empty(num_settings_bytes, dtype=torch.uint8)
-            self._working.broadcast(text)
+            execution.group.broadcast(text)
             settings = from_json(GenerationSettings, bytes(text.tolist()).decode())
-            self._generate(tokens[0], tokens[1].bool(), settings)
+            execution.generate(ids_BT, attended_BT, settings, lambda ids: False)
         else:
-            self._compute(_Request(request), tokens[0], tokens[1].bool())
+            _answer(_Request(request), execution, ids_BT, attended_BT)
+        if len(self.plans) > 1:
+            self._everybody.send(self._rates(execution), 0)
         return True
 
-    def _generate(
-        self,
-        ids_BT: Tensor,
-        attended_BT: Tensor,
-        settings: GenerationSettings,
-        on_tokens: OnTokens = lambda ids: False,
-    ) -> Tensor:
-        if self._generation is None:
-            assert self._strategy is not None
-            self._generation = Generation(self._strategy, self._reader, self.plan)
-        return self._generation.run(ids_BT, attended_BT.bool(), settings, on_tokens)
+    def _rates(self, execution: Execution) -> Tensor:
+        """Bytes a second (N,) that this device got from each in the last request; 0 where nothing is known."""
+        assert self.group is not None and execution.group is not None
+        rates_N = torch.zeros(self.group.world_size)
+        for peer, rate in execution.group.take_arrival_rates().items():
+            rates_N[execution.plan.devices[peer]] = rate
+        return rates_N
 
-    @torch.inference_mode()
-    def _compute(self, request: _Request, ids_BT: Tensor, attended_BT: Tensor) -> Tensor | None:
-        """The leader's answer; what it is on the others does not matter."""
-        assert self._strategy is not None
-        tokens = Tokens.of(ids_BT, attended_BT, is_decoder=self.spec.is_decoder)
-        hidden_BtH = self._strategy.run(tokens)
-        ranges = self._strategy.token_ranges(ids_BT.shape[1])
-        if request == _Request.TOKENS:
-            return hidden_BtH if ranges is None else self._gather(hidden_BtH, ranges)
-        if ranges is None or self._working is None:
-            return (hidden_BtH * attended_BT[:, :, None]).sum(dim=1)
-        own = ranges[self._working.rank]
-        part_BH = (hidden_BtH * attended_BT[:, own.start : own.stop, None]).sum(dim=1, keepdim=True)
-        parts_BRH = self._gather(part_BH, [Range(start=rank, stop=rank + 1) for rank in range(len(ranges))])
-        return None if parts_BRH is None else parts_BRH.sum(dim=1)
+    def _group_of(self, devices: tuple[int, ...]) -> Group | None:
+        """Of those devices, made once; None where this is the only one or not among them. Called on all alike."""
+        group = self.group
+        if group is None or group.rank not in devices or len(devices) == 1:
+            return None
+        if len(devices) == group.world_size and len(self.plans) == 1:
+            return group
+        if devices not in self._groups:
+            self._groups[devices] = group.subgroup(devices)
+        return self._groups[devices]
 
-    def _gather(self, part_BtH: Tensor, ranges: list[Range]) -> Tensor | None:
-        """The devices' parts one after the other along dimension 1, on the leader; None on the others."""
-        assert self._working is not None
-        shape = (part_BtH.shape[0], -1, part_BtH.shape[2])
-        sizes = [len(part) * shape[0] * shape[2] for part in ranges]
-        flat = torch.empty(sum(sizes) if self.is_leader else 0)
-        outputs = list(flat.split(sizes)) if self.is_leader else None
-        self._working.gather(outputs, part_BtH.contiguous())
-        return None if outputs is None else torch.cat([part.view(shape) for part in outputs], dim=1)
+
+def _answer(request: _Request, execution: Execution, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+    compute = execution.hidden if request == _Request.TOKENS else execution.total
+    return compute(ids_BT, attended_BT)

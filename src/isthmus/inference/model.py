@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from isthmus.inference.kernels import ACTIVATIONS, load_kernels
 from isthmus.inference.layer import Layer, Norm, Rotation
 from isthmus.models.shards import ShardReader
+from isthmus.planning.pieces import Piece
 from isthmus.spec.transformer import LayerShare, Range, SubBlock
 
 
@@ -29,11 +30,13 @@ class LocalModel:
         layer_range: Range | None = None,
         sub_blocks: Range | None = None,
         original_shares: Mapping[int, LayerShare | None] | None = None,
+        known: dict[Piece, Layer] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``sub_blocks`` of
         decoupled ones, None: all of them. ``original_shares``: of a decoupled model's original layers other shares than
-        ``share``, by number; None is no part. ``progress`` gets 0 to 1."""
+        ``share``, by number; None is no part. What ``known`` has is not read again; what is read is added to it.
+        ``progress`` gets 0 to 1."""
         self.spec = reader.spec
         self.share = share
         self.dtype = dtype
@@ -48,13 +51,14 @@ class LocalModel:
             sub_blocks = Range(start=0, stop=0 if form is None else form.num_sub_blocks)
         self.sub_blocks = [self.spec.sub_block(number) for number in range(sub_blocks.start, sub_blocks.stop)]
         self.original_shares = dict(original_shares or {})
+        self._known = {} if known is None else known
         self.originals: dict[int, Layer] = {}
         self.blocks: dict[int, list[Layer]] = {}
         for number in range(self.layer_range.start, self.layer_range.stop):
             if self.spec.is_decoupled(number):
                 self.blocks[number] = [self._sub_block(reader, number, part) for part in self.sub_blocks]
             elif (own := self.original_shares.get(number, share)) is not None:
-                self.originals[number] = Layer(reader, number, own, dtype, self.kernels)
+                self.originals[number] = self._layer(reader, Piece.of_layer(number, own, dtype))
             reader.release()
             progress((number + 1 - self.layer_range.start) / len(self.layer_range))
         self.layers = list(self.originals.values())
@@ -65,20 +69,19 @@ class LocalModel:
         }
 
     @property
-    def holds(self) -> tuple[LayerShare, str, Range, list[SubBlock], dict[int, LayerShare | None]]:
-        """What this was read for."""
-        return self.share, self.dtype, self.layer_range, self.sub_blocks, self.original_shares
-
-    @property
     def num_bytes(self) -> int:
         """Of the matrices."""
         blocks = (block for blocks in self.blocks.values() for block in blocks)
         return sum(layer.num_bytes for layer in (*self.layers, *blocks))
 
     def _sub_block(self, reader: ShardReader, number: int, part: SubBlock) -> Layer:
-        whole = LayerShare.whole(self.spec)
-        share = LayerShare(heads=part.heads, columns=whole.columns, vocabulary=whole.vocabulary)
-        return Layer(reader, number, share, self.dtype, self.kernels, sub_block=part)
+        return self._layer(reader, Piece.of_sub_block(number, part, self.spec, self.dtype))
+
+    def _layer(self, reader: ShardReader, piece: Piece) -> Layer:
+        if piece not in self._known:
+            share = LayerShare(heads=piece.heads, columns=piece.columns, vocabulary=self.share.vocabulary)
+            self._known[piece] = Layer(reader, piece.layer, share, piece.dtype, self.kernels, sub_block=piece.sub_block)
+        return self._known[piece]
 
     def embed(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Hidden states (B, T, H), FP32, before the first layer."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from isthmus.inference.engine import Engine
-from isthmus.inference.model import LocalModel
+from isthmus.inference.layer import Layer
 from isthmus.models.shards import ShardReader
+from isthmus.planning.pieces import Piece, held_bytes, pieces_of
 from isthmus.profiling.limits import free_memory_bytes
 from isthmus.profiling.network import start
 from isthmus.spec.generation import GenerationSettings
@@ -60,12 +61,9 @@ def time_plans(
     Called on all devices of ``group`` alike; blocks. Engines are closed with ``stack``.
     """
     engines: list[Engine] = []
-    known: list[LocalModel] = []
+    known: dict[Piece, Layer] = {}
     for plan in plans:
-        engine = stack.enter_context(Engine(reader.directory, group=group, plan=plan, known=known))
-        engines.append(engine)
-        if engine.local_model is not None and engine.local_model not in known:
-            known.append(engine.local_model)
+        engines.append(stack.enter_context(Engine(reader.directory, group=group, plan=plan, known=known)))
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(reader.spec.vocab_size, (request.batch, request.num_tokens), generator=generator)
     found = [Timed() for _ in plans]
@@ -134,13 +132,14 @@ def _share_most(group: Group | None, found: Sequence[Timed]) -> None:
         timed.sent_bytes = most
 
 
-def _compare(reader: ShardReader, known: Sequence[LocalModel], ids_BT: Tensor, found: Sequence[Timed]) -> None:
+def _compare(reader: ShardReader, known: dict[Piece, Layer], ids_BT: Tensor, found: Sequence[Timed]) -> None:
     """Fills in ``max_rel_error``, unless this device's memory has no room for the whole model in FP32."""
     spec = reader.spec
-    num_bytes = 4 * spec.num_layers * (spec.attention_numel + spec.mlp_numel)
-    if free_memory_bytes() < 1.25 * num_bytes and all(model.num_bytes != num_bytes for model in known):
+    single = InferencePlan.even("single", 1)
+    [pieces] = pieces_of(single, spec)
+    if free_memory_bytes() < 1.25 * held_bytes(spec, set(pieces) - set(known)):
         return
-    alone = Engine(reader.directory, plan=InferencePlan.even("single", 1), known=known)
+    alone = Engine(reader.directory, plan=single, known=known)
     wanted_BH = alone.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
     for timed in found:
         if timed.answer_BH is not None:

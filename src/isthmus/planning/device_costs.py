@@ -123,37 +123,17 @@ def _at_share(widths: tuple[WidthTimes, ...], block: str, rows: int, share: floa
     return max(line_s, points[0][1] * min(1.0, share / points[0][0]))
 
 
-def weight_bytes(spec: TransformerSpec, share: LayerShare, dtype: str, num_layers: int) -> int:
-    """Of the layers' matrices as a device keeps them (``LocalModel.num_bytes``)."""
+def weight_bytes(
+    spec: TransformerSpec, share: LayerShare, dtype: str, num_layers: int, sub_block: SubBlock | None = None
+) -> int:
+    """Of the layers' matrices, or those of a sub-block of them, as a device keeps them (``LocalModel.num_bytes``)."""
     heads, kv_heads, columns = len(share.heads), len(share.kv_heads(spec)), len(share.columns)
+    width = spec.hidden_size if sub_block is None else len(sub_block.units)
     outer = (heads + 2 * kv_heads) * spec.head_size
     inner = columns * (2 if spec.has_gate else 1)
-    values = spec.hidden_size * (outer + heads * spec.head_size + inner + columns)
-    scales = 0
-    if dtype == "int8":
-        scales = outer + inner + spec.hidden_size * ((heads > 0) + (columns > 0))
+    values = width * (outer + heads * spec.head_size + inner + columns)
+    scales = outer + inner + width * ((heads > 0) + (columns > 0)) if dtype == "int8" else 0
     return num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
-
-
-def block_weight_bytes(
-    spec: TransformerSpec, blocks: Sequence[SubBlock], shares: Mapping[int, LayerShare | None], dtype: str
-) -> int:
-    """Of a decoupled model's layers on a device that has ``blocks`` of each decoupled one and all of the others, but of
-    those in ``shares`` such a share, or nothing."""
-    assert spec.decoupling is not None
-    originals = spec.decoupling.original_layers
-    held = (shares.get(number, LayerShare.whole(spec)) for number in originals)
-    total = sum(weight_bytes(spec, share, dtype, 1) for share in held if share is not None)
-    for block in blocks:
-        width = len(block.units)
-        has_own_heads = len(block.heads) < spec.num_heads
-        num_kv = spec.num_kv_heads * len(block.heads) // spec.num_heads if has_own_heads else spec.num_kv_heads
-        outer = (len(block.heads) + 2 * num_kv) * spec.head_size
-        inner = spec.intermediate_size * (2 if spec.has_gate else 1)
-        values = width * (outer + len(block.heads) * spec.head_size + inner + spec.intermediate_size)
-        scales = outer + inner + 2 * width if dtype == "int8" else 0
-        total += (spec.num_layers - len(originals)) * (values * WEIGHT_BYTES[dtype] + 4 * scales)
-    return total
 
 
 def working_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRequest, num_devices: int) -> int:

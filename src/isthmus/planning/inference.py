@@ -11,16 +11,15 @@ from isthmus.planning.device_costs import (
     PROCESS_BYTES,
     DeviceCosts,
     block_generation_bytes,
-    block_weight_bytes,
     generation_bytes,
-    weight_bytes,
     working_bytes,
 )
+from isthmus.planning.pieces import held_bytes, pieces_of
 from isthmus.planning.plans import Question, plans
 from isthmus.planning.shares import divide_layer
 from isthmus.planning.step_seconds import least_step_s, sharing, simulate, step_s
 from isthmus.planning.steps import Step, Work
-from isthmus.planning.workload import Workload, device_shares, layer_ranges, passes
+from isthmus.planning.workload import Workload, device_shares, passes
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import TransformerSpec
@@ -128,21 +127,18 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
 
 def _held_bytes(spec: TransformerSpec, plan: InferencePlan, request: InferenceRequest) -> list[int]:
     """Of the weights on each device, and of the cache and the head where tokens are generated."""
+    weights = [held_bytes(spec, pieces) for pieces in pieces_of(plan, spec)]
+    if not request.num_new_tokens:
+        return weights
     if spec.decoupling is None:
-        pairs = zip(device_shares(plan, spec), layer_ranges(plan, spec), strict=True)
-        return [
-            weight_bytes(spec, share, plan.dtype, len(layers)) + generation_bytes(spec, share, request, plan.dtype)
-            for share, layers in pairs
-        ]
-    found = []
-    words = [len(share.vocabulary) for share in divide_layer(spec, plan.weights)]
-    for part, shares, num_words in zip(sub_blocks_of(plan, spec), original_shares(plan, spec), words, strict=True):
-        own = [spec.sub_block(number) for number in range(part.start, part.stop)]
-        found.append(
-            block_weight_bytes(spec, own, shares, plan.dtype)
-            + block_generation_bytes(spec, own, shares, num_words, request, plan.dtype)
-        )
-    return found
+        more = [generation_bytes(spec, share, request, plan.dtype) for share in device_shares(plan, spec)]
+    else:
+        more = []
+        words = [len(share.vocabulary) for share in divide_layer(spec, plan.weights)]
+        for part, shares, num_words in zip(sub_blocks_of(plan, spec), original_shares(plan, spec), words, strict=True):
+            own = [spec.sub_block(number) for number in range(part.start, part.stop)]
+            more.append(block_generation_bytes(spec, own, shares, num_words, request, plan.dtype))
+    return [held + generating for held, generating in zip(weights, more, strict=True)]
 
 
 def _computing_s(load: Workload, devices: Sequence[DeviceCosts]) -> float:

@@ -25,7 +25,7 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
-_HEADER_VALUES = 4
+_HEADER_VALUES = 5
 SMALL_VALUES = 8192
 
 

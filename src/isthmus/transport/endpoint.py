@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from isthmus.spec.errors import IsthmusError
@@ -33,6 +33,17 @@ class TransportStats:
     bytes_received: int
     waited_s: float
     """Seconds inside exchanges: sending, receiving and waiting for peers. Encoding and adding are not in it."""
+
+    @staticmethod
+    def total(several: Iterable[TransportStats]) -> TransportStats:
+        """Of several groups together."""
+        parts = list(several)
+        return TransportStats(
+            num_exchanges=sum(part.num_exchanges for part in parts),
+            bytes_sent=sum(part.bytes_sent for part in parts),
+            bytes_received=sum(part.bytes_received for part in parts),
+            waited_s=sum(part.waited_s for part in parts),
+        )
 
 
 class Endpoint(ABC):
@@ -59,6 +70,7 @@ class Endpoint(ABC):
         self._failure: BaseException | None = None
         self._num_calls = self._num_exchanges = self._bytes_sent = self._bytes_received = 0
         self._waited_s = 0.0
+        self._arrivals: dict[int, tuple[int, float]] = {}
 
     @property
     def stats(self) -> TransportStats:
@@ -68,6 +80,17 @@ class Endpoint(ABC):
             bytes_received=self._bytes_received,
             waited_s=self._waited_s,
         )
+
+    def note_arrival(self, peer: int, num_bytes: int, seconds: float) -> None:
+        """So much has come from ``peer`` while this rank did nothing but wait for it."""
+        before_bytes, before_s = self._arrivals.get(peer, (0, 0.0))
+        self._arrivals[peer] = before_bytes + num_bytes, before_s + seconds
+
+    def take_arrival_rates(self) -> dict[int, float]:
+        """Bytes a second from each peer, in the large messages since this was asked last; peers from which none came,
+        or which this transport does not watch, are left out."""
+        arrivals, self._arrivals = self._arrivals, {}
+        return {peer: num_bytes / seconds for peer, (num_bytes, seconds) in arrivals.items() if seconds > 0}
 
     def codec(self, name: str) -> Codec:
         """This group's codec ``name``. Raises ``IsthmusError`` for an unknown one."""

@@ -43,6 +43,8 @@ from isthmus.transport.repeated import DoublingSum, RepeatedSum
 # Up to here the kernel holds what is not read yet (its receive buffers start at 128 KiB and only some of it is data).
 _STRAIGHT_BYTES = 48 << 10
 _ADDRESS_BYTES = 64
+_WATCHED_BYTES = 8 << 10
+"""That a link's rate can be told from."""
 
 
 class SocketGroup(Group):
@@ -329,6 +331,8 @@ class _Loop:
         self._unsent = dict(unsent)
         self._wanted = {peer: (complete_header(prefix, len(payload)), payload) for peer, payload in incoming}
         self._got = dict.fromkeys(self._wanted, 0)
+        self._first: dict[int, tuple[int, float]] = {}
+        """What of a peer's message was there at once, and when."""
         self._progress_s = dict.fromkeys({*self._unsent, *self._wanted}, time.monotonic())
 
     def run(self) -> None:
@@ -382,7 +386,10 @@ class _Loop:
         if num_bytes == 0:
             raise group._lost(peer, None)
         self._got[peer] += num_bytes
+        num_first, first_s = self._first.setdefault(peer, (self._got[peer], time.perf_counter()))
         if self._got[peer] >= HEADER_BYTES and group._headers[peer] != header:
             raise group._unexpected(peer, group._headers[peer], header)
         if self._got[peer] == HEADER_BYTES + len(payload):
             del self._wanted[peer]
+            if self._got[peer] - num_first >= _WATCHED_BYTES:
+                group.note_arrival(peer, self._got[peer] - num_first, time.perf_counter() - first_s)

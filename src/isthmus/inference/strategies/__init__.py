@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from isthmus.inference.layer import Layer
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy
 from isthmus.inference.strategies.block_parallel import BlockParallel
@@ -13,6 +14,7 @@ from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.pieces import Piece
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
@@ -23,28 +25,24 @@ def make_strategy(
     reader: ShardReader,
     group: Group | None,
     progress: Callable[[float], None] = lambda share: None,
-    known: Sequence[LocalModel] = (),
+    known: dict[Piece, Layer] | None = None,
 ) -> Strategy:
     """Reads what this device needs under ``plan`` and makes its strategy. ``group`` holds the plan's devices, in their
-    order, and is None for one. What one of ``known`` has read already is not read again."""
+    order, and is None for one. What ``known`` has is not read again; what is read is added to it."""
     codec = None if plan.codec == "fp32" else plan.codec
     rank = 0 if group is None else group.rank
     spec = reader.spec
     blocks = sub_blocks_of(plan, spec)
-    own = [spec.sub_block(number) for number in range(blocks[rank].start, blocks[rank].stop)]
-    originals = original_shares(plan, spec)[rank]
-    wanted = device_shares(plan, spec)[rank], plan.dtype, layer_ranges(plan, spec)[rank], own, originals
-    model = next((model for model in known if model.holds == wanted), None)
-    if model is None:
-        model = LocalModel(
-            reader,
-            wanted[0],
-            plan.dtype,
-            layer_range=wanted[2],
-            sub_blocks=blocks[rank],
-            original_shares=originals,
-            progress=progress,
-        )
+    model = LocalModel(
+        reader,
+        device_shares(plan, spec)[rank],
+        plan.dtype,
+        layer_range=layer_ranges(plan, spec)[rank],
+        sub_blocks=blocks[rank],
+        original_shares=original_shares(plan, spec)[rank],
+        known=known,
+        progress=progress,
+    )
     if spec.decoupling is not None:
         return BlockParallel(
             model, group, sub_blocks=blocks, weights=plan.weights, originals=plan.originals, codec=codec

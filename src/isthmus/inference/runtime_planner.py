@@ -1,0 +1,73 @@
+"""Which of the plans whose weights are there answers the next request: by its size, and by what links let through last.
+
+Nothing is sent to find out: every exchange of large messages tells how fast each came. What is known of a link fades,
+or one that was slow once would never be tried again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from isthmus.planning.inference import predict
+from isthmus.planning.plans import Question
+from isthmus.planning.residency import slowed
+from isthmus.spec.inference import InferencePlan, InferenceRequest
+
+_HALF_LIFE_S = 30.0
+_NOTICED = 1.25
+"""A link is slower than when it was measured if it lets through less than that by such a factor."""
+_STEPS_PER_DOUBLING = 4
+
+
+class RuntimePlanner:
+    """The leader's. ``question`` is what was planned for, with the profile of devices and links; ``plans`` are those
+    that are there."""
+
+    def __init__(
+        self, question: Question, plans: Sequence[InferencePlan], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._question, self._plans, self._clock = question, tuple(plans), clock
+        self._slowdowns = [1.0] * len(question.profile.links)
+        """Of each device's link, when it was seen last."""
+        self._seen_s = [clock()] * len(self._slowdowns)
+        self._chosen: dict[tuple[InferenceRequest, tuple[float, ...]], int] = {}
+
+    def observe(self, rates_NN: Sequence[Sequence[float]]) -> None:
+        """Bytes a second that each device (row) got from each (column) in the last request; 0: not known.
+
+        Several messages share a link while devices exchange with all others at once, so a link lets through what its
+        fastest message got, times the number of others.
+        """
+        links = self._question.profile.links
+        known = [
+            [max(rates_NN[device][peer], rates_NN[peer][device]) for peer in range(len(links))]
+            for device in range(len(links))
+        ]
+        num_others = max(0, sum(any(row) for row in known) - 1)
+        for device, row in enumerate(known):
+            if any(row):
+                factor = links[device].bytes_per_s / (num_others * max(row))
+                self._slowdowns[device] = factor if factor > _NOTICED else 1.0
+                self._seen_s[device] = self._clock()
+
+    def slowdowns(self) -> tuple[float, ...]:
+        """By how much each link is slower than when it was measured, as far as is known now."""
+        now_s, factors = self._clock(), []
+        for factor, seen_s in zip(self._slowdowns, self._seen_s, strict=True):
+            steps = math.log2(factor) * 0.5 ** ((now_s - seen_s) / _HALF_LIFE_S) * _STEPS_PER_DOUBLING
+            factors.append(2.0 ** (round(steps) / _STEPS_PER_DOUBLING))
+        return tuple(factors)
+
+    def choose(self, request: InferenceRequest) -> int:
+        """The number of the plan that is predicted to be fastest."""
+        factors = self.slowdowns()
+        key = request, factors
+        if key not in self._chosen:
+            profile = slowed(self._question.profile, factors)
+            question = replace(self._question, request=request, profile=profile)
+            seconds = [predict(question, plan).latency_s for plan in self._plans]
+            self._chosen[key] = seconds.index(min(seconds))
+        return self._chosen[key]

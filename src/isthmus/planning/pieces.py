@@ -1,0 +1,65 @@
+"""What the devices of a plan hold of the model's layers, piece by piece: plans that share a piece keep it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.device_costs import weight_bytes
+from isthmus.planning.workload import device_shares, layer_ranges
+from isthmus.spec.inference import InferencePlan
+from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Heads and MLP columns of one layer, or of its ``sub_block``, in ``dtype``."""
+
+    layer: int
+    heads: Range
+    columns: Range
+    dtype: str
+    sub_block: SubBlock | None = None
+
+    @staticmethod
+    def of_layer(layer: int, share: LayerShare, dtype: str) -> Piece:
+        return Piece(layer=layer, heads=share.heads, columns=share.columns, dtype=dtype)
+
+    @staticmethod
+    def of_sub_block(layer: int, sub_block: SubBlock, spec: TransformerSpec, dtype: str) -> Piece:
+        columns = Range(start=0, stop=spec.intermediate_size)
+        return Piece(layer=layer, heads=sub_block.heads, columns=columns, dtype=dtype, sub_block=sub_block)
+
+    def num_bytes(self, spec: TransformerSpec) -> int:
+        """Of its matrices as a device keeps them."""
+        nothing = Range(start=0, stop=0)
+        share = LayerShare(heads=self.heads, columns=self.columns, vocabulary=nothing)
+        return weight_bytes(spec, share, self.dtype, 1, self.sub_block)
+
+
+def pieces_of(plan: InferencePlan, spec: TransformerSpec) -> list[tuple[Piece, ...]]:
+    """By device, in the plan's order."""
+    parts = zip(
+        device_shares(plan, spec),
+        layer_ranges(plan, spec),
+        sub_blocks_of(plan, spec),
+        original_shares(plan, spec),
+        strict=True,
+    )
+    found = []
+    for share, layers, owned, originals in parts:
+        blocks = [spec.sub_block(number) for number in range(owned.start, owned.stop)]
+        pieces: list[Piece] = []
+        for layer in range(layers.start, layers.stop):
+            if spec.is_decoupled(layer):
+                pieces += [Piece.of_sub_block(layer, block, spec, plan.dtype) for block in blocks]
+            elif (own := originals.get(layer, share)) is not None:
+                pieces.append(Piece.of_layer(layer, own, plan.dtype))
+        found.append(tuple(pieces))
+    return found
+
+
+def held_bytes(spec: TransformerSpec, pieces: Iterable[Piece]) -> int:
+    """Of all of them, each counted once."""
+    return sum(piece.num_bytes(spec) for piece in set(pieces))
