@@ -11,7 +11,7 @@ import pytest
 from tests.inference.conftest import on_devices
 
 from isthmus.inference import profile
-from isthmus.inference.planned import Wish, agree_on_plan
+from isthmus.inference.planned import Planner, Wish
 from isthmus.models.shards import ShardReader
 from isthmus.profiling import cache
 from isthmus.spec.cluster import LinkProfile, Transfer
@@ -39,7 +39,7 @@ def agree(model: Path, wish: Wish = WISH, num_devices: int = 2) -> tuple[list[In
 
     def work(group: Group) -> InferencePlan:
         tell: Callable[[str], None] = lines.append if group.rank == 0 else lambda text: None
-        return agree_on_plan(wish, ShardReader(model), group, tell=tell)
+        return Planner(wish, ShardReader(model), tell).arrange(group).plans[0]
 
     return on_devices(num_devices, work), lines
 
@@ -89,4 +89,4 @@ def test_where_nothing_fits_every_device_says_so(model: Path, monkeypatch: pytes
 
 
 def test_one_device_needs_no_plan(model: Path) -> None:
-    assert agree_on_plan(WISH, ShardReader(model), None) == InferencePlan.even("single", 1)
+    assert Planner(WISH, ShardReader(model)).arrange(None).plans[0] == InferencePlan.even("single", 1)

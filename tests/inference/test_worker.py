@@ -15,7 +15,7 @@ import torch
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.joining import WORKER_PORT, WorkerAddress, invite, parse_devices
-from isthmus.inference.planned import Wish, agree_on_plan
+from isthmus.inference.planned import Wish, join
 from isthmus.inference.worker import Worker
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
@@ -66,7 +66,7 @@ def test_a_leader_and_its_workers_give_what_one_device_gives(checkpoint: Checkpo
     with working() as (address, lines):
         for _ in range(2):  # a worker can be invited again
             with invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=60) as group:
-                with Engine(model, group=group, plan=plan) as engine:
+                with join(ShardReader(model), wish(plan), group) as engine:
                     torch.testing.assert_close(engine.hidden(IDS, ATTENDED), wanted, rtol=1e-5, atol=1e-5)
             wait_for(lines, "session ended")
             lines.clear()
@@ -80,8 +80,7 @@ def test_without_a_plan_leader_and_worker_make_one_together(
     reader = ShardReader(model)
     with working() as (address, lines):
         with invite([address], model=str(model), digest=reader.digest(), wish=wish(None), timeout_s=60) as group:
-            plan = agree_on_plan(wish(None), reader, group)
-            with Engine(model, group=group, plan=plan) as engine:
+            with join(reader, wish(None), group) as engine:
                 found = engine.hidden(IDS, ATTENDED)
         torch.testing.assert_close(found, Engine(model).hidden(IDS, ATTENDED), rtol=1e-5, atol=1e-5)
         wait_for(lines, "session ended")
@@ -103,7 +102,7 @@ def test_a_busy_worker_says_so(checkpoint: Checkpoint) -> None:
         with invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=60) as group:
             with pytest.raises(IsthmusError, match="busy with another leader"):
                 invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=20)
-            with Engine(model, group=group, plan=plan):
+            with join(ShardReader(model), wish(plan), group):
                 pass
 
 
@@ -131,7 +130,7 @@ def test_what_speaks_no_isthmus_is_dropped_and_the_next_is_served(checkpoint: Ch
         wait_for(lines, "no invitation")
         digest = ShardReader(model).digest()
         with invite([address], model=str(model), digest=digest, wish=wish(plan), timeout_s=60) as group:
-            with Engine(model, group=group, plan=plan):
+            with join(ShardReader(model), wish(plan), group):
                 pass
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.joining import TIMEOUT_S, WorkerAddress, invite, is_started_per_device
-from isthmus.inference.planned import Wish, agree_on_plan
+from isthmus.inference.planned import Wish, join
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
@@ -44,7 +44,8 @@ def open_engine(
     are measured first where that was not done before, or again with ``refresh``. ``weights``: each device's part of the
     work; without, the planner's, or evenly under a strategy that is named. ``tell`` gets what happens on the leader.
     The followers' ``with`` body is to call ``follow``. Closes engine and group. Raises ``IsthmusError`` for devices
-    that do not come together or do not have the same model, and where nothing fits their memory.
+    that do not come together or do not have the same model, and where nothing fits their memory. A device that is lost
+    later makes one answer slower: the others plan again and repeat the request.
     """
     directory = resolve_checkpoint(model)
     reader = ShardReader(directory)
@@ -71,9 +72,9 @@ def open_engine(
         if group is not None:
             stack.enter_context(group)
         is_leader = group is None or group.rank == 0
-        plan = agree_on_plan(wish, reader, group, tell=tell if is_leader else lambda text: None)
         progress = _progress if sys.stderr.isatty() and is_leader else lambda share: None
-        yield stack.enter_context(Engine(directory, group=group, plan=plan, progress=progress))
+        told = tell if is_leader else lambda text: None
+        yield stack.enter_context(join(reader, wish, group, tell=told, progress=progress))
 
 
 def _plan(
@@ -84,6 +85,7 @@ def _plan(
         raise IsthmusError(f"weights: got {len(weights)}, wanted {num_devices}, one for each device")
     if strategy == "auto":
         strategy = "tensor" if reader.spec.is_decoder else "sequence"
+        strategy = strategy if reader.spec.decoupling is None else "block"
     return InferencePlan(
         strategy="single" if num_devices == 1 else strategy,
         devices=tuple(range(num_devices)),

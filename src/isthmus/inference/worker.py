@@ -13,9 +13,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from isthmus.inference.engine import Engine
 from isthmus.inference.joining import Invitation, accept, read_invitation
-from isthmus.inference.planned import agree_on_plan
+from isthmus.inference.planned import join
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
@@ -106,8 +105,7 @@ def _follow(directory: str, invitation: Invitation) -> None:
     """One session, in its own process."""
     try:
         with accept(invitation) as group:
-            plan = agree_on_plan(invitation.wish, ShardReader(Path(directory)), group)
-            with Engine(directory, group=group, plan=plan) as engine:
+            with join(ShardReader(Path(directory)), invitation.wish, group) as engine:
                 engine.follow()
     except IsthmusError as error:
         raise SystemExit(f"error: {error}") from error

@@ -20,6 +20,8 @@ from isthmus.spec.inference import InferencePlan
 TOKENS = (1, 16, 128, 512)
 _MISSING = math.log(1000.0)
 """Lost where nothing that is kept fits the memory that a situation takes beside weights."""
+_PRICE = math.log(1.005)
+"""Of every plan but the first, as if it lost that much: to read its weights takes time, and memory that others want."""
 SLOWDOWNS = (1.0, 4.0, 16.0)
 """Of all links at once."""
 _MOST_NODES = 20_000
@@ -33,6 +35,8 @@ class Residency:
 
     plans: tuple[InferencePlan, ...]
     loss: float
+    reason: str
+    """For the first one, in one sentence."""
 
 
 def slowed(profile: ClusterProfile, factors: Sequence[float]) -> ClusterProfile:
@@ -71,11 +75,13 @@ def plans_to_keep(question: Question) -> Residency:
 
     Raises ``IsthmusError`` where nothing fits.
     """
-    chosen = choose(question).chosen
+    choice = choose(question)
+    chosen = choice.chosen
     asked = situations(question)
     found = [_worth_keeping([each for each in weigh(situation) if each.fits]) for situation in asked]
     pool = list(dict.fromkeys([chosen.plan, *(candidate.plan for candidates in found for candidate in candidates)]))
-    return _Search(question, asked, pool).run()
+    loss, plans = _Search(question, asked, pool).run()
+    return Residency(plans=plans, loss=loss, reason=choice.reason)
 
 
 def _worth_keeping(candidates: list[Candidate]) -> list[Candidate]:
@@ -119,11 +125,13 @@ class _Search:
         self._best: tuple[float, tuple[InferencePlan, ...]] = (math.inf, (first,))
         self._num_nodes = 0
 
-    def run(self) -> Residency:
+    def run(self) -> tuple[float, tuple[InferencePlan, ...]]:
+        """What is lost, and the plans."""
         first = self._pool[0]
         self._extend((first,), self._pieces[first], self._rest[first], self._losses[first], 1)
-        loss, plans = self._best
-        return Residency(plans=plans, loss=math.exp(loss))
+        plans = self._best[1]
+        columns = zip(*(self._losses[plan] for plan in plans), strict=True)
+        return math.exp(self._mean([min(column) for column in columns])), plans
 
     def _extend(
         self,
@@ -134,15 +142,15 @@ class _Search:
         number: int,
     ) -> None:
         self._num_nodes += 1
-        mean = self._mean(losses)
-        if mean < self._best[0]:  # of equals the fewer plans, which come first
-            self._best = mean, kept
+        cost = self._mean(losses) + (len(kept) - 1) * _PRICE
+        if cost < self._best[0]:
+            self._best = cost, kept
         if number == len(self._pool) or self._num_nodes > _MOST_NODES:
             return
         most = [
             min(column) for column in zip(losses, *(self._losses[each] for each in self._pool[number:]), strict=True)
         ]
-        if self._mean(most) >= self._best[0]:
+        if self._mean(most) + len(kept) * _PRICE >= self._best[0]:
             return
         plan = self._pool[number]
         better = [min(pair) for pair in zip(losses, self._losses[plan], strict=True)]

@@ -222,6 +222,10 @@ class Group(Endpoint):
         self._check_tensors(tensor)
         self._run(_recv, tensor, source, tag)
 
+    def await_message(self, source: int) -> None:
+        """Blocks until something comes from rank ``source`` (or it is gone), without a time limit: for a rank that
+        waits to be asked. The call that follows receives it. A transport that cannot tell returns at once."""
+
     # --- arguments ----------------------------------------------------------------------------------------------------
 
     def _check_tensors(self, *tensors: Tensor) -> None:

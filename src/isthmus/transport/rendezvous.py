@@ -294,7 +294,7 @@ def connect_all(
         while len(connections) < len(addresses) - 1:
             own.settimeout(max(0.001, deadline_s - time.monotonic()))
             connection, _ = own.accept()
-            peer = _introduced(connection, secret, deadline_s)
+            peer = introduced(connection, secret, deadline_s)
             if peer is None or peer in connections or not rank < peer < len(addresses):
                 connection.close()
             else:
@@ -310,7 +310,7 @@ def connect_all(
     return connections
 
 
-def _introduced(connection: socket.socket, secret: str, deadline_s: float) -> int | None:
+def introduced(connection: socket.socket, secret: str, deadline_s: float) -> int | None:
     """The rank at the other end; None for somebody who does not know the secret."""
     try:
         hello = receive_frame(connection, min(deadline_s, time.monotonic() + 5.0))

@@ -15,6 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 from isthmus.transport.agent import agreed_port, is_port_held_by_agent
@@ -70,6 +71,7 @@ class SocketGroup(Group):
         for connection in connections.values():
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for waiting without a limit
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     @classmethod
@@ -129,9 +131,8 @@ class SocketGroup(Group):
         members = self._check_members(ranks)
         connections: dict[int, socket.socket] = {}
         if len(members) > 1:
-            address = next(iter(self._connections.values())).getsockname()[0]
-            with listen(address) as own:
-                addresses = self._announce(members, (address, own.getsockname()[1]))
+            with listen(self.addresses(self.rank)[0]) as own:
+                addresses = self._announce(members, own.getsockname()[:2])
                 names = [self.global_ranks[member] for member in members]
                 index = members.index(self.rank)
                 connections = connect_all(index, addresses, own, self._secret, self.timeout_s, names)
@@ -143,6 +144,15 @@ class SocketGroup(Group):
             global_ranks=tuple(self.global_ranks[member] for member in members),
         )
 
+    def addresses(self, peer: int) -> tuple[str, str]:
+        """This rank's address, and ``peer``'s as it is called from here (its own for this rank itself)."""
+        connection = self._connections[peer if peer != self.rank else self.peers[0]]
+        own = connection.getsockname()[0]
+        return own, own if peer == self.rank else connection.getpeername()[0]
+
+    def await_message(self, source: int) -> None:
+        select.select([self._connections[source]], [], [])
+
     def _announce(self, members: tuple[int, ...], address: Address) -> list[Address]:
         """Tells ``members`` where this rank listens, and returns where each of them does."""
         texts = {member: bytearray(_ADDRESS_BYTES) for member in members}
@@ -151,11 +161,8 @@ class SocketGroup(Group):
         incoming = [(member, memoryview(texts[member])) for member in members if member != self.rank]
         tag = sum(1 << member for member in members) & 0xFFFF
         self._run(lambda _: self.transfer(self.begin_call(Operation.SUBGROUP, 0, tag), outgoing, incoming))
-        addresses = []
-        for text in texts.values():
-            host, port = text.decode().split()
-            addresses.append((host, int(port)))
-        return addresses
+        pairs = (text.decode().split() for text in texts.values())
+        return [(host, int(port)) for host, port in pairs]
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
@@ -268,17 +275,12 @@ class SocketGroup(Group):
         self._hung_up = True
         goodbye = pack_goodbye(lost_ranks)
         for peer, connection in self._connections.items():
-            if peer not in self._unfinished:
-                self._try(connection.send, goodbye, socket.MSG_DONTWAIT)
-            self._try(connection.shutdown, socket.SHUT_RDWR)  # wakes whoever is blocked on it; close alone would not
+            with suppress(OSError):  # the peer may be gone already
+                if peer not in self._unfinished:
+                    connection.send(goodbye, socket.MSG_DONTWAIT)
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes whoever is blocked on it; close alone would not
             connection.close()
-
-    @staticmethod
-    def _try(call, *arguments) -> None:
-        try:
-            call(*arguments)
-        except OSError:
-            return  # the peer is gone already
 
     # --- errors -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,242 @@
+"""``Session``: devices that have met, with the plans whose weights they keep, and one request after the other.
+
+Every request begins with a header that all receive, so that devices never disagree about what comes next. With several
+plans it says which: all of them stay loaded, so that another one for the next request moves no weights.
+
+Shapes: B batch, T tokens, H hidden size, N devices.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isthmus.inference.execution import Execution
+from isthmus.inference.generation import OnTokens
+from isthmus.inference.layer import Layer
+from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.models.shards import ShardReader
+from isthmus.planning.pieces import Piece
+from isthmus.planning.workload import check_strategy
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.generation import GenerationSettings
+from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.serialization import from_json, to_json
+from isthmus.transport.base import Group
+from isthmus.transport.endpoint import TransportStats
+
+
+class Task(enum.IntEnum):
+    """What is asked for."""
+
+    STOP = 0
+    TOTAL = 1
+    """The sum (B, H) of the hidden states of the tokens that are not padding."""
+    HIDDEN = 2
+    """The last hidden states (B, T, H)."""
+    GENERATE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """What the devices of a session have agreed on."""
+
+    group: Group | None
+    """None: this device is alone."""
+    plans: tuple[InferencePlan, ...]
+    planner: RuntimePlanner | None = None
+    """The leader's: picks one of the plans for each request; without, it is the first."""
+
+
+class Session:
+    """The device with rank 0 leads; the others follow. ``close`` ends their session too."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        arranged: Arrangement,
+        *,
+        progress: Callable[[float], None] = lambda share: None,
+        known: dict[Piece, Layer] | None = None,
+    ) -> None:
+        """Reads this device's part of every plan, but for what ``known`` has; adds it there. Called on every device of
+        the group with the same plans."""
+        group, plans = arranged.group, arranged.plans
+        num_devices = group.world_size if group is not None else 1
+        for each in plans:
+            if each.devices[-1] >= num_devices or each.devices[0] != 0:
+                raise IsthmusError(
+                    f"devices: got ranks {each.devices} in the plan for {num_devices}, wanted 0 among them"
+                )
+            check_strategy(each, reader.spec)
+        self.plans = plans
+        self.plan = self.plans[0]
+        """Of the last request."""
+        self._group, self._planner = group, arranged.planner
+        self._rank = group.rank if group is not None else 0
+        self._groups: dict[tuple[int, ...], Group] = {}
+        self._members = tuple(sorted({device for each in plans for device in each.devices}))
+        """Devices that some plan needs; the leader tells them what comes."""
+        self._everybody = self._group_of(self._members)
+        known = {} if known is None else known
+        self._executions: list[Execution | None] = []
+        for number, each in enumerate(self.plans):
+            working, before = self._group_of(each.devices), number / len(self.plans)
+            self._executions.append(
+                Execution(
+                    each,
+                    reader,
+                    working,
+                    lambda share, before=before: progress(before + share / len(self.plans)),
+                    known,
+                )
+                if self._rank in each.devices
+                else None
+            )
+        self._last: Execution | None = None
+
+    def close(self) -> None:
+        """Lets the followers go. The group stays open: it is the caller's."""
+        if self._rank == 0 and self._everybody is not None and self._executions:
+            self._collected()
+            self._announce(Task.STOP, (0, 0))
+        self._executions = []
+        for group in self._groups.values():
+            group.close()
+
+    def abandon(self, error: BaseException) -> None:
+        """Tells the others, as far as that is possible, that the session is over because of ``error``."""
+        self._executions = []
+        for group in (*self._groups.values(), self._group):
+            if group is not None:
+                group.fail(error)
+                group.close()
+
+    @property
+    def has_part(self) -> bool:
+        """Whether some plan needs this device."""
+        return self._rank in self._members
+
+    @property
+    def executions(self) -> list[Execution]:
+        """Of the plans that this device has a part in; none once the session is closed."""
+        return [execution for execution in self._executions if execution is not None]
+
+    @property
+    def stats(self) -> TransportStats | None:
+        """What this device has sent and received with others; None where it works with no other. Where a plan has all
+        devices of the group, what went over the group before is in it."""
+        everybody = (self._everybody, *(execution.group for execution in self.executions))
+        groups = {id(group): group for group in everybody if group}
+        return TransportStats.total(group.stats for group in groups.values()) if groups else None
+
+    # --- the leader ---------------------------------------------------------------------------------------------------
+
+    def compute(self, task: Task, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+        """What ``task`` asks for."""
+        return _compute(task, self._begin(task, ids_BT, attended_BT), ids_BT, attended_BT)
+
+    def generate(
+        self, ids_BT: Tensor, attended_BT: Tensor, settings: GenerationSettings, on_tokens: OnTokens
+    ) -> Tensor:
+        """New tokens (B, n); see ``Generation.run``."""
+        text = torch.frombuffer(bytearray(to_json(settings).encode()), dtype=torch.uint8)
+        execution = self._begin(Task.GENERATE, ids_BT, attended_BT, settings.max_new_tokens, len(text))
+        if execution.group is not None:
+            execution.group.broadcast(text)
+        return execution.generate(ids_BT, attended_BT, settings, on_tokens)
+
+    def _begin(
+        self, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_new_tokens: int = 0, num_settings_bytes: int = 0
+    ) -> Execution:
+        """Chooses a plan, and gives its devices the tokens."""
+        number = 0
+        if len(self.plans) > 1:
+            rates_NN = self._collected()
+            if self._planner is not None:
+                self._planner.observe(rates_NN.tolist())
+                batch, num_tokens = ids_BT.shape
+                asked = InferenceRequest(num_tokens=num_tokens, batch=batch, num_new_tokens=num_new_tokens)
+                number = self._planner.choose(asked)
+        self.plan, execution = self.plans[number], self._executions[number]
+        self._announce(task, ids_BT.shape, num_settings_bytes, number)
+        assert execution is not None
+        self._last = execution
+        if execution.group is not None:
+            execution.group.broadcast(torch.stack((ids_BT, attended_BT.long())))
+        return execution
+
+    def _announce(self, task: Task, shape: Sequence[int], num_settings_bytes: int = 0, number: int = 0) -> None:
+        if self._everybody is not None:
+            self._everybody.broadcast(torch.tensor([task, *shape, num_settings_bytes, number]))
+
+    def _collected(self) -> Tensor:
+        """Bytes a second (N, N) that each device (row) got from each (column) in the last request; 0 where nothing is
+        known. The others have sent theirs once they were done: nobody waits for them who would not wait anyway."""
+        size = 1 if self._group is None else self._group.world_size
+        rates_NN, execution = torch.zeros(size, size), self._last
+        if len(self.plans) > 1 and execution is not None and execution.group is not None:
+            assert self._everybody is not None
+            rates_NN[0] = self._rates(execution)
+            for device in execution.plan.devices[1:]:
+                self._everybody.recv(rates_NN[device], self._members.index(device))
+        self._last = None
+        return rates_NN
+
+    # --- the others ---------------------------------------------------------------------------------------------------
+
+    def follow_once(self) -> bool:
+        """Computes one request, or learns that it is not needed for it. False: the leader has closed, or this device
+        has no part in any plan."""
+        if self._everybody is None:
+            return False
+        self._everybody.await_message(0)
+        header = torch.empty(5, dtype=torch.int64)
+        self._everybody.broadcast(header)
+        task, batch, num_tokens, num_settings_bytes, number = header.tolist()
+        if task == Task.STOP:
+            return False
+        self.plan, execution = self.plans[number], self._executions[number]
+        if execution is None or execution.group is None:
+            return True
+        tokens = torch.empty(2, batch, num_tokens, dtype=torch.int64)
+        execution.group.broadcast(tokens)
+        ids_BT, attended_BT = tokens[0], tokens[1].bool()
+        if task == Task.GENERATE:
+            text = torch.empty(num_settings_bytes, dtype=torch.uint8)
+            execution.group.broadcast(text)
+            settings = from_json(GenerationSettings, bytes(text.tolist()).decode())
+            execution.generate(ids_BT, attended_BT, settings, lambda ids: False)
+        else:
+            _compute(Task(task), execution, ids_BT, attended_BT)
+        if len(self.plans) > 1:
+            self._everybody.send(self._rates(execution), 0)
+        return True
+
+    def _rates(self, execution: Execution) -> Tensor:
+        """Bytes a second (N,) that this device got from each in the last request; 0 where nothing is known."""
+        assert self._group is not None and execution.group is not None
+        rates_N = torch.zeros(self._group.world_size)
+        for peer, rate in execution.group.take_arrival_rates().items():
+            rates_N[execution.plan.devices[peer]] = rate
+        return rates_N
+
+    def _group_of(self, devices: tuple[int, ...]) -> Group | None:
+        """Of those devices, made once; None where this is the only one or not among them. Called on all alike."""
+        group = self._group
+        if group is None or group.rank not in devices or len(devices) == 1:
+            return None
+        if len(devices) == group.world_size and len(self.plans) == 1:
+            return group
+        if devices not in self._groups:
+            self._groups[devices] = group.subgroup(devices)
+        return self._groups[devices]
+
+
+def _compute(task: Task, execution: Execution, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
+    compute = execution.hidden if task == Task.HIDDEN else execution.total
+    return compute(ids_BT, attended_BT)

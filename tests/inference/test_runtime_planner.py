@@ -1,0 +1,96 @@
+"""The plan of the next request: by its size, and by what links let through in the last one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.planning.test_block_steps import decoupled
+from tests.planning.test_residency import MBIT, question
+
+from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.planning.inference import predict
+from isthmus.planning.residency import plans_to_keep, slowed
+from isthmus.spec.inference import InferencePlan, InferenceRequest
+
+ASKED = question(decoupled())
+REQUEST = ASKED.request
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def planner(clock: Clock) -> RuntimePlanner:
+    return RuntimePlanner(ASKED, PLANS, clock)
+
+
+PLANS = plans_to_keep(ASKED).plans
+
+
+def rates(bytes_per_s: float, *, slow: int | None = None, slow_bytes_per_s: float = 0.0) -> list[list[float]]:
+    """What three devices that exchange with one another see, each link being shared by two messages."""
+    own = [slow_bytes_per_s if device == slow else bytes_per_s for device in range(3)]
+    return [[min(own[to], own[source]) / 2 if to != source else 0.0 for source in range(3)] for to in range(3)]
+
+
+def test_nothing_has_changed_while_links_are_as_measured(planner: RuntimePlanner) -> None:
+    for seen in (125 * MBIT, 110 * MBIT, 300 * MBIT):
+        planner.observe(rates(seen))
+        assert planner.slowdowns() == (1.0, 1.0, 1.0) and planner.choose(REQUEST) == 0
+
+
+def test_links_at_a_tenth_change_the_plan_of_the_next_request(planner: RuntimePlanner) -> None:
+    assert planner.choose(REQUEST) == 0
+    planner.observe(rates(12.5 * MBIT))
+    assert planner.slowdowns() == pytest.approx((10, 10, 10), rel=0.1)
+    changed = planner.choose(REQUEST)
+    assert changed != 0
+    planner.observe(rates(125 * MBIT))
+    assert planner.choose(REQUEST) == 0
+
+
+def test_one_slow_link_is_told_from_the_others(planner: RuntimePlanner) -> None:
+    planner.observe(rates(125 * MBIT, slow=1, slow_bytes_per_s=12.5 * MBIT))
+    factors = planner.slowdowns()
+    assert factors[1] == pytest.approx(10, rel=0.1) and factors[0] == factors[2] == 1.0
+
+
+def test_what_is_known_fades(planner: RuntimePlanner, clock: Clock) -> None:
+    planner.observe(rates(12.5 * MBIT))
+    before = planner.slowdowns()
+    clock.now_s = 30.0
+    assert [after**2 for after in planner.slowdowns()] == pytest.approx(before, rel=0.25)
+    clock.now_s = 600.0
+    assert planner.slowdowns() == (1.0, 1.0, 1.0)
+
+
+def test_devices_that_were_not_heard_of_keep_what_is_known(planner: RuntimePlanner) -> None:
+    planner.observe(rates(12.5 * MBIT))
+    before = planner.slowdowns()
+    planner.observe([[0.0] * 3] * 3)
+    assert planner.slowdowns() == before
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 128, 512])
+@pytest.mark.parametrize("factor", [1.0, 4.0, 16.0])
+def test_the_choice_is_the_fastest_of_those_that_are_there(num_tokens: int, factor: float) -> None:
+    plans = tuple(
+        InferencePlan(strategy="block", devices=(0, 1, 2), weights=(1.0,) * 3, originals=(kind,) * 4)
+        for kind in ("gather", "tensor", "sequence", "fastest")
+    )
+    planner = RuntimePlanner(ASKED, plans)
+    planner.observe(rates(125 * MBIT / factor))
+    request = InferenceRequest(num_tokens=num_tokens)
+    there = replace(ASKED, request=request, profile=slowed(ASKED.profile, planner.slowdowns()))
+    seconds = [predict(there, plan).latency_s for plan in plans]
+    assert planner.choose(request) == seconds.index(min(seconds))

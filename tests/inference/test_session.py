@@ -1,0 +1,149 @@
+"""Several plans that stay loaded: whichever answers a request, the answer is the same; and devices that are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tests.inference.conftest import on_devices
+
+from isthmus.inference.engine import Engine
+from isthmus.inference.layer import Layer
+from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.inference.session import Arrangement
+from isthmus.planning.pieces import Piece, held_bytes, pieces_of
+from isthmus.spec.generation import GenerationSettings
+from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.transport.base import Group
+
+Checkpoint = Callable[[str], Path]
+IDS = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(0))
+ATTENDED = torch.ones_like(IDS, dtype=torch.bool)
+
+
+def plan(strategy: str, *devices: int, **options: Any) -> InferencePlan:
+    return InferencePlan(strategy=strategy, devices=devices, weights=(1.0,) * len(devices), **options)
+
+
+class Turns:
+    """A planner that takes each plan in turn, and keeps what it is told."""
+
+    def __init__(self, num_plans: int) -> None:
+        self.num_plans = num_plans
+        self.asked: list[InferenceRequest] = []
+        self.observed: list[Sequence[Sequence[float]]] = []
+
+    def observe(self, rates_NN: Sequence[Sequence[float]]) -> None:
+        self.observed.append(rates_NN)
+
+    def choose(self, request: InferenceRequest) -> int:
+        self.asked.append(request)
+        return (len(self.asked) - 1) % self.num_plans
+
+
+PLANS = (
+    plan("tensor", 0, 1, 2),
+    plan("sequence", 0, 2),
+    plan("single", 0),
+    plan("pipeline", 0, 1),
+    plan("tensor", 0, 1, codec="bf16"),
+)
+
+
+def test_whichever_plan_answers_the_answer_is_the_same(checkpoint: Checkpoint) -> None:
+    model = checkpoint("bert")
+    wanted = Engine(model).hidden(IDS, ATTENDED)
+    planner = Turns(len(PLANS))
+
+    def work(group: Group) -> list[InferencePlan]:
+        chooses = cast(RuntimePlanner, planner) if group.rank == 0 else None
+        arranged = Arrangement(group=group, plans=PLANS, planner=chooses)
+        used = []
+        with Engine(model, arranged=arranged) as engine:
+            if not engine.is_leader:
+                engine.follow()
+                return []
+            for _ in range(2 * len(PLANS)):
+                found = engine.hidden(IDS, ATTENDED)
+                tolerance = 0.05 if engine.plan.codec == "bf16" else 1e-4
+                torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+                used.append(engine.plan)
+        return used
+
+    used, *_ = on_devices(3, work)
+    assert used == [*PLANS, *PLANS]
+    assert planner.asked == [InferenceRequest(num_tokens=11, batch=2)] * len(used)
+
+
+def test_without_a_planner_it_is_the_first(checkpoint: Checkpoint) -> None:
+    def work(group: Group) -> InferencePlan | None:
+        with Engine(checkpoint("bert"), arranged=Arrangement(group=group, plans=PLANS)) as engine:
+            if engine.is_leader:
+                engine.mean(IDS, ATTENDED)
+                return engine.plan
+            engine.follow()
+        return None
+
+    assert on_devices(3, work)[0] == PLANS[0]
+
+
+def test_what_plans_share_is_held_once(checkpoint: Checkpoint) -> None:
+    plans = (plan("sequence", 0, 1), plan("single", 0), plan("pipeline", 0, 1), plan("tensor", 0, 1))
+    known: list[dict[Piece, Layer]] = [{}, {}]
+
+    def work(group: Group) -> int:
+        with Engine(
+            checkpoint("llama"), arranged=Arrangement(group=group, plans=plans), known=known[group.rank]
+        ) as engine:
+            spec = engine.spec
+            wanted = {
+                piece
+                for each in plans
+                if group.rank in each.devices
+                for piece in pieces_of(each, spec)[each.devices.index(group.rank)]
+            }
+            assert known[group.rank].keys() == wanted
+            assert sum(layer.num_bytes for layer in known[group.rank].values()) == held_bytes(spec, wanted)
+            if not engine.is_leader:
+                engine.follow()
+            return len(wanted)
+
+    assert on_devices(2, work) == [3 + 3, 3 + 3]  # whole layers, and half ones
+
+
+def test_tokens_are_the_same_under_every_plan(checkpoint: Checkpoint) -> None:
+    plans = (plan("tensor", 0, 1), plan("single", 0), plan("tensor", 0, 1, algorithm="mesh"))
+    settings = GenerationSettings(max_new_tokens=5)
+    wanted = Engine(checkpoint("llama")).generate_tokens(IDS, ATTENDED, settings)
+
+    def work(group: Group) -> None:
+        planner = cast(RuntimePlanner, Turns(3)) if group.rank == 0 else None
+        with Engine(checkpoint("llama"), arranged=Arrangement(group=group, plans=plans, planner=planner)) as engine:
+            if not engine.is_leader:
+                return engine.follow()
+            for _ in range(4):
+                assert torch.equal(engine.generate_tokens(IDS, ATTENDED, settings), wanted)
+
+    on_devices(2, work)
+
+
+def test_the_leader_hears_of_rates_before_it_chooses_again(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Turns(1)
+    monkeypatch.setattr(Group, "take_arrival_rates", lambda self: {peer: 1.0 + self.rank for peer in self.peers})
+
+    def work(group: Group) -> None:
+        chooses = cast(RuntimePlanner, planner) if group.rank == 0 else None
+        arranged = Arrangement(group=group, plans=(plan("tensor", 0, 2), plan("tensor", 0, 1, 2)), planner=chooses)
+        with Engine(checkpoint("bert"), arranged=arranged) as engine:
+            if not engine.is_leader:
+                return engine.follow()
+            engine.mean(IDS, ATTENDED)
+            engine.mean(IDS, ATTENDED)
+
+    on_devices(3, work)
+    assert planner.observed == [[[0.0] * 3] * 3, [[0, 0, 1], [0, 0, 0], [2, 0, 0]]]
