@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from isthmus.decoupling.losses import LossWeights, divergence, hidden_losses, pool, pooled_losses
+from isthmus.decoupling.maps import identity_map, map_words
 from isthmus.evaluation.fidelity import fidelity
 from isthmus.models.decoupled.architectures import auto_class_of, layers_of
 from isthmus.training.batches import Batch
@@ -48,7 +49,8 @@ class Distiller:
     """``original`` and ``decoupled`` side by side: what one batch costs, and how far apart they are.
 
     Both are of one family and on one device, with the same head or none: that of a language model or of a classifier
-    is distilled too. An encoder's tables of embeddings stay the original's.
+    is distilled too. An encoder's tables of embeddings stay the original's, but for one map of all words; ``maps``, to
+    be trained with the copy, turn its hidden states into what is compared (see ``isthmus.decoupling.maps``).
     """
 
     def __init__(
@@ -70,12 +72,18 @@ class Distiller:
             weights.original if layer in originals else weights.decoupled for layer in range(num_layers)
         ]
         self._original_result: Any = None
+        self.maps = nn.ModuleList()
+        """One a layer but the last, of encoders."""
         for parameter in original.parameters():
             parameter.requires_grad_(False)
         if not self.is_causal:  # trained, they learn the text by heart: docs/log.md
             for module in decoupled.modules():
                 if isinstance(module, nn.Embedding):
                     module.weight.requires_grad_(False)
+            map_words(decoupled)
+            size: Any = decoupled.config.hidden_size
+            self.maps.extend(identity_map(size) for _ in range(num_layers - 1))
+            self.maps.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -89,8 +97,12 @@ class Distiller:
             with torch.no_grad():
                 theirs = self._run(self.original, batch)
             ours = self._run(self.decoupled, batch)
-        is_token = batch["attention_mask"].bool()
-        total = hidden_losses(ours.hidden_states[1:], theirs.hidden_states[1:], is_token, self._layer_weights)
+            is_token = batch["attention_mask"].bool()
+            our_states = [state[is_token] for state in ours.hidden_states[1:]]
+            for layer, map_of_layer in enumerate(self.maps):
+                our_states[layer] = map_of_layer(our_states[layer])
+        their_states = [state[is_token] for state in theirs.hidden_states[1:]]
+        total = hidden_losses(our_states, their_states, self._layer_weights)
         if self.is_causal:
             return total + self.weights.logits * divergence(ours.logits[is_token], theirs.logits[is_token])
         mask = batch["attention_mask"]

@@ -1,10 +1,11 @@
 """What the decoupled copy is trained to do: give what the original gives, where the two can be compared.
 
-Shapes: B texts, T tokens, M tokens that are no padding, H hidden units, V words.
+Shapes: B texts, T tokens, M tokens that are no padding, H hidden units, L layers, V words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +55,10 @@ def divergence(our_logits_MV: Tensor, their_logits_MV: Tensor) -> Tensor:
     return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(dim=-1).mean()
 
 
-def hidden_losses(
-    ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], is_token: Tensor, weights_L: list[float]
-) -> Tensor:
-    """Σ over layers of weight × ``hidden_loss``. ``ours`` and ``theirs`` are the hidden states after each layer."""
+def hidden_losses(ours_LMH: Sequence[Tensor], theirs_LMH: Sequence[Tensor], weights_L: Sequence[float]) -> Tensor:
+    """Σ over layers of weight × ``hidden_loss`` of the hidden states after each layer."""
     total = torch.zeros(())
-    for our, their, weight in zip(ours, theirs, weights_L, strict=True):
+    for ours_MH, theirs_MH, weight in zip(ours_LMH, theirs_LMH, weights_L, strict=True):
         if weight:
-            total = total + weight * hidden_loss(our[is_token].float(), their[is_token].float())
+            total = total + weight * hidden_loss(ours_MH.float(), theirs_MH.float())
     return total

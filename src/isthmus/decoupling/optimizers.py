@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ Cut = tuple[int, tuple[int, ...]] | None
 """(dimension, sizes) of the independent parts of a matrix; None: it is one."""
 
 
-def optimizers_of(model: PreTrainedModel, *, matrix_factor: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """``BlockMuon`` for the layers' matrices, sub-block by sub-block, AdamW for tables, norms, biases and heads.
+def optimizers_of(
+    model: PreTrainedModel, *, matrix_factor: float, weight_decay: float, beside: Sequence[nn.Parameter] = ()
+) -> list[torch.optim.Optimizer]:
+    """``BlockMuon`` for the layers' matrices, sub-block by sub-block, AdamW for tables, norms, biases, heads and what
+    is trained ``beside`` the model.
 
     Groups have an ``lr_factor``: ``matrix_factor`` for matrices, 1 for the rest. With 0 all is AdamW's.
     """
@@ -31,6 +35,7 @@ def optimizers_of(model: PreTrainedModel, *, matrix_factor: float, weight_decay:
                 cuts[cut].append(parameter)
     matrices = {parameter for parameters in cuts.values() for parameter in parameters}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in matrices]
+    rest += beside
     adamw = torch.optim.AdamW([{"params": rest, "lr_factor": 1.0}], betas=BETAS, weight_decay=weight_decay, fused=True)
     if not matrices:
         return [adamw]

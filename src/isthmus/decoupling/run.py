@@ -16,6 +16,7 @@ from isthmus.decoupling.basis import BASES, share_basis, wants_shared
 from isthmus.decoupling.corpus import Corpus, read_corpus
 from isthmus.decoupling.distillation import Distiller, autocast
 from isthmus.decoupling.labelled import fine_tuned, open_labelled, score, texts_of
+from isthmus.decoupling.maps import merge_words
 from isthmus.decoupling.pair import Source, Wanted, open_source, quiet
 from isthmus.decoupling.processes import device_of, process_group, progress_of, ranks
 from isthmus.decoupling.sensitivity import most_sensitive, sensitivities
@@ -188,6 +189,7 @@ def _decouple(options: DecoupleOptions, rank: int, progress: Any, stop: StopSign
     trainer.run()
     if rank:
         return None
+    merge_words(decoupled)
     result = None
     if task is not None:
         progress.phase("classifying")
@@ -306,6 +308,7 @@ def _trainer(
         output=Path(options.output),
         progress=progress,
         stop=stop,
+        beside=distiller.maps,
     )
 
 

@@ -107,7 +107,9 @@ class Trainer:
         output: Path,
         progress: TrainingProgress,
         stop: StopSignals,
+        beside: nn.Module | None = None,
     ) -> None:
+        """``beside``: what the loss needs and is trained too, but is no part of the model."""
         options.check()
         self.model, self._loss, self._stream, self._evaluate = model, loss, stream, evaluate
         self.options, self.output, self.progress, self.stop = options, output, progress, stop
@@ -117,8 +119,15 @@ class Trainer:
         self._elapsed_s, self._num_tokens, self._saved_step = 0.0, 0, -1
         self._losses: list[float] = []
         self._named = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        others = [] if beside is None else list(beside.named_parameters())
+        self._named |= {f"beside.{name}": tensor for name, tensor in others}
         self._device = next(iter(self._named.values())).device
-        self._optimizers = optimizers_of(model, matrix_factor=options.matrix_factor, weight_decay=options.weight_decay)
+        self._optimizers = optimizers_of(
+            model,
+            matrix_factor=options.matrix_factor,
+            weight_decay=options.weight_decay,
+            beside=[tensor for _, tensor in others],
+        )
         self._is_shared = dist.is_initialized() and dist.get_world_size() > 1
         self.is_leader = not self._is_shared or dist.get_rank() == 0
 
