@@ -66,8 +66,8 @@ def measured(directory: Path, plan: InferencePlan, request: InferenceRequest) ->
             if before is None or after is None:
                 return 0, 0, model.num_bytes
             sent = after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges
-        if not engine.is_leader:
-            engine.follow()
+            if not engine.is_leader:
+                engine.follow()
         return (*sent, model.num_bytes)
 
     return [found for found in on_devices(3, work) if found is not None]
@@ -148,8 +148,8 @@ def test_bytes_exchanges_and_memory_of_generating_are_those_of_a_real_run(
                 [model] = engine.local_models
                 slots = 2 * len(model.layers) * batch * (5 + request.num_new_tokens)
                 held.append(4 * slots * model.layers[0].num_cached_heads * spec.head_size)
-        if not engine.is_leader:
-            engine.follow()
+            if not engine.is_leader:
+                engine.follow()
         return [sent for sent, _ in stats], [count for _, count in stats], held
 
     found = on_devices(len(plan.devices), work)

@@ -104,7 +104,7 @@ def test_without_rank_0_nobody_goes_on() -> None:
         return reunion.meet()
 
     for error in on_ranks(3, body)[1:]:
-        assert isinstance(error, RendezvousError) and "rank 0 is gone, or has gone on without this one" in str(error)
+        assert isinstance(error, RendezvousError) and "rank 0 is lost, or has gone on without rank" in str(error)
 
 
 def test_one_that_comes_too_late_is_told() -> None:

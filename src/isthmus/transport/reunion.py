@@ -121,7 +121,7 @@ class Reunion:
         except (OSError, ValueError, KeyError) as error:
             self.close()
             raise RendezvousError(
-                f"rank {self.rank}: rank 0 is gone, or has gone on without this one ({error}): see its output"
+                f"rank 0 is lost, or has gone on without rank {self.rank} ({error}): see its output"
             ) from error
 
     def _gather(self, address: list[Any]) -> dict[str, Any]:
