@@ -9,6 +9,32 @@ import typer
 
 app = typer.Typer(no_args_is_help=True)
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Checkpoint directory, of which only config.json is read, or [b]bert-base[/], [b]bert-large[/], "
+        "[b]gpt2[/], [b]gpt2-medium[/]."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="A known device, or several with commas; the first leads.", metavar="NAME,…")
+]
+NumDevices = Annotated[int | None, typer.Option(min=1, help="So many of the one that --device names.")]
+Cluster = Annotated[
+    Path | None, typer.Option(help="Devices that differ, or are not known: a file, see README.", metavar="FILE")
+]
+Bandwidths = Annotated[
+    str | None,
+    typer.Option(help="Mbit/s of every link, one after the other. Left out: the devices' own.", metavar="N,…"),
+]
+SubBlocks = Annotated[int | None, typer.Option(min=2, help="Compare with the model decoupled into so many.")]
+Groups = Annotated[
+    int | None, typer.Option(min=1, help="Of layers, each ending with an original one. Left out: three layers each.")
+]
+Report = Annotated[
+    Path | None, typer.Option(help="Write the results here as JSON, a table and a picture beside.", metavar="FILE")
+]
+
 
 @app.callback()
 def simulate() -> None:
@@ -17,39 +43,20 @@ def simulate() -> None:
 
 @app.command()
 def infer(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Checkpoint directory, of which only config.json is read, or [b]bert-base[/], [b]bert-large[/], "
-            "[b]gpt2[/], [b]gpt2-medium[/]."
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="A known device, or several with commas; the first leads.", metavar="NAME,…")
-    ] = None,
-    num_devices: Annotated[int | None, typer.Option(min=1, help="So many of the one that --device names.")] = None,
-    cluster: Annotated[
-        Path | None, typer.Option(help="Devices that differ, or are not known: a file, see README.", metavar="FILE")
-    ] = None,
-    bandwidths: Annotated[
-        str | None,
-        typer.Option(help="Mbit/s of every link, one after the other. Left out: the devices' own.", metavar="N,…"),
-    ] = None,
+    model: Model = None,
+    device: Device = None,
+    num_devices: NumDevices = None,
+    cluster: Cluster = None,
+    bandwidths: Bandwidths = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=0, help="To generate for each sequence (decoders).")] = 0,
     codec: Annotated[str, typer.Option(help="On the wire: of [b]fp32,bf16,int8,int4[/], or [b]all[/].")] = "fp32",
     dtype: Annotated[str, typer.Option(help="What is computed in: of [b]fp32,int8[/].")] = "fp32",
-    sub_blocks: Annotated[
-        int | None, typer.Option(min=2, help="Compare with the model decoupled into so many.")
-    ] = None,
-    groups: Annotated[
-        int | None, typer.Option(min=1, help="Of its layers, each ending with an original one. Left out: of three.")
-    ] = None,
+    sub_blocks: SubBlocks = None,
+    groups: Groups = None,
     heads: Annotated[Literal["all", "own"], typer.Option(help="Of a sub-block, see `isthmus decouple`.")] = "all",
-    report: Annotated[
-        Path | None, typer.Option(help="Write the results here as JSON, a table and a picture beside.", metavar="FILE")
-    ] = None,
+    report: Report = None,
     list_devices: Annotated[bool, typer.Option("--list-devices", help="Show the known devices.")] = False,
     published: Annotated[
         bool, typer.Option("--published", help="Show DeTransformer's published table beside the simulated one.")
@@ -57,23 +64,15 @@ def infer(
 ) -> None:
     """Predict ways of answering one request on devices that are described, not measured, with the planner's own model.
 
-    isthmus simulate infer bert-base --sub-blocks 4 --device raspberry-pi-4b --num-devices 4 --bandwidths 1000,250,125
+    isthmus simulate infer bert-base --sub-blocks 4 --device raspberry-pi-4b --num-devices 4 --bandwidths 1000,125
     isthmus simulate infer ./decoupled --cluster hardware.json --codec fp32,int8 --report simulated.json
     """
-    from rich.console import Console
-
-    from isthmus.cli.simulated import SimulateOptions, devices_table, simulate_infer, simulate_published
-    from isthmus.spec.errors import IsthmusError
+    from isthmus.cli.simulated import SimulateOptions, print_devices, simulate_infer, simulate_published
     from isthmus.spec.units import parse_numbers
 
-    if list_devices:
-        Console().print(devices_table())
+    if list_devices or published:
+        print_devices() if list_devices else simulate_published(report=report)
         return
-    if published:
-        simulate_published(report=report)
-        return
-    if model is None:
-        raise IsthmusError("model: got none, wanted a directory or the name of a shape, such as bert-base")
     options = SimulateOptions(
         model=model,
         device=device,

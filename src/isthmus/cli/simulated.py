@@ -32,7 +32,7 @@ from isthmus.spec.units import parse_names
 class SimulateOptions:
     """What ``isthmus simulate infer`` was asked for."""
 
-    model: str
+    model: str | None
     """A directory with a config.json, or one of ``SHAPES``."""
     device: str | None = None
     """Names of known devices, with commas."""
@@ -85,6 +85,8 @@ def simulate_infer(
 
 
 def _spec(options: SimulateOptions) -> TransformerSpec:
+    if options.model is None:
+        raise IsthmusError("model: got none, wanted a directory or the name of a shape, such as bert-base")
     if options.model in SHAPES:
         spec = SHAPES[options.model]
     elif (Path(options.model) / "config.json").is_file():
@@ -136,7 +138,7 @@ def _markdown(title: str, cells: Sequence[SimulatedCell]) -> str:
     return "\n".join(parts)
 
 
-def devices_table() -> Table:
+def print_devices() -> None:
     """Those that are known by name."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for name in ("device", "GFLOP/s", "dtypes", "memory", "GB/s", "link Mbit/s", "round trip", "operator"):
@@ -152,7 +154,7 @@ def devices_table() -> Table:
             human_s(device.round_trip_s),
             human_s(device.operator_s),
         )
-    return table
+    Console().print(table)
 
 
 def simulate_published(*, report: Path | None = None, console: Console | None = None) -> PublishedReport:

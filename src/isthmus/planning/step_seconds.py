@@ -42,7 +42,8 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: lis
         _refill(devices, credits_, compute_s)
         return compute_s
     if step.is_prepared:
-        seconds = compute_s + max(device.link.sum_step_s for device in devices)
+        airtime_s = sum(device.airtime_s(traffic) for device, traffic in zip(devices, step.exchange, strict=True))
+        seconds = compute_s + max(device.link.sum_step_s for device in devices) + airtime_s
         _refill(devices, credits_, seconds)
         return seconds
     parts = list(zip(devices, step.work, step.exchange, strict=True))

@@ -12,15 +12,14 @@ from isthmus.planning.steps import Work
 
 ALL_UP_TO = 8
 """Of so many devices every subset is weighed: 128 of them."""
-_GROWTH = 1.5
 
 
 def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tuple[int, ...]]:
     """Ranks, ascending, the leader's always among them; small sets first, each set once.
 
-    Of up to ``ALL_UP_TO`` devices every set. Of more, for sizes that grow by half, and for all, the leader with
-    those that are first in an order: by seconds of computing a layer, by seconds for a layer's tokens on their link, by
-    both together, and by memory. That is at most four sets of a size, and 12 sizes for 64 devices.
+    Of up to ``ALL_UP_TO`` devices every set. Of more, for some sizes (1 to 8, 10, 12, 14, 16, 20, …, and all), the
+    leader with those that are first in an order: by seconds of computing a layer, by seconds for a layer's tokens on
+    their link, by both together, and by memory. At most four sets of a size.
     """
     others = range(1, len(question.profile.devices))
     if len(others) < ALL_UP_TO:
@@ -36,17 +35,14 @@ def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tu
         sorted(others, key=lambda rank: compute_s[rank] + link_s[rank]),
         sorted(others, key=lambda rank: -question.budget_bytes(rank)),
     ]
-    for size in _sizes(len(others)):
-        yield from dict.fromkeys((0, *sorted(order[:size])) for order in orders)
+    for size in _sizes(len(question.profile.devices)):
+        yield from dict.fromkeys((0, *sorted(order[: size - 1])) for order in orders)
 
 
-def _sizes(most: int) -> Iterator[int]:
-    """0, 1, 2, … and then in longer steps, ``most`` at last."""
-    size = 0
-    while size < most:
-        yield size
-        size = max(size + 1, round(size * _GROWTH))
-    yield most
+def _sizes(num_devices: int) -> list[int]:
+    sizes = {1, 2, 3, num_devices}
+    sizes |= {part << power for power in range(num_devices.bit_length()) for part in (4, 5, 6, 7)}
+    return sorted(size for size in sizes if size <= num_devices)
 
 
 def _layer_s(question: Question, device: DeviceCosts) -> float:

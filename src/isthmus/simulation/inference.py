@@ -59,6 +59,8 @@ def simulate(
         plain = replace(spec, decoupling=None)
         found = [each for each in found if each.plan.strategy != "single"]
         found += _ways(list(weigh(question_of(plain, request, devices, codecs=codecs, dtypes=dtypes))))
+    if request.batch == 1:  # one sequence passes through a pipeline as it would through one device
+        found = [each for each in found if each.plan.strategy != "pipeline"]
     if choice.chosen not in found:
         found.append(choice.chosen)
     rows = [_row(each, spec, request, is_choice=each is choice.chosen) for each in found]
@@ -66,12 +68,14 @@ def simulate(
 
 
 def _ways(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """One of each strategy, way, codec and dtype: of those on the most devices the fastest."""
+    """One of each strategy, way, codec and dtype: of those on the most devices the fastest. Of plans that compute
+    original layers in several ways only one."""
     best: dict[tuple[str, ...], Candidate] = {}
     for each in sorted(candidates, key=lambda each: (-len(each.plan.devices), each.latency_s)):
         plan = each.plan
         if each.fits:
-            best.setdefault((plan.strategy, plan.way, plan.codec, plan.dtype), each)
+            way = "mixed" if len(set(plan.originals)) > 1 else plan.way
+            best.setdefault((plan.strategy, way, plan.codec, plan.dtype), each)
     return list(best.values())
 
 

@@ -69,7 +69,7 @@ def cluster_profile(
         transport="simulated",
         model=spec.model_type,
         devices=tuple(_device_profile(device, spec, dtypes) for device in devices),
-        links=tuple(_link_profile(device, transport) for device in devices),
+        links=tuple(_link_profile(device, spec, transport, len(devices)) for device in devices),
     )
 
 
@@ -151,16 +151,20 @@ def _mlp_width(spec: TransformerSpec) -> int:
     return spec.intermediate_size * (2 if spec.has_gate else 1)
 
 
-def _link_profile(device: SimulatedDevice, transport: Transport) -> LinkProfile:
-    """Of a device on Wi-Fi the rate is that of payload, and of the medium: each byte out or in occupies it."""
+def _link_profile(
+    device: SimulatedDevice, spec: TransformerSpec, transport: Transport, num_devices: int
+) -> LinkProfile:
+    """Of a device on Wi-Fi the rate is that of payload, and of the medium: each byte out or in occupies it. Repeated
+    sums are of one token: to one other device a step, or all at once where devices are no power of two."""
     bytes_per_s = device.bits_per_s / 8 * (1.0 if device.is_wireless else transport.link_share)
     latency_s = transport.exchange_s + device.round_trip_s / 2
+    num_messages = num_devices - 1 if num_devices & (num_devices - 1) else 1
     return LinkProfile(
         round_trip_s=device.round_trip_s,
         latency_s=latency_s,
         message_s=transport.message_s,
         waiting=Waiting(computing_s=(1.0,), seconds=(0.0,)),
-        sum_step_s=latency_s + transport.message_s,
+        sum_step_s=latency_s + num_messages * (transport.message_s + 4 * spec.hidden_size / bytes_per_s),
         transfer=Transfer(num_bytes=(1 << 20,), seconds=((1 << 20) / bytes_per_s,)),
         bytes_per_s=bytes_per_s,
         airtime_s_per_byte=1 / bytes_per_s if device.is_wireless else 0.0,

@@ -1,4 +1,4 @@
-"""How people write sizes, rates and lists, and nothing else: ``8GiB``, ``2GB/s``, ``125mbit``, ``20us``, ``fp32,int8``."""
+"""How people write sizes, rates and lists, and nothing else: ``8GiB``, ``2GB/s``, ``125mbit``, ``20us``, ``a,b``."""
 
 from __future__ import annotations
 
