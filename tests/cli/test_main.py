@@ -56,11 +56,12 @@ def test_version_is_the_package_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "profile", "tune", "embed", "worker", "bench", "plan", "testbed"]),
+        (["--help"], ["demo", "profile", "tune", "embed", "worker", "bench", "plan", "simulate", "testbed"]),
         (["tune", "--help"], ["--data", "--policy", "--accelerator-memory", "--resume"]),
         (["profile", "--help"], ["--refresh"]),
         (["bench", "--help"], ["tune", "infer"]),
         (["plan", "infer", "--help"], ["--cluster", "--tokens", "--max-error", "--profile"]),
+        (["simulate", "infer", "--help"], ["--device", "--cluster", "--bandwidths", "--published", "--sub-blocks"]),
         (["testbed", "--help"], ["up", "status", "run", "limit", "down", "sudo isthmus testbed up --devices 4"]),
         (["bench", "tune", "--help"], ["--policies", "--skew", "--cpu-speed", "--report"]),
     ],

@@ -209,3 +209,30 @@ def test_what_cannot_be_planned_is_said() -> None:
         choose(question(even_cluster(1, 1e6), dtypes=("bf16",)))
     with pytest.raises(IsthmusError, match="tokens, batch: got 0, 1"):
         InferenceRequest(num_tokens=0)
+
+
+def test_on_a_shared_medium_exchanges_take_all_that_is_sent_and_received() -> None:
+    """On a medium as fast as each link N times what one link takes, both ways; on a fast one nothing more."""
+    plan = InferencePlan.even("sequence", 4)
+    latencies_s = []
+    for airtime_s_per_byte in (0.0, 1 / 1e7, 1 / 1e10):
+        shared = replace(link(1e7), airtime_s_per_byte=airtime_s_per_byte)
+        candidate = predict(question(cluster([device(BERT, 24e9)] * 4, [shared] * 4)), plan)
+        assert candidate.bound_s <= candidate.latency_s
+        latencies_s.append(candidate.latency_s)
+    sent_s = max(predict(question(even_cluster(4, 1e7)), plan).sent_bytes) / 1e7
+    assert latencies_s[1] - latencies_s[0] == pytest.approx(7 * sent_s, rel=0.01)
+    assert latencies_s[2] == latencies_s[0]
+
+
+def test_repeated_sums_of_tokens_take_turns_on_a_shared_medium() -> None:
+    request = InferenceRequest(num_tokens=8, num_new_tokens=2)
+    seconds = []
+    for airtime_s_per_byte in (0.0, 1e-6):
+        shared = replace(link(1e9), airtime_s_per_byte=airtime_s_per_byte)
+        profile = cluster([device(LLAMA, 24e9)] * 2, [shared] * 2)
+        asked = question(profile, spec=LLAMA, request=request)
+        candidate = predict(asked, InferencePlan.even("tensor", 2))
+        seconds.append(candidate.latency_s - candidate.first_token_s)
+    messages = 2 * LLAMA.num_layers * 2 * 2 * (4 * LLAMA.hidden_size + 16)
+    assert seconds[1] - seconds[0] == pytest.approx(1e-6 * messages, rel=0.01)

@@ -106,3 +106,5 @@ def test_slower_links_take_longer_by_the_same_factor() -> None:
     assert slower.links[0] == measured.links[0]
     assert slower.links[1].bytes_per_s == measured.links[1].bytes_per_s / 4
     assert slower.links[2].transfer.seconds[-1] == pytest.approx(16 * measured.links[2].transfer.seconds[-1])
+    shared = replace(measured, links=(replace(measured.links[0], airtime_s_per_byte=1e-8),) * 3)
+    assert [link.airtime_s_per_byte for link in slowed(shared, (1.0, 4.0, 16.0)).links] == [1e-8, 4e-8, 16e-8]

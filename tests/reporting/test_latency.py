@@ -162,3 +162,42 @@ def printed(cells: Cells, width: int) -> str:
     output = io.StringIO()
     print_latency(cells, Console(file=output, width=width))
     return output.getvalue()
+
+
+def simulated(strategy: str, latency_s: float, **more: Any) -> BenchInferRow:
+    exactly = Spread(median=latency_s, p10=latency_s, p90=latency_s)
+    return dataclasses.replace(
+        row(strategy, latency_s),
+        latency_s=exactly,
+        predicted_latency_s=latency_s,
+        max_rel_error=None,
+        transport="simulated",
+        **more,
+    )
+
+
+def test_what_was_simulated_is_nowhere_called_measured_or_predicted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [simulated("single", 1.0), simulated("tensor", 0.5, is_choice=True)]
+    assert latency_markdown(rows) == (
+        "| strategy | devices | wire | dtype | bound | simulated | of bound | sent | exchanges |\n"
+        "|---|---:|---|---|---:|---:|---:|---:|---:|\n"
+        "| **tensor two_step** | **4** | **fp32** | **fp32** | **400 ms** | **500 ms** | **0.80** "
+        "| **1.25 MB** | **12** |\n"
+        "| single | 1 |  | fp32 | 800 ms | 1.00 s | 0.80 | 0 B | 0 |\n"
+    )
+    several: Cells = {1e9: rows, 1e8: rows}
+    one: Cells = {None: rows}
+    for cells in (several, one):
+        texts = texts_of(monkeypatch, cells, tmp_path)
+        assert "seconds per request (simulated)" in texts
+        assert not [text for text in texts if "predicted" in text or "p10" in text]
+
+
+def test_a_table_of_simulated_tokens_has_their_seconds() -> None:
+    exactly = Spread(median=0.25, p10=0.25, p90=0.25)
+    text = latency_markdown(
+        [simulated("tensor", 0.5, num_new_tokens=2, time_to_first_token_s=exactly, time_per_token_s=exactly)]
+    )
+    assert "| first token simulated | token simulated | sent |" in text and "| 250 ms | 250 ms |" in text

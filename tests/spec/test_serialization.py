@@ -38,6 +38,16 @@ from isthmus.spec.report import (
     TuneSummary,
 )
 from isthmus.spec.serialization import from_json, to_json
+from isthmus.spec.simulated import (
+    DeviceEntry,
+    OwnFigure,
+    PublishedFigure,
+    PublishedReport,
+    SimulatedCell,
+    SimulatedCluster,
+    SimulatedDevice,
+    SimulateInferReport,
+)
 from isthmus.spec.timeline import Span, Timeline
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -54,6 +64,15 @@ _EXPERT = ExpertSpec(
     is_transposed=False,
     activation="silu_glu",
     tensors=(_GATE_UP, TensorSpec(name="down_proj", shape=(6, 4))),
+)
+_SIMULATED_DEVICE = SimulatedDevice(
+    name="pi",
+    flops_per_s={"fp32": 2.5e10},
+    memory_bytes_per_s=5e9,
+    memory_bytes=2**32,
+    bits_per_s=1.25e8,
+    round_trip_s=2e-4,
+    is_wireless=True,
 )
 EXAMPLES: dict[str, Any] = {
     "profile": Profile(
@@ -178,6 +197,7 @@ EXAMPLES: dict[str, Any] = {
                 transfer=Transfer(num_bytes=(16384, 32768), seconds=(0.0, 0.001)),
                 bytes_per_s=1.5e7,
                 burst_bytes=65536.0,
+                airtime_s_per_byte=2.5e-8,
             ),
         ),
         measured_at="2026-01-01T00:00:00Z",
@@ -220,6 +240,59 @@ EXAMPLES: dict[str, Any] = {
                 time_per_token_s=Spread(median=0.0625, p10=0.03125, p90=0.125),
                 predicted_time_to_first_token_s=0.5,
                 predicted_time_per_token_s=0.03125,
+            ),
+        ),
+    ),
+    "simulated_cluster": SimulatedCluster(
+        devices=(
+            DeviceEntry(name="pi", kind="raspberry-pi-4b", count=2, bits_per_s=1e8),
+            DeviceEntry(
+                name="laptop",
+                flops_per_s={"fp32": 1e11, "int8": 2e11},
+                memory_bytes_per_s=2e10,
+                memory_bytes=2**33,
+                bits_per_s=3e8,
+                round_trip_s=0.003,
+                operator_s=1e-5,
+                is_wireless=True,
+            ),
+        )
+    ),
+    "simulate_infer_report": SimulateInferReport(
+        config={"model": "bert-base", "bandwidths": [125.0]},
+        devices=(_SIMULATED_DEVICE,),
+        cells=(
+            SimulatedCell(
+                bits_per_s=1.25e8,
+                rows=(
+                    BenchInferRow(
+                        strategy="single",
+                        codec="fp32",
+                        dtype="fp32",
+                        num_devices=1,
+                        tokens=128,
+                        latency_s=Spread(median=1.0, p10=1.0, p90=1.0),
+                        predicted_latency_s=1.0,
+                        bound_s=0.75,
+                        bytes_sent_per_device=0,
+                        num_exchanges=0,
+                        transport="simulated",
+                    ),
+                ),
+            ),
+        ),
+    ),
+    "published_report": PublishedReport(
+        device=_SIMULATED_DEVICE,
+        figures=(PublishedFigure(model="bert-base", bits_per_s=1.25e8, strategy="TP", published=1.5, simulated=1.75),),
+        ours=(
+            OwnFigure(
+                model="bert-base",
+                bits_per_s=1.25e8,
+                codec="int8",
+                plan="block tokens",
+                latency_s=0.375,
+                one_device_s=1.0,
             ),
         ),
     ),
@@ -279,7 +352,7 @@ def _values_of(declared: Any) -> st.SearchStrategy[Any]:
     return scalars[declared]
 
 
-@pytest.mark.parametrize("cls", [Profile, Plan, Timeline, ModelSpec, DeviceProfile, LinkProfile])
+@pytest.mark.parametrize("cls", [Profile, Plan, Timeline, ModelSpec, DeviceProfile, LinkProfile, DeviceEntry])
 @settings(max_examples=40)
 @given(data=st.data())
 def test_round_trip_gives_back_an_equal_value(cls: type[Any], data: st.DataObject) -> None:

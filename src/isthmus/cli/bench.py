@@ -79,8 +79,9 @@ def infer(
         sudo isthmus testbed run -- isthmus bench infer ./bert --codecs fp32,int8 --report bench.json
         sudo isthmus testbed run -- isthmus bench infer ./llama --tokens 64 --new-tokens 32
     """
-    from isthmus.inference.bench import BenchOptions, bench_infer, parse_names
+    from isthmus.inference.bench import BenchOptions, bench_infer
     from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES
+    from isthmus.spec.units import parse_names
 
     options = BenchOptions(
         model=model,

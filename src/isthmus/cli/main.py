@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from isthmus import __version__
-from isthmus.cli import bench, plan, testbed
+from isthmus.cli import bench, plan, simulate, testbed
 from isthmus.cli.decouple import decouple
 from isthmus.cli.demo import demo
 from isthmus.cli.embed import embed
@@ -69,6 +69,7 @@ app.command()(generate)
 app.command()(worker)
 app.add_typer(bench.app, name="bench")
 app.add_typer(plan.app, name="plan")
+app.add_typer(simulate.app, name="simulate")
 app.add_typer(testbed.app, name="testbed")
 
 

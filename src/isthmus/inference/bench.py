@@ -58,18 +58,6 @@ class BenchOptions:
     timeout_s: float = TIMEOUT_S
 
 
-def parse_names(field: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The names in ``a,b`` or all of ``known`` for ``all``. Raises ``IsthmusError`` that names the unknown one."""
-    if text == "all":
-        return tuple(known)
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if unknown := [name for name in names if name not in known]:
-        raise IsthmusError(f"{field}: got {', '.join(unknown)}, wanted all or some of {', '.join(known)}")
-    if not names:
-        raise IsthmusError(f"{field}: got none, wanted all or some of {', '.join(known)}")
-    return names
-
-
 def bench_infer(options: BenchOptions, *, report: Path | None = None, console: Console | None = None) -> None:
     """Measures, prints and writes. On all but the leader nothing is printed or written. Blocks."""
     console = console or Console()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -73,20 +74,26 @@ class DeviceCosts:
         curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
         return float(evaluate(curve, num_bytes)) + min(missing_bytes, num_bytes) / self.link.bytes_per_s
 
+    def airtime_s(self, traffic: Traffic) -> float:
+        """What its bytes, out and in, take of a medium that it shares."""
+        return (traffic.sent_bytes + traffic.received_bytes) * self.link.airtime_s_per_byte
+
     def least_work_s(self, work: Work) -> float:
         """What arithmetic at the best rate ever seen, and reading the weights once, would take."""
         spec = self.spec
         head = spec.vocab_size * spec.hidden_size * work.head_share
         attention, mlp = spec.attention_numel * work.attention_share, spec.mlp_numel * work.mlp_share
-        blocks = (spec.attention_numel + spec.mlp_numel) * work.block_share
-        parts = ((work.attention_rows, attention), (work.mlp_rows, mlp), (work.block_rows, blocks))
-        weights = head + work.num_layers * sum(numel for rows, numel in parts if rows)
-        products = sum(rows * numel for rows, numel in parts)
+        # Sub-blocks with heads of their own have as many times smaller attention matrices.
+        parts = spec.decoupling.num_sub_blocks if spec.decoupling and spec.decoupling.heads == "own" else 1
+        blocks = (spec.attention_numel / parts + spec.mlp_numel) * work.block_share
+        matrices = ((work.attention_rows, attention), (work.mlp_rows, mlp), (work.block_rows, blocks))
+        weights = head + work.num_layers * sum(numel for rows, numel in matrices if rows)
+        products = sum(rows * numel for rows, numel in matrices)
         flops = work.num_layers * (4.0 * work.scores * spec.head_size + 2.0 * products) + 2.0 * work.head_rows * head
         reading_s = weights * WEIGHT_BYTES[self.dtype] / self.profile.memory_bytes_per_s
         return max(flops / self.best_flops, reading_s) * self.profile.alone_factor
 
-    @property
+    @cached_property
     def best_flops(self) -> float:
         """The most operations a second in any block that was measured."""
         rates = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from isthmus.planning.plans import Question, plans
 from isthmus.planning.shares import divide_layer
 from isthmus.planning.step_seconds import least_step_s, sharing, simulate, step_s
 from isthmus.planning.steps import Step, Work
+from isthmus.planning.subsets import subsets
 from isthmus.planning.workload import Workload, device_shares, passes
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
@@ -85,14 +85,13 @@ def choose(question: Question) -> Choice:
 
 
 def weigh(question: Question) -> Iterator[Candidate]:
-    """Every candidate, fitting or not."""
+    """Every candidate, fitting or not: on every set of a few devices, on sensible ones of many (``subsets``)."""
     ranks = range(len(question.profile.devices))
     for dtype in question.dtypes:
         costs = {rank: _costs(question, rank, dtype) for rank in ranks}
-        for size in range(1, len(ranks) + 1):
-            for others in itertools.combinations(ranks[1:], size - 1):
-                for plan in plans(question, (0, *others), dtype, costs):
-                    yield predict(question, plan, costs)
+        for chosen in subsets(question, costs):
+            for plan in plans(question, chosen, dtype, costs):
+                yield predict(question, plan, costs)
 
 
 def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCosts] | None = None) -> Candidate:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from isthmus.planning.inference import Candidate, choose, predict, weigh
 from isthmus.planning.pieces import Piece, held_bytes, pieces_of
 from isthmus.planning.plans import Question
+from isthmus.planning.subsets import ALL_UP_TO
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.inference import InferencePlan
 
@@ -24,6 +25,8 @@ _PRICE = math.log(1.005)
 """Of every plan but the first, as if it lost that much: to read its weights takes time, and memory that others want."""
 SLOWDOWNS = (1.0, 4.0, 16.0)
 """Of all links at once."""
+_MOST_OF_MANY = 8
+"""Plans of each situation that are worth a look where there are more devices than have every subset weighed."""
 _MOST_NODES = 20_000
 """Of the search for the plans to keep; beyond it the best found so far is taken."""
 
@@ -47,6 +50,7 @@ def slowed(profile: ClusterProfile, factors: Sequence[float]) -> ClusterProfile:
         else replace(
             link,
             bytes_per_s=link.bytes_per_s / factor,
+            airtime_s_per_byte=link.airtime_s_per_byte * factor,
             transfer=replace(link.transfer, seconds=tuple(seconds * factor for seconds in link.transfer.seconds)),
         )
         for link, factor in zip(profile.links, factors, strict=True)
@@ -71,7 +75,8 @@ def situations(question: Question) -> list[Question]:
 
 def plans_to_keep(question: Question) -> Residency:
     """The plans whose weights, together and each piece counted once, fit every device and that lose least over
-    ``situations``: exact unless the search is cut short. The one that ``choose`` takes for ``question`` is the first.
+    ``situations``: exact for few devices, unless the search is cut short. What ``choose`` takes for ``question`` is the
+    first.
 
     Raises ``IsthmusError`` where nothing fits.
     """
@@ -79,6 +84,8 @@ def plans_to_keep(question: Question) -> Residency:
     chosen = choice.chosen
     asked = situations(question)
     found = [_worth_keeping([each for each in weigh(situation) if each.fits]) for situation in asked]
+    if len(question.profile.devices) > ALL_UP_TO:
+        found = [_spread(candidates, _MOST_OF_MANY) for candidates in found]
     pool = list(dict.fromkeys([chosen.plan, *(candidate.plan for candidates in found for candidate in candidates)]))
     loss, plans = _Search(question, asked, pool).run()
     return Residency(plans=plans, loss=loss, reason=choice.reason)
@@ -91,6 +98,13 @@ def _worth_keeping(candidates: list[Candidate]) -> list[Candidate]:
         if not any(_needs_less(other, candidate) for other in kept):
             kept.append(candidate)
     return kept
+
+
+def _spread(candidates: list[Candidate], most: int) -> list[Candidate]:
+    """Up to ``most`` of them, evenly from the fastest to the smallest."""
+    last = len(candidates) - 1
+    numbers = range(last + 1) if last < most else (round(place * last / (most - 1)) for place in range(most))
+    return [candidates[number] for number in numbers]
 
 
 def _needs_less(one: Candidate, other: Candidate) -> bool:

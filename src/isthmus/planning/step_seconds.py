@@ -1,6 +1,7 @@
 """Seconds of steps on some devices: all compute, the last one starts the exchange, the slowest link ends it.
 
-A link that lets a burst through after a pause (``LinkProfile``) has a credit, which fills while devices compute.
+A link that lets a burst through after a pause (``LinkProfile``) has a credit, which fills while devices compute. Links
+that share a medium take turns on it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: lis
         _refill(devices, credits_, compute_s)
         return compute_s
     if step.is_prepared:
-        seconds = compute_s + max(device.link.sum_step_s for device in devices)
+        airtime_s = sum(device.airtime_s(traffic) for device, traffic in zip(devices, step.exchange, strict=True))
+        seconds = compute_s + max(device.link.sum_step_s for device in devices) + airtime_s
         _refill(devices, credits_, seconds)
         return seconds
     parts = list(zip(devices, step.work, step.exchange, strict=True))
@@ -53,6 +55,7 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: lis
         device.transfer_s(traffic, device.link.burst_bytes - credit)
         for (device, _, traffic), credit in zip(parts, credits_, strict=True)
     )
+    transfer_s = max(transfer_s, sum(device.airtime_s(traffic) for device, _, traffic in parts))
     _spend(step, devices, credits_, transfer_s)
     compute_s += max(device.decode_s(traffic, codec) for device, _, traffic in parts)
     return message_s + (max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s)
@@ -68,6 +71,8 @@ def least_step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[floa
         max(0.0, traffic.most_bytes - credit) / device.link.bytes_per_s
         for device, traffic, credit in zip(devices, step.exchange, credits_, strict=True)
     )
+    airtime_s = sum(device.airtime_s(traffic) for device, traffic in zip(devices, step.exchange, strict=True))
+    transfer_s = max(transfer_s, airtime_s)
     _spend(step, devices, credits_, transfer_s)
     transfer_s += max(device.link.round_trip_s for device in devices) / 2
     return max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s

@@ -14,6 +14,11 @@ Cells = Mapping[float | None, Sequence[BenchInferRow]]
 """Rows by bandwidth of every link in bits per second; None: whatever the links are."""
 
 
+def are_simulated(rows: Sequence[BenchInferRow]) -> bool:
+    """Whether these come from ``isthmus simulate infer``: one latency each, and nothing was measured."""
+    return bool(rows) and all(row.transport == "simulated" for row in rows)
+
+
 def way_of(row: BenchInferRow) -> str:
     """``tensor, int8 wire``, or ``single`` where nothing is sent; the dtype too where it is not FP32."""
     parts = [row.strategy]
@@ -29,7 +34,8 @@ def plot_latency(cells: Cells, path: str | os.PathLike[str], *, title: str = "On
 
     Over several bandwidths a line per strategy, codec and dtype, measured with its p10–p90 band and predicted in thin
     dashes; the least bound of those ways; and the best single device, which has no link. With one bandwidth a bar per
-    way instead. Of rows with the same way the fastest is drawn. Raises ``ValueError`` without rows.
+    way instead. What was simulated is one line or bar, without a prediction. Of rows with the same way the fastest is
+    drawn. Raises ``ValueError`` without rows.
     """
     fastest = {bandwidth: _fastest(rows) for bandwidth, rows in cells.items() if rows}
     if not fastest:
@@ -63,7 +69,9 @@ def _lines(cells: dict[float, dict[str, BenchInferRow]]) -> Any:
     for number, name in enumerate(names):
         points = [(bandwidth / 1e6, ways[name]) for bandwidth, ways in cells.items() if name in ways]
         _draw_way(axes, name, points, SERIES[number % len(SERIES)])
-    axes.plot([], [], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="predicted")
+    is_simulated = are_simulated([row for ways in cells.values() for row in ways.values()])
+    if not is_simulated:
+        axes.plot([], [], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="predicted")
     bounds = [(bandwidth / 1e6, min(row.bound_s for row in rows)) for bandwidth, rows in together.items() if rows]
     if bounds:
         axes.plot(*zip(*bounds, strict=True), color=INK, linewidth=1.2, linestyle=":", label="bound, least of these")
@@ -80,11 +88,15 @@ def _lines(cells: dict[float, dict[str, BenchInferRow]]) -> Any:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.05)
     axes.set_xlabel("bandwidth of each link, Mbit/s", fontsize=9, color=MUTED)
-    axes.set_ylabel("seconds per request (median, p10–p90)", fontsize=9, color=MUTED)
+    axes.set_ylabel(_seconds_label(is_simulated), fontsize=9, color=MUTED)
     axes.legend(
         frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.02, 1.02), borderaxespad=0
     )
     return figure
+
+
+def _seconds_label(is_simulated: bool) -> str:
+    return f"seconds per request ({'simulated' if is_simulated else 'median, p10–p90'})"
 
 
 def _draw_way(axes: Any, name: str, points: Sequence[tuple[float, BenchInferRow]], colour: str) -> None:
@@ -103,6 +115,7 @@ def _bars(ways: dict[str, BenchInferRow]) -> Any:
     """Bars along the left, so that names have room: measured, a stroke for the prediction, a dark one for the bound."""
     figure = new_figure(8.0, 1.6 + 0.42 * len(ways))
     height_in = figure.get_size_inches()[1]
+    is_simulated = are_simulated(list(ways.values()))
     axes = figure.add_axes((0.29, 0.6 / height_in, 0.67, 1 - 1.2 / height_in))
     quiet_axes(axes)
     axes.grid(axis="x", color=RULE, linewidth=0.6)
@@ -120,15 +133,16 @@ def _bars(ways: dict[str, BenchInferRow]) -> Any:
         )
         first = place == 0
         ends = (place - 0.38, place + 0.38)
-        axes.plot(
-            [row.predicted_latency_s] * 2, ends, color=SERIES[1], linewidth=2, label="predicted" if first else None
-        )
+        if not is_simulated:
+            axes.plot(
+                [row.predicted_latency_s] * 2, ends, color=SERIES[1], linewidth=2, label="predicted" if first else None
+            )
         axes.plot([row.bound_s] * 2, ends, color=INK, linewidth=2, linestyle=":", label="bound" if first else None)
     axes.set_yticks(range(len(ways)), list(ways))
     axes.tick_params(axis="y", labelcolor=INK)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("seconds per request (median, p10–p90)", fontsize=9, color=MUTED)
+    axes.set_xlabel(_seconds_label(is_simulated), fontsize=9, color=MUTED)
     figure.legend(
         *axes.get_legend_handles_labels(),
         frameon=False,

@@ -1,4 +1,6 @@
-"""Owns how the rows of ``isthmus bench infer`` are written: as a table in the terminal and as markdown."""
+"""Owns how the rows of ``isthmus bench infer`` are written: as a table in the terminal and as markdown.
+
+Rows of ``isthmus simulate infer`` are the same with one latency instead of a measured and a predicted one."""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from isthmus.reporting.human import human_bytes, human_s
-from isthmus.reporting.latency_plot import Cells
+from isthmus.reporting.latency_plot import Cells, are_simulated
 from isthmus.spec.report import BenchInferRow, Spread
 
 _HOW = ("strategy", "devices", "wire", "dtype")
 _FOUND = ("bound", "measured (p10–p90)", "of bound", "predicted", "off by")
 _COST = ("sent", "exchanges", "error")
+_SIMULATED = ("strategy", "devices", "wire", "dtype", "bound", "simulated", "of bound")
+_SIMULATED_GENERATED = ("first token simulated", "token simulated")
 _GENERATED = ("first token", "token (p10–p90)", "token predicted")
 _NARROW = ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")
 _NARROW_GENERATED = ("strategy", "wire", "first token", "token", "token predicted", "of bound", "sent")
@@ -66,6 +70,8 @@ def latency_markdown(rows: Sequence[BenchInferRow]) -> str:
 
 def _columns(rows: Sequence[BenchInferRow], *, is_narrow: bool = False) -> tuple[str, ...]:
     is_generated = any(row.num_new_tokens for row in rows)
+    if are_simulated(rows):
+        return (*_SIMULATED, *(_SIMULATED_GENERATED if is_generated else ()), "sent", "exchanges")
     if is_narrow:
         return _NARROW_GENERATED if is_generated else _NARROW
     return (*_HOW, *_FOUND, *(_GENERATED if is_generated else ()), *_COST)
@@ -77,6 +83,8 @@ def _in_order(rows: Sequence[BenchInferRow]) -> list[BenchInferRow]:
 
 def _row_cells(row: BenchInferRow) -> dict[str, str]:
     latency_s, token_s = row.latency_s, row.time_per_token_s
+    first = "" if row.time_to_first_token_s is None else human_s(row.time_to_first_token_s.median)
+    token = "" if token_s is None else human_s(token_s.median)
     return {
         "strategy": f"{row.strategy} {row.algorithm}".strip(),
         "devices": str(row.num_devices),
@@ -85,12 +93,15 @@ def _row_cells(row: BenchInferRow) -> dict[str, str]:
         "bound": human_s(row.bound_s),
         "measured (p10–p90)": _with_range(latency_s),
         "measured": human_s(latency_s.median),
+        "simulated": human_s(latency_s.median),
         "of bound": f"{row.bound_s / latency_s.median:.2f}",
         "predicted": human_s(row.predicted_latency_s),
         "off by": f"{row.predicted_latency_s / latency_s.median - 1:+.0%}",
-        "first token": "" if row.time_to_first_token_s is None else human_s(row.time_to_first_token_s.median),
+        "first token": first,
+        "first token simulated": first,
         "token (p10–p90)": "" if token_s is None else _with_range(token_s),
-        "token": "" if token_s is None else human_s(token_s.median),
+        "token": token,
+        "token simulated": token,
         "token predicted": ("" if row.predicted_time_per_token_s is None else human_s(row.predicted_time_per_token_s)),
         "sent": human_bytes(row.bytes_sent_per_device),
         "exchanges": str(row.num_exchanges),

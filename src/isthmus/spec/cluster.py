@@ -10,8 +10,8 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.profile import Curve
 from isthmus.spec.serialization import from_json
 
-MAX_DEVICES = 8
-"""So many at most work on one request: a plan weighs every subset."""
+MAX_DEVICES = 64
+"""So many at most work on one request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +168,9 @@ class LinkProfile:
     """For long."""
     burst_bytes: float = 0.0
     """So much is let through at once after a pause (token buckets, buffers of switches)."""
+    airtime_s_per_byte: float = 0.0
+    """On a medium that links share (Wi-Fi): seconds for which each byte sent or received occupies it. What all devices
+    send and receive in an exchange then takes at least the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""How people write sizes and rates, and nothing else: ``8GiB``, ``2GB/s``, ``125mbit``, ``20us`` to plain numbers."""
+"""How people write sizes, rates and lists, and nothing else: ``8GiB``, ``2GB/s``, ``125mbit``, ``20us``, ``a,b``."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypedDict, TypeVar
 
 from isthmus.spec.errors import IsthmusError
@@ -126,3 +126,15 @@ def parse_numbers(field: str, text: str, kind: Callable[[str], Number]) -> list[
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise IsthmusError(f"{field}: got {text!r}, wanted numbers with commas between, such as 2,5") from None
+
+
+def parse_names(field: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names in ``a,b`` or all of ``known`` for ``all``. Raises ``IsthmusError`` that names the unknown one."""
+    if text == "all":
+        return tuple(known)
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if unknown := [name for name in names if name not in known]:
+        raise IsthmusError(f"{field}: got {', '.join(unknown)}, wanted all or some of {', '.join(known)}")
+    if not names:
+        raise IsthmusError(f"{field}: got none, wanted all or some of {', '.join(known)}")
+    return names

@@ -1,0 +1,56 @@
+"""Which sets of devices are weighed for a request."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+from isthmus.planning.device_costs import DeviceCosts
+from isthmus.planning.exchanges import Traffic
+from isthmus.planning.plans import Question
+from isthmus.planning.steps import Work
+
+ALL_UP_TO = 8
+"""Of so many devices every subset is weighed: 128 of them."""
+
+
+def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tuple[int, ...]]:
+    """Ranks, ascending, the leader's always among them; small sets first, each set once.
+
+    Of up to ``ALL_UP_TO`` devices every set. Of more, for some sizes (1 to 8, 10, 12, 14, 16, 20, …, and all), the
+    leader with those that are first in an order: by seconds of computing a layer, by seconds for a layer's tokens on
+    their link, by both together, and by memory. At most four sets of a size.
+    """
+    others = range(1, len(question.profile.devices))
+    if len(others) < ALL_UP_TO:
+        for size in range(len(others) + 1):
+            for chosen in itertools.combinations(others, size):
+                yield 0, *chosen
+        return
+    compute_s = {rank: _layer_s(question, costs[rank]) for rank in others}
+    link_s = {rank: _tokens_s(question, costs[rank]) for rank in others}
+    orders = [
+        sorted(others, key=compute_s.__getitem__),
+        sorted(others, key=link_s.__getitem__),
+        sorted(others, key=lambda rank: compute_s[rank] + link_s[rank]),
+        sorted(others, key=lambda rank: -question.budget_bytes(rank)),
+    ]
+    for size in _sizes(len(question.profile.devices)):
+        yield from dict.fromkeys((0, *sorted(order[: size - 1])) for order in orders)
+
+
+def _sizes(num_devices: int) -> list[int]:
+    sizes = {1, 2, 3, num_devices}
+    sizes |= {part << power for power in range(num_devices.bit_length()) for part in (4, 5, 6, 7)}
+    return sorted(size for size in sizes if size <= num_devices)
+
+
+def _layer_s(question: Question, device: DeviceCosts) -> float:
+    rows = question.request.batch * question.request.num_tokens
+    return device.work_s(Work(attention_rows=rows, attention_share=1.0, mlp_rows=rows, mlp_share=1.0))
+
+
+def _tokens_s(question: Question, device: DeviceCosts) -> float:
+    num_bytes = 4 * question.request.batch * question.request.num_tokens * question.spec.hidden_size
+    traffic = Traffic(num_sent=1, num_received=1, sent_bytes=num_bytes, received_bytes=num_bytes)
+    return device.messages_s(traffic, 0.0) + device.transfer_s(traffic, 0.0)
