@@ -49,7 +49,7 @@ from isthmus.transport.rendezvous import read_environment
 from isthmus.transport.sockets import SocketGroup
 
 Job = dict[str, Any]
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 DEFAULT_TOKENS = 128
 """That the static planner expects where nothing is said (``open_engine``)."""
 
