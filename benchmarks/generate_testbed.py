@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 import torch
+from testbed_runs import llama, random_model
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.kernels import load_kernels
@@ -47,22 +48,6 @@ CELLS = ",".join(
     ]
 )
 _MEMORY_BYTES = 64 << 20
-
-
-def write_model(directory: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=2048,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
 
 
 # --- on a device -----------------------------------------------------------------------------------------------------
@@ -203,7 +188,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     spec = TestbedSpec(name="generate", devices=(device,) * num_devices, cpu_quota_s=arguments.quota_ms / 1e3)
     rows = []
     with tempfile.TemporaryDirectory() as name, Testbed.up(spec, replace=True) as testbed:
-        write_model(Path(name) / "model")
+        random_model(Path(name) / "model", llama())
         for cell in cells:
             row = run_cell(testbed, cell, arguments, Path(name))
             rows.append(row)

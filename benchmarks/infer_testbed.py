@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from testbed_runs import random_bert_base, run_once, write_results
+
 from isthmus.spec.report import BenchInferReport, BenchInferRow
 from isthmus.spec.serialization import from_json
 from isthmus.spec.testbed import DeviceSpec, TestbedSpec
@@ -41,9 +43,7 @@ def main() -> None:
                 cells.append(measure_cell(testbed, arguments, model, num_devices, mbit))
                 print_cell(cells[-1])
     text = markdown(cells, arguments)
-    (arguments.output / "infer_testbed.md").write_text(text)
-    print(text)
-    print(json.dumps({"benchmark": "infer_testbed", "ratios": ratios(cells), "cells": cells}))
+    write_results(arguments.output, "infer_testbed", text, {"ratios": ratios(cells), "cells": cells})
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,17 +61,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_bert_base(directory: Path) -> Path:
-    """Written once."""
-    if not (directory / "config.json").is_file():
-        import torch
-        from transformers import BertConfig, BertModel
-
-        torch.manual_seed(0)
-        BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(directory)
-    return directory
-
-
 def measure_cell(
     testbed: Testbed, arguments: argparse.Namespace, model: Path, num_devices: int, mbit: int
 ) -> dict[str, Any]:
@@ -84,14 +73,10 @@ def measure_cell(
     found: dict[str, Any] = {"num_devices": num_devices, "bandwidth_bits_per_s": mbit * 1e6}
     for name, options in runs.items():
         report = folder / name / "report.json"
-        if arguments.again or not report.is_file():
-            command = [_ISTHMUS, "bench", "infer", str(model), *options, "--report", str(report)]
-            command += ["--tokens", str(arguments.tokens), "--repeats", str(arguments.repeats)]
-            environment = {"ISTHMUS_CACHE": str(arguments.output / "cache"), "COLUMNS": "160"}
-            outcome = testbed.run(command, output=folder / name, env=environment, timeout_s=900)
-            if outcome.exit_code:
-                raise SystemExit(f"{' '.join(command)} failed: see {folder / name}/device-*.err")
-        found[name] = json.loads(report.read_text())["rows"]
+        command = [_ISTHMUS, "bench", "infer", str(model), *options, "--report", str(report)]
+        command += ["--tokens", str(arguments.tokens), "--repeats", str(arguments.repeats)]
+        cache = arguments.output / "cache"
+        found[name] = run_once(testbed, command, report, cache=cache, again=arguments.again)["rows"]
     return found
 
 

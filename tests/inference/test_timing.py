@@ -28,8 +28,9 @@ def timed_by_device(
     directory: Path, request: InferenceRequest, plans: Sequence[InferencePlan] = PLANS
 ) -> list[list[Timed]]:
     def work(group: Group) -> list[Timed]:
+        reader = ShardReader(directory)
         with ExitStack() as stack:
-            return time_plans(stack, ShardReader(directory), group, request, plans, REPEATS)
+            return time_plans(stack, group, request, [(reader, plan) for plan in plans], REPEATS)
 
     return on_devices(3, work)
 

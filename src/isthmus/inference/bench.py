@@ -84,7 +84,7 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
         )
         entries = _same_on_all(group, _entries(options, reader, request, profile))
         tell(f"timing {len(entries)} plans")
-        timed = time_plans(stack, reader, group, request, [entry.plan for entry in entries], options.repeats)
+        timed = time_plans(stack, group, request, [(reader, entry.plan) for entry in entries], options.repeats)
         if is_leader:
             rows = tuple(
                 _row(entry, each, request, options.transport) for entry, each in zip(entries, timed, strict=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,41 +50,56 @@ class Timed:
 
 def time_plans(
     stack: ExitStack,
-    reader: ShardReader,
     group: Group | None,
     request: InferenceRequest,
-    plans: Sequence[InferencePlan],
+    trials: Sequence[tuple[ShardReader, InferencePlan]],
     repeats: int,
 ) -> list[Timed]:
-    """``repeats`` answers under each plan, after some that are not timed; empty on all devices but the leader.
+    """``repeats`` answers of each model under its plan, after some that are not timed; empty on all devices but the
+    leader. Models have one vocabulary.
 
     The prompt's tokens are random. Where tokens are generated, it is greedily, and always all ``num_new_tokens``.
     Called on all devices of ``group`` alike; blocks. Engines are closed with ``stack``.
     """
-    engines: list[Engine] = []
-    known: dict[Piece, Layer] = {}
-    for plan in plans:
-        engines.append(stack.enter_context(Engine(reader.directory, group=group, plan=plan, known=known)))
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(reader.spec.vocab_size, (request.batch, request.num_tokens), generator=generator)
-    found = [Timed() for _ in plans]
-    for turn in range(_WARM_UPS + repeats):
-        is_timed = turn >= _WARM_UPS
-        num_new_tokens = request.num_new_tokens if is_timed else min(_WARM_UP_TOKENS, request.num_new_tokens)
-        for step in range(len(plans)):
-            index = (turn + step) % len(plans)
-            if group is not None:
-                start(group)
-            _answer(engines[index], ids_BT, num_new_tokens, found[index], is_timed=is_timed)
-    _share_most(group, found)
-    if request.num_new_tokens:
-        for engine, timed in zip(engines, found, strict=True):
-            _hidden(engine, ids_BT, timed)
+    known: dict[Path, dict[Piece, Layer]] = {reader.directory: {} for reader, _ in trials}
+    engines = [
+        stack.enter_context(Engine(reader.directory, group=group, plan=plan, known=known[reader.directory]))
+        for reader, plan in trials
+    ]
+    ids_BT = random_prompt(min(reader.spec.vocab_size for reader, _ in trials), request)
+    found = time_engines(engines, group, ids_BT, request.num_new_tokens, repeats)
     if group is not None and group.rank:
         for engine in reversed(engines):  # as the leader closes them: over gloo each goodbye waits to be heard
             engine.follow()
         return []
-    _compare(reader, known, ids_BT, found)
+    _compare([reader for reader, _ in trials], known, ids_BT, found)
+    return found
+
+
+def random_prompt(vocab_size: int, request: InferenceRequest) -> Tensor:
+    """Token ids (B, T), always the same."""
+    shape = (request.batch, request.num_tokens)
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def time_engines(
+    engines: Sequence[Engine], group: Group | None, ids_BT: Tensor, num_new_tokens: int, repeats: int
+) -> list[Timed]:
+    """As ``time_plans``, of engines whose plans are for devices of ``group``, which may exchange over groups of their
+    own. They stay open: the others are to follow."""
+    found = [Timed() for _ in engines]
+    for turn in range(_WARM_UPS + repeats):
+        is_timed = turn >= _WARM_UPS
+        num_new = num_new_tokens if is_timed else min(_WARM_UP_TOKENS, num_new_tokens)
+        for step in range(len(engines)):
+            index = (turn + step) % len(engines)
+            if group is not None:
+                start(group)
+            _answer(engines[index], ids_BT, num_new, found[index], is_timed=is_timed)
+    _share_most(group, found)
+    if num_new_tokens:
+        for engine, timed in zip(engines, found, strict=True):
+            _hidden(engine, ids_BT, timed)
     return found
 
 
@@ -132,15 +148,25 @@ def _share_most(group: Group | None, found: Sequence[Timed]) -> None:
         timed.sent_bytes = most
 
 
-def _compare(reader: ShardReader, known: dict[Piece, Layer], ids_BT: Tensor, found: Sequence[Timed]) -> None:
+def _compare(
+    readers: Sequence[ShardReader], known: dict[Path, dict[Piece, Layer]], ids_BT: Tensor, found: Sequence[Timed]
+) -> None:
     """Fills in ``max_rel_error``, unless this device's memory has no room for the whole model in FP32."""
-    spec = reader.spec
-    single = InferencePlan.even("single", 1)
-    [pieces] = pieces_of(single, spec)
-    if free_memory_bytes() < 1.25 * held_bytes(spec, set(pieces) - set(known)):
-        return
-    alone = Engine(reader.directory, plan=single, known=known)
-    wanted_BH = alone.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
-    for timed in found:
-        if timed.answer_BH is not None:
+    answers: dict[Path, Tensor | None] = {}
+    for reader in readers:
+        if reader.directory not in answers:
+            answers[reader.directory] = _alone(reader, known[reader.directory], ids_BT)
+    for reader, timed in zip(readers, found, strict=True):
+        wanted_BH = answers[reader.directory]
+        if timed.answer_BH is not None and wanted_BH is not None:
             timed.max_rel_error = float((timed.answer_BH - wanted_BH).abs().max() / wanted_BH.abs().max())
+
+
+def _alone(reader: ShardReader, known: dict[Piece, Layer], ids_BT: Tensor) -> Tensor | None:
+    """The answer of this device alone, in FP32."""
+    single = InferencePlan.even("single", 1)
+    [pieces] = pieces_of(single, reader.spec)
+    if free_memory_bytes() < 1.25 * held_bytes(reader.spec, set(pieces) - set(known)):
+        return None
+    engine = Engine(reader.directory, plan=single, known=known)
+    return engine.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))

@@ -31,6 +31,7 @@ class DeviceCosts:
     dtype: str
     factor: float = 1.0
     _seconds: dict[tuple[str, int, float], float] = field(default_factory=dict, repr=False)
+    """What was evaluated before, whatever the factor; and the best rate."""
 
     def work_s(self, work: Work) -> float:
         """Seconds of computing ``work``."""
@@ -71,8 +72,11 @@ class DeviceCosts:
     def transfer_s(self, traffic: Traffic, missing_bytes: float) -> float:
         """What its bytes add. ``missing_bytes``: of the burst that the link lets through after a pause."""
         num_bytes, transfer = traffic.most_bytes, self.link.transfer
-        curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
-        return float(evaluate(curve, num_bytes)) + min(missing_bytes, num_bytes) / self.link.bytes_per_s
+        key = ("transfer", num_bytes, 0.0)
+        if key not in self._seconds:
+            curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
+            self._seconds[key] = float(evaluate(curve, num_bytes))
+        return self._seconds[key] + min(missing_bytes, num_bytes) / self.link.bytes_per_s
 
     def airtime_s(self, traffic: Traffic) -> float:
         """What its bytes, out and in, take of a medium that it shares."""
@@ -96,12 +100,15 @@ class DeviceCosts:
     @cached_property
     def best_flops(self) -> float:
         """The most operations a second in any block that was measured."""
-        rates = []
-        for width in self.profile.layers[self.dtype]:
-            for curve, numel in ((width.attention, self.spec.attention_numel), (width.mlp, self.spec.mlp_numel)):
-                for rows, seconds in zip(curve.num_tokens, curve.seconds, strict=True):
-                    rates.append(2.0 * rows * numel * width.share / seconds)
-        return max(rates)
+        key = ("operation", 0, 0.0)
+        if key not in self._seconds:
+            rates = []
+            for width in self.profile.layers[self.dtype]:
+                for curve, numel in ((width.attention, self.spec.attention_numel), (width.mlp, self.spec.mlp_numel)):
+                    for rows, seconds in zip(curve.num_tokens, curve.seconds, strict=True):
+                        rates.append(2.0 * rows * numel * width.share / seconds)
+            self._seconds[key] = max(rates)
+        return self._seconds[key]
 
     def _sub_blocks_s(self, rows: int, share: float) -> float:
         """Sub-blocks of one layer, in proportion to the one that was measured."""

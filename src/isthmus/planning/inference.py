@@ -86,9 +86,8 @@ def choose(question: Question) -> Choice:
 
 def weigh(question: Question) -> Iterator[Candidate]:
     """Every candidate, fitting or not: on every set of a few devices, on sensible ones of many (``subsets``)."""
-    ranks = range(len(question.profile.devices))
     for dtype in question.dtypes:
-        costs = {rank: _costs(question, rank, dtype) for rank in ranks}
+        costs = costs_of(question, dtype)
         for chosen in subsets(question, costs):
             for plan in plans(question, chosen, dtype, costs):
                 yield predict(question, plan, costs)
@@ -97,7 +96,7 @@ def weigh(question: Question) -> Iterator[Candidate]:
 def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCosts] | None = None) -> Candidate:
     """What ``plan`` is predicted to take. ``costs`` by rank, where there are some already."""
     if costs is None:
-        costs = {rank: _costs(question, rank, plan.dtype) for rank in plan.devices}
+        costs = costs_of(question, plan.dtype, plan.devices)
     devices = [sharing(costs[rank], len(plan.devices), len(question.profile.devices)) for rank in plan.devices]
     all_passes = passes(plan, question.spec, question.request)
 
@@ -153,14 +152,19 @@ def _work_s(device: DeviceCosts, work: Work) -> float:
 # --- what a plan takes ------------------------------------------------------------------------------------------------
 
 
-def _costs(question: Question, rank: int, dtype: str) -> DeviceCosts:
-    profile = question.profile
-    if dtype not in profile.devices[rank].layers:
-        raise IsthmusError(
-            f"dtype: {dtype} was not measured on {profile.devices[rank].name}, only "
-            f"{', '.join(profile.devices[rank].layers)}; measure it with --dtype {dtype} --refresh"
-        )
-    return DeviceCosts(profile=profile.devices[rank], link=profile.links[rank], spec=question.spec, dtype=dtype)
+def costs_of(question: Question, dtype: str, ranks: Sequence[int] | None = None) -> dict[int, DeviceCosts]:
+    """By rank (None: all), for ``predict``. They remember what they have evaluated. Raises ``IsthmusError`` where
+    ``dtype`` was not measured."""
+    profile, found = question.profile, {}
+    for rank in range(len(profile.devices)) if ranks is None else ranks:
+        device = profile.devices[rank]
+        if dtype not in device.layers:
+            raise IsthmusError(
+                f"dtype: {dtype} was not measured on {device.name}, only {', '.join(device.layers)}; measure it with "
+                f"--dtype {dtype} --refresh"
+            )
+        found[rank] = DeviceCosts(profile=device, link=profile.links[rank], spec=question.spec, dtype=dtype)
+    return found
 
 
 def _too_little_memory(candidates: Sequence[Candidate]) -> IsthmusError:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.inference import Candidate, choose, predict, weigh
+from isthmus.planning.inference import Candidate, choose, costs_of, predict, weigh
 from isthmus.planning.pieces import Piece, held_bytes, pieces_of
 from isthmus.planning.plans import Question
 from isthmus.planning.subsets import ALL_UP_TO
@@ -127,7 +127,8 @@ class _Search:
             own = dict(zip(plan.devices, pieces_of(plan, question.spec), strict=True))
             self._pieces[plan] = [own.get(rank, ()) for rank in ranks]
         for situation in asked:
-            weighed = {plan: predict(situation, plan) for plan in pool}
+            costs = {dtype: costs_of(situation, dtype) for dtype in {plan.dtype for plan in pool}}
+            weighed = {plan: predict(situation, plan, costs[plan.dtype]) for plan in pool}
             fastest_s = min((each.latency_s for each in weighed.values() if each.fits), default=math.inf)
             for plan, each in weighed.items():
                 losses[plan].append(math.log(each.latency_s / fastest_s) if each.fits else _MISSING)
