@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,15 +17,19 @@ from isthmus.inference import model
 from isthmus.inference.engine import Engine
 from isthmus.inference.generation import check_can_generate
 from isthmus.inference.kernels import load_kernels
+from isthmus.inference.strategies import make_strategy
+from isthmus.inference.strategies.base import Tokens
 from isthmus.models.decoupled import architectures
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_steps import sub_blocks_of
 from isthmus.planning.pieces import held_bytes, pieces_of
+from isthmus.planning.plans import expected_error
 from isthmus.planning.workload import passes, workload
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import CODECS, GENERATING, ORIGINAL_PLANS, InferencePlan, InferenceRequest
+from isthmus.spec.serialization import from_json, to_json
 from isthmus.transport.base import Group
 
 assert architectures.CLASSES  # AutoModel knows decoupled models now
@@ -72,6 +77,17 @@ def batch(family: str) -> tuple[torch.Tensor, torch.Tensor]:
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, slice(0, 4) if family in DECODERS else slice(9, NUM_TOKENS)] = 0
     return ids_BT.masked_fill(mask_BT == 0, CONFIGS[family]().pad_token_id or 0), mask_BT
+
+
+def states_of_all(directory: Path, plan: InferencePlan) -> list[torch.Tensor]:
+    """What every device computes, (B, T, H) or its tokens of it; of ``bert``."""
+    ids_BT, mask_BT = batch("bert")
+
+    def work(group: Group) -> torch.Tensor:
+        with torch.inference_mode():
+            return make_strategy(plan, ShardReader(directory), group).run(Tokens.of(ids_BT, mask_BT))
+
+    return on_devices(len(plan.devices), work)
 
 
 def hidden_states(directory: Path, family: str, plan: InferencePlan) -> torch.Tensor:
@@ -123,6 +139,24 @@ def test_codecs_round_what_is_exchanged(codec: str, tolerance: float, saved: Sav
     assert 1e-6 < error(got, expected("bert", "four")) <= tolerance
 
 
+MIXED = [("int8", "fp32"), ("bf16", "int4"), ("fp32", "int8")]
+
+
+@pytest.mark.parametrize("codecs", MIXED, ids="-".join)
+@pytest.mark.parametrize("second", ORIGINAL_PLANS)
+@pytest.mark.parametrize("first", ORIGINAL_PLANS)
+def test_original_layers_may_have_a_codec_each(first: str, second: str, codecs: tuple[str, str], saved: Saved) -> None:
+    """The error is of the size that the planner expects; every device ends with the same bits."""
+    plan = InferencePlan(
+        strategy="block", devices=(0, 1, 2), weights=(1.0, 2.0, 1.0), originals=(first, second), codecs=codecs
+    )
+    found, mask_BT = states_of_all(saved("bert", "middle"), plan), batch("bert")[1].bool()
+    assert all(torch.equal(each, found[0]) for each in found)
+    got = error(found[0][mask_BT], expected("bert", "middle"))
+    rounded = expected_error(plan, ShardReader(saved("bert", "middle")).spec, InferenceRequest(num_tokens=NUM_TOKENS))
+    assert got <= 1e-5 if not rounded else 1e-5 < got <= 3 * rounded
+
+
 PLANS: list[tuple[str, tuple[str, ...]]] = [
     *((form, ("gather",)) for form in ("four", "end-decoupled", "uneven")),
     ("first-original", ("gather", "gather")),
@@ -137,10 +171,14 @@ PLANS: list[tuple[str, tuple[str, ...]]] = [
 def test_the_planner_knows_what_is_sent_and_held(
     form: str, originals: tuple[str, ...], codec: str, saved: Saved
 ) -> None:
-    directory = saved("bert", form)
     plan = InferencePlan(
         strategy="block", devices=(0, 1, 2), weights=(0.2, 0.45, 0.6), codec=codec, originals=originals
     )
+    check_sent_and_held(saved("bert", form), plan)
+
+
+def check_sent_and_held(directory: Path, plan: InferencePlan) -> None:
+    """Bytes, exchanges and memory of a real run are those of the planner."""
     request = InferenceRequest(num_tokens=NUM_TOKENS, batch=2)
     ids_BT = torch.randint(90, (2, NUM_TOKENS))
 
@@ -167,6 +205,19 @@ def test_the_planner_knows_what_is_sent_and_held(
     assert [held for _, _, held in found] == [held_bytes(spec, pieces) for pieces in pieces_of(plan, spec)]
 
 
+@pytest.mark.parametrize("codecs", MIXED, ids="-".join)
+@pytest.mark.parametrize("second", ORIGINAL_PLANS)
+@pytest.mark.parametrize("first", ORIGINAL_PLANS)
+@pytest.mark.parametrize("form", ["middle", "two-in-a-row", "first-original"])
+def test_the_planner_knows_what_is_sent_where_codecs_differ(
+    form: str, first: str, second: str, codecs: tuple[str, str], saved: Saved
+) -> None:
+    plan = InferencePlan(
+        strategy="block", devices=(0, 1, 2), weights=(0.2, 0.45, 0.6), originals=(first, second), codecs=codecs
+    )
+    check_sent_and_held(saved("bert", form), plan)
+
+
 def test_what_does_not_fit_is_refused(saved: Saved, checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(IsthmusError, match="strategy: got block for a model that is not decoupled; isthmus decouple"):
         hidden_states(checkpoint("bert"), "bert", InferencePlan.even("block", 2))
@@ -174,6 +225,24 @@ def test_what_does_not_fit_is_refused(saved: Saved, checkpoint: Callable[[str], 
         hidden_states(saved("bert", "four"), "bert", InferencePlan.even("tensor", 2))
     with pytest.raises(IsthmusError, match="devices: got 3 for a model of 2 sub-blocks, wanted at most 2"):
         hidden_states(saved("bert", "own"), "bert", InferencePlan.even("block", 3))
+    plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 1.0), codecs=("int8", "int4"))
+    with pytest.raises(IsthmusError, match="codecs: got 2 for 1 original layers, wanted one for each"):
+        hidden_states(saved("bert", "four"), "bert", plan)
+
+
+def test_codecs_are_checked_and_have_one_form() -> None:
+    two: dict[str, Any] = {"devices": (0, 1), "weights": (1.0, 1.0)}
+    with pytest.raises(ValueError, match="codecs: got 'zip', wanted one of fp32, bf16, int8, int4"):
+        InferencePlan(strategy="block", **two, codecs=("int8", "zip"))
+    with pytest.raises(ValueError, match="codecs: got 2 for strategy 'tensor', wanted none; name one codec"):
+        InferencePlan(strategy="tensor", **two, codecs=("int8", "int4"))
+    alike = InferencePlan(strategy="block", **two, codecs=("int8", "int8"))
+    assert alike == InferencePlan(strategy="block", **two, codec="int8") and alike.wire == "int8"
+    mixed = InferencePlan(strategy="block", **two, codecs=("int8", "int4", "int8"))
+    assert mixed.wire == "int8+int4" and from_json(InferencePlan, to_json(mixed)) == mixed
+    old = json.loads(to_json(alike))
+    del old["codecs"]
+    assert from_json(InferencePlan, json.dumps(old)) == alike
 
 
 def test_sub_blocks_are_shared_out_by_weight(saved: Saved) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.planning.clusters import BERT, LLAMA, cluster, device, even_cluster, link
 
 from isthmus.planning.device_costs import PROCESS_BYTES, weight_bytes
 from isthmus.planning.inference import choose, predict, weigh
-from isthmus.planning.plans import Question, allowed
+from isthmus.planning.plans import Question, allowed, expected_error
+from isthmus.planning.wire_errors import WIRE_ERRORS
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.inference import CODECS, InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare
+from isthmus.transport.codec import create_codec
 
 MIB = 1 << 20
 REQUEST = InferenceRequest(num_tokens=128)
@@ -197,9 +200,49 @@ def test_devices_that_share_a_processor_are_faster_alone() -> None:
 
 def test_an_error_budget_allows_narrow_wires_and_weights() -> None:
     assert allowed(0.0) == (("fp32",), ("fp32",))
-    assert allowed(0.02) == (("fp32", "bf16"), ("fp32",))
+    assert allowed(0.002) == (("fp32", "bf16"), ("fp32",))
     assert allowed(0.05) == (("fp32", "bf16", "int8"), ("fp32", "bf16"))
     assert allowed(1.0) == (("fp32", "bf16", "int8", "int4"), ("fp32", "bf16", "int8"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "num_exchanges"),
+    [
+        (InferencePlan.even("tensor", 3), 4 * 12),
+        (replace(InferencePlan.even("tensor", 3), algorithm="mesh"), 2 * 12),
+        (replace(InferencePlan.even("tensor", 3), algorithm="scatter"), 4 * 12),
+        (InferencePlan.even("sequence", 3), 12),
+        (InferencePlan.even("pipeline", 3), 2),
+        (InferencePlan.even("single", 1), 0),
+    ],
+    ids=lambda value: value.way or value.strategy if isinstance(value, InferencePlan) else str(value),
+)
+def test_errors_of_all_exchanges_of_a_token_add_up_as_squares(plan: InferencePlan, num_exchanges: int) -> None:
+    for codec in CODECS:
+        error = expected_error(replace(plan, codec=codec), BERT, REQUEST)
+        assert error == pytest.approx(WIRE_ERRORS[codec] * num_exchanges**0.5)
+
+
+@pytest.mark.parametrize("max_error", [0.0, 1e-3, 0.01, 0.02, 0.03, 0.1, 1.0])
+def test_every_plan_within_the_error_that_is_allowed_is_weighed_and_no_other(max_error: float) -> None:
+    profile = even_cluster(3, 1e6)
+    every = {candidate.plan for candidate in weigh(question(profile, codecs=CODECS))}
+    within = {plan for plan in every if expected_error(plan, BERT, REQUEST) <= max_error}
+    assert {each.plan for each in weigh(question(profile, codecs=CODECS, max_error=max_error))} == within
+    assert len(within) < len(every) or max_error == 1.0
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_error_of_one_exchange_is_what_the_codec_makes_of_normally_distributed_values(
+    codec: str, spread: float
+) -> None:
+    values = spread * torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
+    wire, decoded = create_codec(codec), torch.empty_like(values)
+    encoded = torch.empty(wire.num_bytes(values.numel()), dtype=torch.uint8)
+    wire.encode(values, encoded)
+    wire.decode(encoded, decoded)
+    assert float((decoded - values).norm() / values.norm()) == pytest.approx(WIRE_ERRORS[codec], rel=0.01)
 
 
 def test_what_cannot_be_planned_is_said() -> None:

@@ -155,6 +155,7 @@ def _entries(
             question,
             strategies=STRATEGIES,
             codecs=tuple(name for name in options.codecs if name in codecs) or ("fp32",),
+            max_error=options.max_error,
             dtypes=tuple(name for name in options.dtypes if name in dtypes) or ("fp32",),
         )
     ).chosen
@@ -178,7 +179,7 @@ def _row(entry: _Entry, timed: Timed, request: InferenceRequest, transport: str)
     later_s = predicted.latency_s - predicted.first_token_s
     return BenchInferRow(
         strategy=plan.strategy,
-        codec=plan.codec,
+        codec=plan.wire,
         dtype=plan.dtype,
         num_devices=len(plan.devices),
         tokens=request.batch * request.num_tokens,

@@ -7,6 +7,7 @@ anywhere else it is looked up by the cluster's devices and the model.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from isthmus.inference.profile import measure_cluster
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
 from isthmus.planning.inference import Candidate, Choice, choose
-from isthmus.planning.plans import Question, allowed
+from isthmus.planning.plans import Question, allowed, expected_error
 from isthmus.profiling.cache import find, keep
 from isthmus.reporting.human import human_bytes, human_memory, human_s
 from isthmus.spec.cluster import Cluster, ClusterProfile, read_cluster
@@ -46,9 +47,9 @@ class PlanOptions:
     batch: int = 1
     new_tokens: int = 0
     codec: str = "fp32"
-    """A codec, or ``auto``: all whose error is within ``max_error``."""
+    """A codec, or ``auto``: such that all that is sent adds an expected error of ``max_error`` at most."""
     dtype: str = "fp32"
-    """Likewise."""
+    """A dtype, or ``auto``: one whose error is within ``max_error``."""
     max_error: float = 0.0
     refresh: bool = False
     timeout_s: float = TIMEOUT_S
@@ -85,13 +86,16 @@ def plan_infer(
         profile=profile,
         memory_bytes=tuple(device.memory_bytes for device in cluster.devices) if cluster is not None else (),
         codecs=codecs,
+        max_error=options.max_error if options.codec == "auto" else math.inf,
         dtypes=dtypes,
     )
     choice = choose(question)
     console.print(candidates_table(choice, num_rows))
     plan = choice.chosen.plan
     devices = ", ".join(profile.devices[rank].name for rank in plan.devices)
-    console.print(f"→ {plan.strategy} on {devices}: {choice.reason}")
+    error = expected_error(plan, reader.spec, request)
+    rounded = f"; what is sent is rounded, relative error about {error:.1g}" if error else ""
+    console.print(f"→ {plan.strategy} on {devices}: {choice.reason}{rounded}")
     if output is not None:
         atomic_write(output, to_json(plan))
     return choice
@@ -210,7 +214,7 @@ def _cells(candidate: Candidate, *, is_chosen: bool) -> list[str]:
         f"{plan.strategy} {plan.way}".strip(),
         ",".join(map(str, plan.devices)),
         "even" if is_even else ":".join(f"{weight / total:.2f}" for weight in plan.weights),
-        plan.codec if len(plan.devices) > 1 else "",
+        plan.wire if len(plan.devices) > 1 else "",
         plan.dtype,
         human_s(candidate.latency_s),
         human_s(candidate.bound_s),

@@ -7,17 +7,21 @@ layer that wants another of them costs an exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.planning.exchanges import Exchange, all_gather, all_reduce, all_to_all
 from isthmus.planning.shares import divide, divide_layer
 from isthmus.planning.steps import Step, Work
+from isthmus.planning.wire_errors import is_within, squared_error
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
+from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec
 
-_START, _END = "start", "end"
+_START, _END, _DECOUPLED = "start", "end", "decoupled"
+_State = tuple[str, str]
+"""After a layer: how it was computed, and the codec of the last original one."""
 
 
 def sub_blocks_of(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
@@ -46,6 +50,20 @@ def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]
     return dict(zip(layers, chosen, strict=True))
 
 
+def layer_codecs(plan: InferencePlan, spec: TransformerSpec) -> list[str]:
+    """What exchanges before and in each layer, and after the last one, are in: an original layer's up to the next one.
+    Raises ``IsthmusError`` as ``original_plans``."""
+    layers = () if spec.decoupling is None else spec.decoupling.original_layers
+    codecs = plan.codecs or (plan.codec,) * len(layers)
+    if len(codecs) != len(layers):
+        raise IsthmusError(f"codecs: got {len(codecs)} for {len(layers)} original layers, wanted one for each")
+    own = dict(zip(layers, codecs, strict=True))
+    found = [codecs[0] if codecs else plan.codec]
+    for number in range(spec.num_layers):
+        found[number:] = [own.get(number, found[number])] * 2
+    return found
+
+
 def fastest(plan: InferencePlan) -> int:
     """Which device, by its place in the plan, computes what one computes for all."""
     return plan.weights.index(max(plan.weights))
@@ -68,9 +86,9 @@ def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int
 
 def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[tuple[Step, ...], bool]:
     """(all layers' steps, whether devices end with their tokens: else all of them with everything)."""
-    steps, kinds = _Steps(plan, spec, request), original_plans(plan, spec)
+    steps, kinds, codecs = _Steps(plan, spec, request), original_plans(plan, spec), layer_codecs(plan, spec)
     for number in range(spec.num_layers):
-        steps.layer(kinds.get(number))
+        steps.layer(kinds.get(number), codecs[number])
     steps.end()
     return tuple(steps.done), steps.state == "tokens"
 
@@ -89,43 +107,85 @@ def block_token_steps(
     return tuple(steps.done)
 
 
-def best_originals(
-    plan: InferencePlan,
-    spec: TransformerSpec,
-    request: InferenceRequest,
-    seconds_of: Callable[[Sequence[Step]], float],
-    allowed: Sequence[str] = ORIGINAL_PLANS,
-) -> tuple[str, ...]:
-    """The fastest of those ``allowed`` for each original layer, all else being as in ``plan``: exact where seconds of
-    steps depend on no more than the layer before. The fastest way to end each layer in each way follows from those to
-    end the one before."""
-    seconds: dict[tuple[str | None, str | None], float] = {}
+@dataclass(frozen=True)
+class _Path:
+    """One way to come to the end of some layer."""
 
-    def more_s(before: str | None, kind: str | None) -> float:
-        """What a layer takes after another one; an exchange may follow what the other has computed."""
-        if (before, kind) not in seconds:
-            steps = _Steps(plan, spec, request, "whole" if before == _START else "slices")
-            if before != _START:
-                steps.layer(before)
-            before_s = seconds_of(steps.done)
-            if kind == _END:
+    seconds: float
+    squared: float
+    """Of its error (``wire_errors``)."""
+    chosen: tuple[_State, ...] = ()
+    """For each original layer so far."""
+
+
+class OriginalChoice:
+    """How each original layer of a decoupled model is best computed, and in which codec its exchanges are, all else
+    being as in ``plan``: exact where seconds of steps depend on no more than the layer before.
+
+    The best ways to end a layer in each state follow from those to end the one before. Under a limit of errors a state
+    has several: each faster than all that are as exact.
+    """
+
+    def __init__(
+        self,
+        plan: InferencePlan,
+        spec: TransformerSpec,
+        request: InferenceRequest,
+        seconds_of: Callable[[Sequence[Step]], float],
+    ) -> None:
+        self._plan, self._spec, self._request, self._seconds_of = plan, spec, request, seconds_of
+        self._costs: dict[tuple[_State, _State], tuple[float, float]] = {}
+
+    def best(self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf) -> InferencePlan | None:
+        """The fastest with one of ``kinds`` and one of ``codecs`` for each original layer whose expected error is at
+        most ``max_error``; None where there is none."""
+        spec, plan = self._spec, replace(self._plan, codec=codecs[0])
+        choices = [(kind, codec) for kind in kinds for codec in codecs]
+        paths: dict[_State, list[_Path]] = {(_START, codecs[0]): [_Path(0.0, 0.0)]}
+        for number in range(spec.num_layers):
+            after: dict[_State, list[_Path]] = {}
+            for before, so_far in paths.items():
+                for state in [(_DECOUPLED, before[1])] if spec.is_decoupled(number) else choices:
+                    after.setdefault(state, []).extend(self._longer(so_far, before, state))
+            paths = {state: _best_paths(found, max_error) for state, found in after.items()}
+        ends = [path for before, so_far in paths.items() for path in self._longer(so_far, before, (_END, before[1]))]
+        found = _best_paths(ends, max_error)
+        if not found:
+            return None
+        chosen = found[0].chosen
+        return replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
+
+    def _longer(self, paths: Sequence[_Path], before: _State, state: _State) -> Iterator[_Path]:
+        """``paths``, which ended in ``before``, and one layer more."""
+        more_s, more = self._cost(before, state)
+        for path in paths:
+            chosen = path.chosen if state[0] in (_DECOUPLED, _END) else (*path.chosen, state)
+            yield _Path(path.seconds + more_s, path.squared + more, chosen)
+
+    def _cost(self, before: _State, state: _State) -> tuple[float, float]:
+        """Seconds and squared error of a layer after another one; an exchange may follow what the other computed."""
+        if (before, state) not in self._costs:
+            is_first = before[0] == _START
+            steps = _Steps(self._plan, self._spec, self._request, "whole" if is_first else "slices", codec=before[1])
+            if not is_first:
+                steps.layer(None if before[0] == _DECOUPLED else before[0])
+            before_s, so_far = self._seconds_of(steps.done), squared_error(steps.done)
+            if state[0] == _END:
                 steps.end()
             else:
-                steps.layer(kind)
-            seconds[before, kind] = seconds_of(steps.done) - before_s
-        return seconds[before, kind]
+                steps.layer(None if state[0] == _DECOUPLED else state[0], state[1])
+            self._costs[before, state] = self._seconds_of(steps.done) - before_s, squared_error(steps.done) - so_far
+        return self._costs[before, state]
 
-    best: dict[str | None, tuple[float, tuple[str, ...]]] = {_START: (0.0, ())}
-    for number in range(spec.num_layers):
-        kinds = (None,) if spec.is_decoupled(number) else allowed
-        after: dict[str | None, tuple[float, tuple[str, ...]]] = {}
-        for kind in kinds:
-            after[kind] = min(
-                (before_s + more_s(before, kind), chosen if kind is None else (*chosen, kind))
-                for before, (before_s, chosen) in best.items()
-            )
-        best = after
-    return min((before_s + more_s(before, _END), chosen) for before, (before_s, chosen) in best.items())[1]
+
+def _best_paths(paths: Sequence[_Path], max_error: float) -> list[_Path]:
+    """Those within ``max_error`` to which no other is both as fast and as exact, fastest first; one, if errors are not
+    limited."""
+    best: list[_Path] = []
+    for path in sorted(paths, key=lambda path: (path.seconds, path.squared, path.chosen)):
+        if is_within(path.squared, max_error) and not (best and is_within(best[-1].squared, math.sqrt(path.squared))):
+            best.append(path)
+    return best[:1] if math.isinf(max_error) else best
 
 
 @dataclass(frozen=True)
@@ -169,8 +229,9 @@ class _Steps:
         self.state = state
         self.done: list[Step] = []
 
-    def layer(self, kind: str | None) -> None:
-        """An original layer, computed so, or with None a decoupled one."""
+    def layer(self, kind: str | None, codec: str | None = None) -> None:
+        """An original layer, computed so, or with None a decoupled one. ``codec``: of exchanges from now on."""
+        self._codec = codec or self._codec
         if kind is None:
             self._become("slices")
             self._compute(self._decoupled)

@@ -23,7 +23,7 @@ PROCESS_BYTES = 450 << 20
 
 @dataclass(kw_only=True)
 class DeviceCosts:
-    """One device under one dtype and codec. ``factor``: its seconds as a part of the profile's."""
+    """One device under one dtype. ``factor``: its seconds as a part of the profile's."""
 
     profile: DeviceProfile
     link: LinkProfile
@@ -51,16 +51,15 @@ class DeviceCosts:
             total_s += float(evaluate(profile.embedding, work.embedded_rows))
         return total_s * self.factor
 
-    def encode_s(self, traffic: Traffic, codec: str) -> float:
+    def encode_s(self, traffic: Traffic) -> float:
         """Seconds before a device can send."""
-        return traffic.encoded * self.profile.codecs[codec].encode_s * self.factor
+        return traffic.encoded * self.profile.codecs[traffic.codec].encode_s * self.factor if traffic.encoded else 0.0
 
-    def decode_s(self, traffic: Traffic, codec: str) -> float:
+    def decode_s(self, traffic: Traffic) -> float:
         """Seconds from what came to values that are added up."""
         profile = self.profile
-        return (
-            traffic.decoded * profile.codecs[codec].decode_s + traffic.added * profile.s_per_added_value
-        ) * self.factor
+        decoding_s = traffic.decoded * profile.codecs[traffic.codec].decode_s if traffic.decoded else 0.0
+        return (decoding_s + traffic.added * profile.s_per_added_value) * self.factor
 
     def messages_s(self, traffic: Traffic, computed_s: float) -> float:
         """What an exchange takes whatever its bytes, after ``computed_s`` seconds of computing on all devices."""

@@ -26,6 +26,8 @@ class Traffic:
     decoded: int = 0
     added: int = 0
     """Values added up, or copied together."""
+    codec: str = "fp32"
+    """What values are sent in."""
 
     @property
     def most_bytes(self) -> int:
@@ -64,6 +66,7 @@ def all_gather(codec: str, values: Sequence[int]) -> list[Exchange]:
                 received_bytes=total - size + peers * HEADER_BYTES,
                 encoded=count if is_coded else 0,
                 decoded=sum(values) if is_coded else 0,
+                codec=codec,
             )
             for size, count in zip(sizes, values, strict=True)
         )
@@ -94,6 +97,7 @@ def reduce_scatter(codec: str, shares: Sequence[int]) -> Exchange:
             received_bytes=peers * (size + HEADER_BYTES),
             encoded=sum(shares) if is_coded else 0,
             decoded=len(shares) * count if is_coded else 0,
+            codec=codec,
             added=len(shares) * count,
         )
         for size, count in zip(sizes, shares, strict=True)
@@ -112,6 +116,7 @@ def all_to_all(codec: str, values: Sequence[Sequence[int]]) -> Exchange:
             received_bytes=sum(column) - column[device] + peers * HEADER_BYTES,
             encoded=sum(values[device]) if is_coded else 0,
             decoded=sum(row[device] for row in values) if is_coded else 0,
+            codec=codec,
             added=sum(row[device] for row in values),
         )
         for device, (row, column) in enumerate(zip(sizes, map(list, zip(*sizes, strict=True)), strict=True))
@@ -130,6 +135,7 @@ def pass_on(codec: str, values: Sequence[int]) -> Exchange:
             received_bytes=before,
             encoded=encoded,
             decoded=decoded,
+            codec=codec,
         )
         for size, before, encoded, decoded in zip(sizes, [0, *sizes], coded, [0, *coded], strict=False)
     )
@@ -163,6 +169,7 @@ def _mesh(codec: str, num_values: int, num_devices: int) -> Exchange:
         received_bytes=peers * message,
         encoded=num_values if is_coded else 0,
         decoded=num_devices * num_values if is_coded else 0,
+        codec=codec,
         added=num_devices * num_values,
     )
     return (one,) * num_devices
@@ -177,6 +184,7 @@ def _doubling(codec: str, num_values: int, num_devices: int) -> list[Exchange]:
         received_bytes=message,
         encoded=num_values if is_coded else 0,
         decoded=2 * num_values if is_coded else 0,
+        codec=codec,
         added=num_values,
     )
     return [(one,) * num_devices] * (num_devices.bit_length() - 1)

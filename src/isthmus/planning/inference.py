@@ -103,7 +103,7 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
     def total_s(seconds_of: Callable[[Step, list[float]], float]) -> list[float]:
         return [count * simulate(load, seconds_of, devices) for load, count in all_passes]
 
-    seconds = total_s(lambda step, credits_: step_s(step, devices, plan.codec, credits_))
+    seconds = total_s(lambda step, credits_: step_s(step, devices, credits_))
     shares = device_shares(plan, question.spec)
     return Candidate(
         plan=plan,

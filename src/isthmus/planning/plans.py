@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.block_steps import best_originals
+from isthmus.planning.block_steps import OriginalChoice
 from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, weight_bytes, working_bytes
 from isthmus.planning.shares import divide, micro_batches
 from isthmus.planning.step_seconds import sharing, step_s
 from isthmus.planning.steps import Step, Work
-from isthmus.planning.workload import device_shares
+from isthmus.planning.wire_errors import WIRE_ERRORS, is_within, squared_error
+from isthmus.planning.workload import device_shares, passes
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.inference import (
     CODECS,
@@ -23,9 +26,9 @@ from isthmus.spec.inference import (
 )
 from isthmus.spec.transformer import TransformerSpec
 
-CODEC_ERRORS = {"fp32": 0.0, "bf16": 0.01, "int8": 0.03, "int4": 0.3}
 DTYPE_ERRORS = {"fp32": 0.0, "bf16": 0.03, "int8": 0.1}
-"""Relative errors to be expected of hidden states. What a model's really are, ``isthmus bench infer`` measures."""
+"""Relative errors of hidden states to be expected of narrow weights. What a model's really are, ``isthmus bench infer``
+measures."""
 EVEN = 1.1
 """Devices that differ by less in speed get equal parts."""
 ROUNDS = 4
@@ -41,6 +44,8 @@ class Question:
     memory_bytes: tuple[int | None, ...] = ()
     strategies: tuple[str, ...] = STRATEGIES
     codecs: tuple[str, ...] = ("fp32",)
+    max_error: float = math.inf
+    """Of what is sent, as ``expected_error`` says. Where it is limited, original layers may have a codec each."""
     dtypes: tuple[str, ...] = ("fp32",)
 
     def budget_bytes(self, rank: int) -> int:
@@ -50,10 +55,19 @@ class Question:
 
 
 def allowed(max_error: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The (codecs, dtypes) each of whose expected errors is within ``max_error``; FP32 always is."""
-    codecs = tuple(name for name in CODECS if CODEC_ERRORS[name] <= max_error)
+    """The (codecs, dtypes) each of whose expected errors is within ``max_error``; FP32 always is. Of a codec it is that
+    of one exchange: how many a plan may have, ``Question.max_error`` says."""
+    codecs = tuple(name for name in CODECS if WIRE_ERRORS[name] <= max_error)
     dtypes = tuple(name for name in DTYPES if DTYPE_ERRORS[name] <= max_error)
     return codecs, dtypes
+
+
+def expected_error(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> float:
+    """Relative error of hidden states that what is sent may be expected to cause (``wire_errors``): a token passes
+    through all exchanges of a forward pass, and in a pipeline through those between neighbours."""
+    if plan.strategy == "pipeline":
+        return WIRE_ERRORS[plan.codec] * math.sqrt(len(plan.devices) - 1)
+    return math.sqrt(max(squared_error(load.steps) for load, _ in passes(plan, spec, request)))
 
 
 def plans(
@@ -81,29 +95,36 @@ def plans(
         for weights in dict.fromkeys((even.weights, balanced, _within_memory(question, even, balanced))):
             if weights is None or (strategy == "pipeline" and not _gives_layers_to_all(weights, question.spec)):
                 continue
-            for codec in question.codecs:
-                if strategy == "block":
-                    plan = replace(even, weights=weights, codec=codec)
-                    yield from _block_plans(question, plan, [costs[rank] for rank in ranks])
-                    continue
-                for algorithm in algorithms:
-                    yield replace(even, weights=weights, codec=codec, algorithm=algorithm)
+            if strategy == "block":
+                yield from _block_plans(question, replace(even, weights=weights), [costs[rank] for rank in ranks])
+                continue
+            for codec, algorithm in itertools.product(question.codecs, algorithms):
+                plan = replace(even, weights=weights, codec=codec, algorithm=algorithm)
+                if _is_exact_enough(question, plan):
+                    yield plan
+
+
+def _is_exact_enough(question: Question, plan: InferencePlan) -> bool:
+    if math.isinf(question.max_error):
+        return True
+    return is_within(expected_error(plan, question.spec, question.request) ** 2, question.max_error)
 
 
 def _block_plans(question: Question, plan: InferencePlan, devices: Sequence[DeviceCosts]) -> Iterator[InferencePlan]:
-    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest."""
-    form = question.spec.decoupling
-    assert form is not None
+    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest. For
+    each codec or, where errors are limited, with the fastest codec within the limit for each layer."""
     devices = [sharing(device, len(devices), len(question.profile.devices)) for device in devices]
 
     def seconds_of(steps: Sequence[Step]) -> float:
         credits_ = [device.link.burst_bytes for device in devices]
-        return sum(step_s(step, devices, plan.codec, credits_) for step in steps)
+        return sum(step_s(step, devices, credits_) for step in steps)
 
     kinds = tuple(GENERATING) if question.request.num_new_tokens else ORIGINAL_PLANS
-    best = best_originals(plan, question.spec, question.request, seconds_of, kinds)
-    for originals in dict.fromkeys((best, *((kind,) * len(form.original_layers) for kind in kinds))):
-        yield replace(plan, originals=originals)
+    choice = OriginalChoice(plan, question.spec, question.request, seconds_of)
+    alone = [(codec,) for codec in question.codecs]
+    for codecs in alone if math.isinf(question.max_error) else [question.codecs]:
+        found = [choice.best(some, codecs, question.max_error) for some in (kinds, *((kind,) for kind in kinds))]
+        yield from dict.fromkeys(best for best in found if best is not None)
 
 
 def _gives_layers_to_all(weights: Sequence[float], spec: TransformerSpec) -> bool:

@@ -36,7 +36,7 @@ def simulate(load: Workload, seconds_of: Callable[[Step, list[float]], float], d
     return total_s + sum(seconds_of(step, credits_) for step in load.after)
 
 
-def step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: list[float]) -> float:
+def step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[float]) -> float:
     compute_s = max(device.work_s(work) for device, work in zip(devices, step.work, strict=True))
     if step.exchange is None:
         _refill(devices, credits_, compute_s)
@@ -48,7 +48,7 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: lis
         return seconds
     parts = list(zip(devices, step.work, step.exchange, strict=True))
     computed_s = compute_s
-    compute_s = max(device.work_s(work) + device.encode_s(traffic, codec) for device, work, traffic in parts)
+    compute_s = max(device.work_s(work) + device.encode_s(traffic) for device, work, traffic in parts)
     _refill(devices, credits_, compute_s)
     message_s = max(device.messages_s(traffic, computed_s) for device, _, traffic in parts)
     transfer_s = max(
@@ -57,7 +57,7 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], codec: str, credits_: lis
     )
     transfer_s = max(transfer_s, sum(device.airtime_s(traffic) for device, _, traffic in parts))
     _spend(step, devices, credits_, transfer_s)
-    compute_s += max(device.decode_s(traffic, codec) for device, _, traffic in parts)
+    compute_s += max(device.decode_s(traffic) for device, _, traffic in parts)
     return message_s + (max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s)
 
 

@@ -50,18 +50,33 @@ class InferencePlan:
     weights: tuple[float, ...]
     """Each device's part of the work; any scale."""
     codec: str = "fp32"
+    """What is sent in, unless ``codecs`` says more."""
     dtype: str = "fp32"
     """What matrices are kept and multiplied in."""
     algorithm: Literal["mesh", "two_step", "ring", "doubling", "scatter"] = "two_step"
     """Of all-reduces. ``scatter``: none, each sum goes to the device that keeps the token."""
     originals: tuple[str, ...] = ()
     """With ``block``: one of ``ORIGINAL_PLANS`` for each original layer, in order; empty: ``gather`` for all."""
+    codecs: tuple[str, ...] = ()
+    """With ``block``: for each original layer, in order, what all exchanges that it brings about are in: before it, in
+    it, and the one that brings its result back to slices or, after the last, to the whole. Empty: ``codec`` for all;
+    where all are alike it becomes that."""
 
     def __post_init__(self) -> None:
         choices = (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES), ("algorithm", ALGORITHMS))
         for each in self.originals:
             if each not in ORIGINAL_PLANS:
                 raise ValueError(f"originals: got {each!r}, wanted one of {', '.join(ORIGINAL_PLANS)}")
+        for each in self.codecs:
+            if each not in CODECS:
+                raise ValueError(f"codecs: got {each!r}, wanted one of {', '.join(CODECS)}")
+        if self.codecs and self.strategy != "block":
+            raise ValueError(
+                f"codecs: got {len(self.codecs)} for strategy {self.strategy!r}, wanted none; name one codec"
+            )
+        if len(set(self.codecs)) == 1:  # one plan has one form
+            object.__setattr__(self, "codec", self.codecs[0])
+            object.__setattr__(self, "codecs", ())
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(known)}")
@@ -79,6 +94,11 @@ class InferencePlan:
         if self.strategy == "tensor":
             return self.algorithm
         return "+".join(dict.fromkeys(self.originals)) if self.strategy == "block" else ""
+
+    @property
+    def wire(self) -> str:
+        """What is sent in, in short."""
+        return "+".join(dict.fromkeys(self.codecs)) or self.codec
 
     @staticmethod
     def even(strategy: str, num_devices: int, *, codec: str = "fp32", dtype: str = "fp32") -> InferencePlan:

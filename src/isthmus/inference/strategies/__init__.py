@@ -13,7 +13,7 @@ from isthmus.inference.strategies.scattered_tensor import ScatteredTensorParalle
 from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
-from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.block_steps import layer_codecs, original_shares, sub_blocks_of
 from isthmus.planning.pieces import Piece
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
@@ -44,8 +44,9 @@ def make_strategy(
         progress=progress,
     )
     if spec.decoupling is not None:
+        codecs = [None if name == "fp32" else name for name in layer_codecs(plan, spec)]
         return BlockParallel(
-            model, group, sub_blocks=blocks, weights=plan.weights, originals=plan.originals, codec=codec
+            model, group, sub_blocks=blocks, weights=plan.weights, originals=plan.originals, codecs=codecs
         )
     if group is None:
         return TensorParallel(model, None)

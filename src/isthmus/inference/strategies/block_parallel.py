@@ -1,9 +1,10 @@
 """Block parallelism (DeTransformer, Wei et al., DATE 2024, section III) for decoupled models.
 
 Between two original layers every device computes its sub-blocks by itself. An original layer mixes all slices, and is
-computed in one of the ways of ``ORIGINAL_PLANS``. What a device holds between layers is one of three things: its
-``slices`` of all tokens, the ``whole`` of all tokens, or the whole of its ``tokens``. A layer says what it wants, and
-what is there becomes it with the fewest bytes: an all-gather, or all-to-all where each device needs but a part.
+computed in one of the ways of ``ORIGINAL_PLANS``; its exchanges are in a codec of its own. What a device holds between
+layers is one of three things: its ``slices`` of all tokens, the ``whole`` of all tokens, or the whole of its
+``tokens``. A layer says what it wants, and what is there becomes it with the fewest bytes: an all-gather, or all-to-all
+where each device needs but a part.
 
 Shapes: B batch, T tokens, t this device's tokens, H hidden units, w those of this device's slices.
 """
@@ -54,17 +55,18 @@ class BlockParallel(Strategy):
         sub_blocks: Sequence[Range],
         weights: Sequence[float] = (1.0,),
         originals: Sequence[str] = (),
-        codec: str | None = None,
+        codecs: Sequence[str | None] = (),
     ) -> None:
         """``sub_blocks``: which each device has. ``weights``: by which tokens are divided. ``originals``: how each
-        original layer is computed, in order; all ``gather`` without. ``codec`` is what is exchanged in. ``group`` None:
-        this device is alone."""
+        original layer is computed, in order; all ``gather`` without. ``codecs``: what exchanges before and in each
+        layer, and after the last, are in; FP32 without. ``group`` None: this device is alone."""
         super().__init__(model)
-        self.group, self._codec, self._weights = group, codec, tuple(weights)
+        self.group, self._weights = group, tuple(weights)
         spec = model.spec
         assert spec.decoupling is not None
         layers = spec.decoupling.original_layers
         self._plans = dict(zip(layers, originals or ("gather",) * len(layers), strict=True))
+        self._codecs = tuple(codecs) or (None,) * (spec.num_layers + 1)
         widths = spec.decoupling.widths
         self.widths = [sum(widths[part.start : part.stop]) for part in sub_blocks]
         self._rank = 0 if group is None else group.rank
@@ -88,15 +90,15 @@ class BlockParallel(Strategy):
         kind, state = "whole", self.model.embed(tokens.ids_BT, tokens.positions_BT)
         for number in range(spec.num_layers):
             if number in self.model.blocks:
-                kind, state = "slices", self._sub_blocks(number, self._as_slices(kind, state, given), given)
+                kind, state = "slices", self._sub_blocks(number, self._as_slices(number, kind, state, given), given)
             elif self.group is None:
-                state = self._whole_layer(number, self._as_whole(kind, state, given), given)
+                state = self._whole_layer(number, self._as_whole(number, kind, state, given), given)
                 kind = "whole"
             else:
                 kind, state = self._original(self._plans[number], number, kind, state, given)
         if kind == "tokens":
             return self._finish(state)
-        return self._finish(self._as_whole(kind, state, given))
+        return self._finish(self._as_whole(spec.num_layers, kind, state, given))
 
     def _begin(self, tokens: Tokens, fill: Fill | None) -> _Pass:
         spec, model = self.model.spec, self.model
@@ -152,14 +154,14 @@ class BlockParallel(Strategy):
 
     def _original(self, plan: str, number: int, kind: str, state: Tensor, given: _Pass) -> tuple[str, Tensor]:
         if plan == "gather":
-            return "whole", self._whole_layer(number, self._as_whole(kind, state, given), given)
+            return "whole", self._whole_layer(number, self._as_whole(number, kind, state, given), given)
         if plan == "tensor":
-            return "whole", self._tensor(number, self._as_whole(kind, state, given), given)
+            return "whole", self._tensor(number, self._as_whole(number, kind, state, given), given)
         if plan == "tokens":
-            return "tokens", self._tokens(number, self._as_whole(kind, state, given), given)
+            return "tokens", self._tokens(number, self._as_whole(number, kind, state, given), given)
         if plan == "sequence":
-            return "tokens", self._sequence(number, self._as_tokens(kind, state, given), given)
-        return "slices", self._fastest(number, self._as_slices(kind, state, given), given)
+            return "tokens", self._sequence(number, self._as_tokens(number, kind, state, given), given)
+        return "slices", self._fastest(number, self._as_slices(number, kind, state, given), given)
 
     def _tensor(self, number: int, whole_BTH: Tensor, given: _Pass) -> Tensor:
         """Heads and columns are divided: BP+TP."""
@@ -168,7 +170,7 @@ class BlockParallel(Strategy):
         def summed(partial_BTH: Tensor) -> Tensor:
             assert self.group is not None
             partial_BTH = partial_BTH.contiguous()
-            self.group.all_reduce(partial_BTH, codec=self._codec, algorithm="two_step")
+            self.group.all_reduce(partial_BTH, codec=self._codecs[number], algorithm="two_step")
             return partial_BTH
 
         def attention(x_BTH: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ class BlockParallel(Strategy):
         def attention(x_BtH: Tensor) -> Tensor:
             assert self.group is not None
             query, key, value = layer.project(x_BtH, given.own_rotation)
-            self.group.all_gather(gathered, torch.stack((key, value)), codec=self._codec)
+            self.group.all_gather(gathered, torch.stack((key, value)), codec=self._codecs[number])
             key, value = torch.cat(gathered, dim=3)
             if given.fill is not None:
                 given.fill(number, 0, key, value)
@@ -214,38 +216,38 @@ class BlockParallel(Strategy):
         is_it = self._rank == fastest
         mine = own_BTw.contiguous()
         parts = [own_BTw.new_empty(*shape, width) if is_it else nothing for width in self.widths]
-        self._all_to_all(parts, [mine if rank == fastest else nothing for rank in range(len(self.widths))])
+        self._all_to_all(number, parts, [mine if rank == fastest else nothing for rank in range(len(self.widths))])
         outputs, inputs = [nothing] * len(parts), [nothing] * len(parts)
         own_out = torch.empty_like(mine)
         outputs[fastest] = own_out
         if is_it:
             whole_BTH = self._whole_layer(number, torch.cat(parts, dim=-1), given)
             inputs = [part.contiguous() for part in whole_BTH.split(self.widths, dim=-1)]
-        self._all_to_all(outputs, inputs)
+        self._all_to_all(number, outputs, inputs)
         return own_out
 
-    # --- from what is there to what is wanted -------------------------------------------------------------------------
+    # --- from what is there to what layer ``number`` wants ------------------------------------------------------------
 
-    def _as_slices(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
+    def _as_slices(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
         if kind == "slices":
             return state
         if kind == "whole":
             return state[..., self.own_units]
         outputs = [state.new_empty(state.shape[0], len(part), self.widths[self._rank]) for part in given.ranges]
-        self._all_to_all(outputs, [part.contiguous() for part in state.split(self.widths, dim=-1)])
+        self._all_to_all(number, outputs, [part.contiguous() for part in state.split(self.widths, dim=-1)])
         return torch.cat(outputs, dim=1)
 
-    def _as_tokens(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
+    def _as_tokens(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
         if kind == "tokens":
             return state
         if kind == "whole":
             return state[:, given.own.start : given.own.stop]
         outputs = [state.new_empty(state.shape[0], len(given.own), width) for width in self.widths]
         inputs = [state[:, part.start : part.stop].contiguous() for part in given.ranges]
-        self._all_to_all(outputs, inputs)
+        self._all_to_all(number, outputs, inputs)
         return torch.cat(outputs, dim=-1)
 
-    def _as_whole(self, kind: str, state: Tensor, given: _Pass) -> Tensor:
+    def _as_whole(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
         if kind == "whole" or self.group is None:
             return state
         if kind == "slices":
@@ -253,9 +255,9 @@ class BlockParallel(Strategy):
         else:
             gathered = [state.new_empty(state.shape[0], len(part), state.shape[2]) for part in given.ranges]
             dim = 1
-        self.group.all_gather(gathered, state.contiguous(), codec=self._codec)
+        self.group.all_gather(gathered, state.contiguous(), codec=self._codecs[number])
         return torch.cat(gathered, dim=dim)
 
-    def _all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    def _all_to_all(self, number: int, outputs: list[Tensor], inputs: list[Tensor]) -> None:
         assert self.group is not None
-        self.group.all_to_all(outputs, inputs, codec=self._codec)
+        self.group.all_to_all(outputs, inputs, codec=self._codecs[number])
