@@ -32,7 +32,7 @@ from isthmus.spec.generation import Completion, GenerationSettings
 from isthmus.spec.inference import InferencePlan
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import TransportStats
-from isthmus.transport.errors import PeerLostError, RendezvousError, TransportError
+from isthmus.transport.errors import EndedError, PeerLostError, TransportError
 
 POOLINGS = ("mean", "cls", "tokens")
 Recover = Callable[[PeerLostError], Arrangement]
@@ -71,26 +71,39 @@ class Engine:
             arranged = Arrangement(group=group, plans=(plan,))
         self.is_leader = arranged.group is None or arranged.group.rank == 0
         self._recover, self._progress = recover, progress
-        self._recovered: Group | None = None
-        """The group that is this engine's own."""
+        self._num_devices = arranged.group.world_size if arranged.group is not None else 1
         self._known: dict[Piece, Layer] = {} if known is None else known
-        self._session = Session(self._reader, arranged, progress=progress, known=self._known)
+        self._own_group: Group | None = None
+        """Of those that have met again."""
+        try:
+            self._session = Session(self._reader, arranged, progress=progress, known=self._known)
+        except PeerLostError as error:
+            self._session = self._reopen(error)
         self._tokenizer: Any = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, TransportError):
-            self._session.abandon(error)  # nobody can be told any more, and the error is to be seen
-        else:
-            self.close()
+        try:
+            if isinstance(error, TransportError):
+                self._session.abandon(error)  # nobody can be told any more
+            else:
+                self.close()
+        except TransportError:
+            if error is None:  # else what went wrong first is to be seen
+                raise
 
     def close(self) -> None:
         """Lets the followers go. The group stays open: it is the caller's."""
-        self._session.close()
-        if self._recovered is not None:
-            self._recovered.close()
+        try:
+            self._session.close()
+        except TransportError as error:
+            self._session.abandon(error)
+            if self._recover is None or not isinstance(error, PeerLostError):
+                raise  # else those that are left hear from the others that nothing is asked any more
+        if self._own_group is not None:
+            self._own_group.close()
 
     @property
     def plan(self) -> InferencePlan:
@@ -209,20 +222,21 @@ class Engine:
         check_length(self._reader, ids_BT.shape[1], settings.max_new_tokens)
         if settings.is_sampling and settings.seed is None:
             settings = replace(settings, seed=torch.seed())  # a request that is repeated gives the same tokens
-        num_given = 0
+        given: list[list[int]] = []
+        stop = False
 
         def answer(session: Session) -> Tensor:
-            number = 0
+            number, again = 0, tuple(given)
 
             def pass_on(ids: list[int]) -> bool:
-                nonlocal number, num_given
+                nonlocal number, stop
                 number += 1
-                if number <= num_given:
-                    return False
-                num_given = number
-                return on_tokens(ids)
+                if number > len(again):
+                    given.append(ids)
+                    stop = on_tokens(ids)
+                return stop and number >= len(given)
 
-            return session.generate(ids_BT, attended_BT, settings, pass_on)
+            return session.generate(ids_BT, attended_BT, settings, pass_on, again)
 
         return self._asked(answer)
 
@@ -261,30 +275,41 @@ class Engine:
 
     def follow_once(self) -> bool:
         """Computes one request, or learns that it is not needed for it. False: the leader has closed, or this device
-        has no part in any plan."""
-        if not self._session.has_part and self._recover is not None:
-            return self._wait_for_a_part()
+        has no part in any plan and never will have."""
         try:
-            return self._session.follow_once()
-        except PeerLostError as error:
-            self._rejoin(error)
-        return True
-
-    def _wait_for_a_part(self) -> bool:
-        """Blocks until devices are lost and this one may be needed. False: the leader has closed."""
-        try:
-            self._rejoin(PeerLostError("this device has had no part so far"))
-        except RendezvousError:
+            try:
+                if self._session.has_part or self._recover is None:
+                    return self._session.follow_once()
+                lost = PeerLostError("this device has had no part so far")
+            except PeerLostError as error:
+                lost = error
+            self._rejoin(lost)
+        except EndedError:
             return False
         return True
 
     def _rejoin(self, error: PeerLostError) -> None:
-        """A new session of the devices that are left. Raises ``error`` where that is not wanted."""
+        """A new session of the devices that are left."""
+        self._session.abandon(error)
+        self._session = self._reopen(error)
+
+    def _reopen(self, error: PeerLostError) -> Session:
+        """When another device is lost on the way, those that are left try again, as often as there are devices to lose.
+        Raises ``error`` where nobody knows how to go on."""
         if self._recover is None:
             raise error
-        self._session.abandon(error)
-        arranged = self._recover(error)
-        self._recovered = arranged.group
+        for _ in range(self._num_devices):
+            try:
+                arranged = self._recover(error)
+                self._own_group = arranged.group
+                self._forget_all_but(arranged)
+                return Session(self._reader, arranged, progress=self._progress, known=self._known)
+            except PeerLostError as another:
+                error = another
+        raise error
+
+    def _forget_all_but(self, arranged: Arrangement) -> None:
+        """Weights that are not needed any more make room for those that are."""
         mine = arranged.group.rank if arranged.group is not None else 0
         kept = {
             piece
@@ -294,4 +319,3 @@ class Engine:
         }
         for piece in self._known.keys() - kept:
             del self._known[piece]
-        self._session = Session(self._reader, arranged, progress=self._progress, known=self._known)

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, t this device's tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -59,12 +59,17 @@ class Execution:
         return self._gather(part_BH, [Range(start=rank, stop=rank + 1) for rank in range(len(ranges))]).sum(dim=1)
 
     def generate(
-        self, ids_BT: Tensor, attended_BT: Tensor, settings: GenerationSettings, on_tokens: OnTokens
+        self,
+        ids_BT: Tensor,
+        attended_BT: Tensor,
+        settings: GenerationSettings,
+        on_tokens: OnTokens,
+        given: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         """New tokens (B, n); see ``Generation.run``."""
         if self._generation is None:
             self._generation = Generation(self.strategy, self._reader, self.plan)
-        return self._generation.run(ids_BT, attended_BT.bool(), settings, on_tokens)
+        return self._generation.run(ids_BT, attended_BT.bool(), settings, on_tokens, given)
 
     def _run(self, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
         return self.strategy.run(Tokens.of(ids_BT, attended_BT, is_decoder=self._reader.spec.is_decoder))

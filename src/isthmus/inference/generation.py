@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,9 +46,12 @@ class Generation:
         attended_BT: Tensor,
         settings: GenerationSettings,
         on_tokens: OnTokens = lambda ids: False,
+        given: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         """The new tokens (B, n) int64, the same on every device; n is at most ``settings.max_new_tokens``. Prompts are
-        padded on the left. Behind the end of a sequence comes padding. Blocks on the other devices."""
+        padded on the left. Behind the end of a sequence comes padding. ``given``: the first tokens of each sequence
+        (n, B), the same on every device, which somebody has seen already: under another plan a sum that is rounded
+        otherwise could lead to others. Blocks on the other devices."""
         tokens, num_more = Tokens.of(ids_BT, attended_BT, is_decoder=True), settings.max_new_tokens - 1
         if isinstance(self._strategy, BlockParallel):
             decoding = BlockDecoding(self._strategy, tokens, num_more)
@@ -63,6 +66,8 @@ class Generation:
             ids, is_stopped = chooser.choose(hidden_BH, stop=stop)
             if is_stopped:
                 break
+            if len(found) < len(given):
+                ids = given[len(found)]  # chosen all the same, so that what is drawn later does not change
             ids = [
                 token if unfinished else settings.padding_token for token, unfinished in zip(ids, is_open, strict=True)
             ]

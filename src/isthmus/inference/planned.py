@@ -13,15 +13,17 @@ from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.inference.session import Arrangement
 from isthmus.models.shards import ShardReader
 from isthmus.planning.inference import predict
+from isthmus.planning.pieces import held_bytes, pieces_of
 from isthmus.planning.plans import Question
 from isthmus.planning.residency import Residency, plans_to_keep
+from isthmus.profiling.limits import free_memory_bytes
 from isthmus.profiling.network import share_texts
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import STRATEGIES, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.transport.base import Group
-from isthmus.transport.errors import PeerLostError, rank_names
+from isthmus.transport.errors import PeerLostError, TransportError, rank_names
 from isthmus.transport.reunion import Reunion
 from isthmus.transport.sockets import SocketGroup
 
@@ -60,12 +62,15 @@ class Planner:
     tell: Tell = lambda text: None
     _profile: ClusterProfile | None = field(default=None)
     """Of the devices that met first."""
+    _room_bytes: int = 0
+    """What there was before weights were read, where nothing was planned."""
 
     def arrange(self, group: Group | None) -> Arrangement:
         """The first device's plans, the same on all. Called on all devices; blocks for about ten seconds where devices
         have not been measured before. Raises ``IsthmusError``, on all devices, where no plan fits."""
         wish = self.wish
         if wish.plan is not None:
+            self._room_bytes = free_memory_bytes()
             return Arrangement(group=group, plans=(wish.plan,))
         if group is None or group.world_size == 1:
             return Arrangement(
@@ -86,13 +91,26 @@ class Planner:
         """As ``arrange``, for ``group`` of those that are left, by what was measured before."""
         left = group.global_ranks
         if self.wish.plan is not None:
-            return Arrangement(group=group, plans=(_without(self.wish.plan, left),))
+            plan = _without(self.wish.plan, left)
+            self._check_room(group, plan)
+            return Arrangement(group=group, plans=(plan,))
         assert self._profile is not None
         devices, links = self._profile.devices, self._profile.links
         profile = replace(
             self._profile, devices=tuple(devices[rank] for rank in left), links=tuple(links[rank] for rank in left)
         )
         return self._planned(group, profile)
+
+    def _check_room(self, group: Group, plan: InferencePlan) -> None:
+        """Whether weights fit every device, of which each knows its own: the others' become its own. Raises on all."""
+        spec, shortage = self.reader.spec, ""
+        if group.rank in plan.devices:
+            need = held_bytes(spec, pieces_of(plan, spec)[plan.devices.index(group.rank)])
+            if need > self._room_bytes:
+                rank = group.global_ranks[group.rank]
+                shortage = f"rank {rank} needs {need / 2**20:.1f} MiB and has {self._room_bytes / 2**20:.1f}"
+        if found := list(filter(None, share_texts(group, shortage))):
+            raise IsthmusError(f"memory: weights do not fit: {'; '.join(found)}: a narrower dtype takes less")
 
     def _planned(self, group: Group, profile: ClusterProfile) -> Arrangement:
         question = Question(
@@ -126,16 +144,21 @@ class Recovery:
     reunion: Reunion
 
     def __call__(self, error: PeerLostError) -> Arrangement:
-        """Raises ``IsthmusError`` where those that are left cannot go on."""
+        """Raises ``PeerLostError`` where another one is lost meanwhile, another ``IsthmusError`` where those that are
+        left cannot go on."""
         before = self.reunion.members
         group = self.reunion.meet()
-        gone = rank_names(set(before) - set(group.global_ranks))
+        lost = set(before) - set(group.global_ranks)
+        gone = rank_names(lost) if lost else "no device"
         left = f"{group.world_size} device{'s are' if group.world_size > 1 else ' is'} left"
         self.planner.tell(f"{gone} lost; {left}")
         try:
             return self.planner.rearrange(group)
-        except IsthmusError as reason:
-            raise IsthmusError(f"devices: {gone} lost, and without them: {reason}") from error
+        except BaseException as reason:
+            group.close()
+            if isinstance(reason, IsthmusError) and not isinstance(reason, TransportError):
+                raise IsthmusError(f"devices: {gone} lost, and without it: {reason}") from error
+            raise
 
 
 @contextmanager
@@ -163,11 +186,10 @@ def _without(plan: InferencePlan, left: tuple[int, ...]) -> InferencePlan:
     kept = [rank for rank in left if rank in weights]
     if len(kept) == 1:
         return InferencePlan.even("single", 1, codec=plan.codec, dtype=plan.dtype)
-    return replace(
-        plan,
-        devices=tuple(left.index(rank) for rank in kept),
-        weights=tuple(weights[rank] for rank in kept),
-    )
+    parts = tuple(weights[rank] for rank in kept)
+    if not any(parts):  # those that had all of the work are gone
+        parts = (1.0,) * len(kept)
+    return replace(plan, devices=tuple(left.index(rank) for rank in kept), weights=parts)
 
 
 def _describe(residency: Residency, question: Question) -> str:

@@ -28,6 +28,7 @@ from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import TransportStats
+from isthmus.transport.errors import TransportError
 
 
 class Task(enum.IntEnum):
@@ -50,6 +51,16 @@ class Arrangement:
     plans: tuple[InferencePlan, ...]
     planner: RuntimePlanner | None = None
     """The leader's: picks one of the plans for each request; without, it is the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Continuation:
+    """What followers are told of a request for tokens."""
+
+    schema_version: int = 1
+    settings: GenerationSettings
+    given: tuple[tuple[int, ...], ...]
+    """See ``Generation.run``."""
 
 
 class Session:
@@ -81,40 +92,58 @@ class Session:
         self._groups: dict[tuple[int, ...], Group] = {}
         self._members = tuple(sorted({device for each in plans for device in each.devices}))
         """Devices that some plan needs; the leader tells them what comes."""
-        self._everybody = self._group_of(self._members)
-        known = {} if known is None else known
         self._executions: list[Execution | None] = []
-        for number, each in enumerate(self.plans):
-            working, before = self._group_of(each.devices), number / len(self.plans)
-            self._executions.append(
-                Execution(
-                    each,
-                    reader,
-                    working,
-                    lambda share, before=before: progress(before + share / len(self.plans)),
-                    known,
-                )
-                if self._rank in each.devices
-                else None
-            )
         self._last: Execution | None = None
+        self._over: BaseException | None = None
+        try:
+            self._everybody = self._group_of(self._members)
+            # All groups first: reading may take longer than anybody waits.
+            working = [self._group_of(each.devices) for each in plans]
+            self._read(reader, working, progress, {} if known is None else known)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def _read(
+        self,
+        reader: ShardReader,
+        working: Sequence[Group | None],
+        progress: Callable[[float], None],
+        known: dict[Piece, Layer],
+    ) -> None:
+        for number, (plan, group) in enumerate(zip(self.plans, working, strict=True)):
+            before = number / len(self.plans)
+
+            def told(share: float, before: float = before) -> None:
+                progress(before + share / len(self.plans))
+
+            has_part = self._rank in plan.devices
+            self._executions.append(Execution(plan, reader, group, told, known) if has_part else None)
 
     def close(self) -> None:
         """Lets the followers go. The group stays open: it is the caller's."""
         if self._rank == 0 and self._everybody is not None and self._executions:
             self._collected()
             self._announce(Task.STOP, (0, 0))
-        self._executions = []
+        self._end(TransportError("it is closed"))
         for group in self._groups.values():
             group.close()
 
     def abandon(self, error: BaseException) -> None:
         """Tells the others, as far as that is possible, that the session is over because of ``error``."""
-        self._executions = []
+        self._end(error)
         for group in (*self._groups.values(), self._group):
             if group is not None:
                 group.fail(error)
                 group.close()
+
+    def _end(self, error: BaseException) -> None:
+        self._executions, self._last = [], None
+        self._over = self._over or error
+
+    def _check_goes_on(self) -> None:
+        if self._over is not None:
+            raise TransportError(f"the session is over ({self._over}): open another one") from self._over
 
     @property
     def has_part(self) -> bool:
@@ -141,19 +170,26 @@ class Session:
         return _compute(task, self._begin(task, ids_BT, attended_BT), ids_BT, attended_BT)
 
     def generate(
-        self, ids_BT: Tensor, attended_BT: Tensor, settings: GenerationSettings, on_tokens: OnTokens
+        self,
+        ids_BT: Tensor,
+        attended_BT: Tensor,
+        settings: GenerationSettings,
+        on_tokens: OnTokens,
+        given: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         """New tokens (B, n); see ``Generation.run``."""
-        text = torch.frombuffer(bytearray(to_json(settings).encode()), dtype=torch.uint8)
+        wanted = _Continuation(settings=settings, given=tuple(map(tuple, given)))
+        text = torch.frombuffer(bytearray(to_json(wanted).encode()), dtype=torch.uint8)
         execution = self._begin(Task.GENERATE, ids_BT, attended_BT, settings.max_new_tokens, len(text))
         if execution.group is not None:
             execution.group.broadcast(text)
-        return execution.generate(ids_BT, attended_BT, settings, on_tokens)
+        return execution.generate(ids_BT, attended_BT, settings, on_tokens, wanted.given)
 
     def _begin(
-        self, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_new_tokens: int = 0, num_settings_bytes: int = 0
+        self, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_new_tokens: int = 0, num_text_bytes: int = 0
     ) -> Execution:
         """Chooses a plan, and gives its devices the tokens."""
+        self._check_goes_on()
         number = 0
         if len(self.plans) > 1:
             rates_NN = self._collected()
@@ -163,16 +199,16 @@ class Session:
                 asked = InferenceRequest(num_tokens=num_tokens, batch=batch, num_new_tokens=num_new_tokens)
                 number = self._planner.choose(asked)
         self.plan, execution = self.plans[number], self._executions[number]
-        self._announce(task, ids_BT.shape, num_settings_bytes, number)
+        self._announce(task, ids_BT.shape, num_text_bytes, number)
         assert execution is not None
         self._last = execution
         if execution.group is not None:
             execution.group.broadcast(torch.stack((ids_BT, attended_BT.long())))
         return execution
 
-    def _announce(self, task: Task, shape: Sequence[int], num_settings_bytes: int = 0, number: int = 0) -> None:
+    def _announce(self, task: Task, shape: Sequence[int], num_text_bytes: int = 0, number: int = 0) -> None:
         if self._everybody is not None:
-            self._everybody.broadcast(torch.tensor([task, *shape, num_settings_bytes, number]))
+            self._everybody.broadcast(torch.tensor([task, *shape, num_text_bytes, number]))
 
     def _collected(self) -> Tensor:
         """Bytes a second (N, N) that each device (row) got from each (column) in the last request; 0 where nothing is
@@ -192,12 +228,13 @@ class Session:
     def follow_once(self) -> bool:
         """Computes one request, or learns that it is not needed for it. False: the leader has closed, or this device
         has no part in any plan."""
+        self._check_goes_on()
         if self._everybody is None:
             return False
         self._everybody.await_message(0)
         header = torch.empty(5, dtype=torch.int64)
         self._everybody.broadcast(header)
-        task, batch, num_tokens, num_settings_bytes, number = header.tolist()
+        task, batch, num_tokens, num_text_bytes, number = header.tolist()
         if task == Task.STOP:
             return False
         self.plan, execution = self.plans[number], self._executions[number]
@@ -207,10 +244,10 @@ class Session:
         execution.group.broadcast(tokens)
         ids_BT, attended_BT = tokens[0], tokens[1].bool()
         if task == Task.GENERATE:
-            text = torch.empty(num_settings_bytes, dtype=torch.uint8)
+            text = torch.empty(num_text_bytes, dtype=torch.uint8)
             execution.group.broadcast(text)
-            settings = from_json(GenerationSettings, bytes(text.tolist()).decode())
-            execution.generate(ids_BT, attended_BT, settings, lambda ids: False)
+            wanted = from_json(_Continuation, bytes(text.tolist()).decode())
+            execution.generate(ids_BT, attended_BT, wanted.settings, lambda ids: False, wanted.given)
         else:
             _compute(Task(task), execution, ids_BT, attended_BT)
         if len(self.plans) > 1:

@@ -17,6 +17,10 @@ class RendezvousError(TransportError):
     """The devices did not find each other in time, or do not agree on what they are about to do."""
 
 
+class EndedError(RendezvousError):
+    """Rank 0 has ended in order while others wanted to meet again."""
+
+
 class MismatchError(TransportError):
     """Two ranks have made different calls, or the same ones in another order."""
 

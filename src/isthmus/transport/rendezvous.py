@@ -16,12 +16,12 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from isthmus.spec.errors import IsthmusError
-from isthmus.transport.errors import RendezvousError, rank_names
+from isthmus.transport.errors import PeerLostError, RendezvousError, rank_names
 
 PROTOCOL = 1
 _MAGIC = b"isthmus\n"
@@ -30,6 +30,8 @@ _PREAMBLE_BYTES = len(_MAGIC) + _LENGTH.size
 _MOST_BYTES = 1 << 16
 _RETRY_S = 0.02
 _GRACE_S = 0.5
+_LOOK_S = 0.1
+"""So often a rank that waits for others looks whether that is in vain."""
 
 Address = tuple[str, int]
 
@@ -279,21 +281,35 @@ class _Host:
 
 
 def connect_all(
-    rank: int, addresses: Sequence[Address], own: socket.socket, secret: str, timeout_s: float, names: Sequence[int]
+    rank: int,
+    addresses: Sequence[Address],
+    own: socket.socket,
+    secret: str,
+    timeout_s: float,
+    names: Sequence[int],
+    is_given_up: Callable[[], bool] = lambda: False,
 ) -> dict[int, socket.socket]:
     """A connection from ``rank`` to every other: it goes to lower ones, higher ones come to its listener ``own``.
 
-    Who comes must know ``secret``. ``names`` are the ranks' numbers in errors. Raises ``RendezvousError``.
+    Who comes must know ``secret``. ``names`` are the ranks' numbers in errors. Raises ``PeerLostError`` when some are
+    not there in time, one hangs up before all are there, or ``is_given_up``.
     """
     deadline_s = time.monotonic() + timeout_s
     connections: dict[int, socket.socket] = {}
     try:
         for peer in range(rank):
-            connections[peer] = socket.create_connection(addresses[peer], timeout_s)
+            connections[peer] = socket.create_connection(addresses[peer], max(0.001, deadline_s - time.monotonic()))
             send_frame(connections[peer], {"secret": secret, "rank": rank})
         while len(connections) < len(addresses) - 1:
-            own.settimeout(max(0.001, deadline_s - time.monotonic()))
-            connection, _ = own.accept()
+            if is_given_up() or any(_has_hung_up(connection) for connection in connections.values()):
+                raise ConnectionResetError("another one is lost")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("timed out")
+            own.settimeout(_LOOK_S)
+            try:
+                connection, _ = own.accept()
+            except TimeoutError:
+                continue
             peer = introduced(connection, secret, deadline_s)
             if peer is None or peer in connections or not rank < peer < len(addresses):
                 connection.close()
@@ -303,11 +319,21 @@ def connect_all(
         for connection in connections.values():
             connection.close()
         absent = [names[peer] for peer in range(len(addresses)) if peer != rank and peer not in connections]
-        raise RendezvousError(
-            f"rank {names[rank]} is not connected to {rank_names(absent)} after {timeout_s:g} s ({error}): does a "
-            "firewall stand between?"
+        who = rank_names(absent) if absent else "all others"
+        raise PeerLostError(
+            f"rank {names[rank]} is not connected to {who} within {timeout_s:g} s ({error}): is one gone, does a "
+            "firewall stand between?",
+            absent,
         ) from error
     return connections
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
 
 
 def introduced(connection: socket.socket, secret: str, deadline_s: float) -> int | None:
@@ -317,4 +343,13 @@ def introduced(connection: socket.socket, secret: str, deadline_s: float) -> int
     except (OSError, ValueError):
         return None
     rank = hello.get("rank")
-    return rank if secrets.compare_digest(str(hello.get("secret")), secret) and isinstance(rank, int) else None
+    is_known = secrets.compare_digest(str(hello.get("secret")).encode(), secret.encode())
+    return rank if is_known and isinstance(rank, int) else None
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """For waiting without a time limit: a host that is gone without a word is noticed within about a minute."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -34,6 +34,7 @@ from isthmus.transport.rendezvous import (
     Address,
     Meeting,
     connect_all,
+    keep_alive,
     listen,
     local_address,
     meet,
@@ -71,7 +72,7 @@ class SocketGroup(Group):
         for connection in connections.values():
             connection.setblocking(True)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for waiting without a limit
+            keep_alive(connection)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
     @classmethod
@@ -151,7 +152,10 @@ class SocketGroup(Group):
         return own, own if peer == self.rank else connection.getpeername()[0]
 
     def await_message(self, source: int) -> None:
-        select.select([self._connections[source]], [], [])
+        self.begin_exchange()  # raises if the group has failed
+        poll = select.poll()
+        poll.register(self._connections[source], select.POLLIN)
+        poll.poll()
 
     def _announce(self, members: tuple[int, ...], address: Address) -> list[Address]:
         """Tells ``members`` where this rank listens, and returns where each of them does."""
@@ -273,11 +277,10 @@ class SocketGroup(Group):
         if self._hung_up:
             return
         self._hung_up = True
-        goodbye = pack_goodbye(lost_ranks)
         for peer, connection in self._connections.items():
             with suppress(OSError):  # the peer may be gone already
                 if peer not in self._unfinished:
-                    connection.send(goodbye, socket.MSG_DONTWAIT)
+                    connection.send(pack_goodbye(lost_ranks), socket.MSG_DONTWAIT)
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)  # wakes whoever is blocked on it; close alone would not
             connection.close()
