@@ -17,7 +17,6 @@ from tests.transport.groups import run_threads
 
 from isthmus.inference import planned
 from isthmus.inference.engine import Engine
-from isthmus.inference.generation import OnTokens
 from isthmus.inference.planned import Recovery, Wish, join
 from isthmus.models.shards import ShardReader
 from isthmus.spec.errors import IsthmusError
