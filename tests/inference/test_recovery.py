@@ -34,6 +34,10 @@ FOREVER_S = 1000.0
 """Longer than a test may take: nothing waits for this limit."""
 
 
+def _say_nothing(text: str) -> None:
+    pass
+
+
 class Devices:
     """Threads that are devices: the first one's is ``lead``, the others follow. Any of them can be killed."""
 
@@ -66,7 +70,7 @@ class Devices:
                 options = {"rank": rank, "world_size": num_devices, "port": port, "timeout_s": FOREVER_S}
                 with (
                     SocketGroup.connect(**options, listener=listener if rank == 0 else None) as group,
-                    join(ShardReader(self._model), wish, group, tell=self.told.append if rank == 0 else str) as engine,
+                    join(ShardReader(self._model), wish, group, tell=self.told.append if rank == 0 else _say_nothing) as engine,
                 ):
                     self._engines[rank] = engine
                     started.wait(60)
