@@ -343,11 +343,9 @@ class _Loop:
     def run(self) -> None:
         group = self._group
         poll = select.poll()
-        by_fd = {}
-        for peer in self._progress_s:
-            connection = group._connections[peer]
-            by_fd[connection.fileno()] = peer
-            poll.register(connection, self._events(peer))
+        by_fd = {group._connections[peer].fileno(): peer for peer in self._progress_s}
+        for fd, peer in by_fd.items():
+            poll.register(fd, self._events(peer))
         while self._progress_s:
             now_s = time.monotonic()
             limit_s = min(self._progress_s.values()) + group.timeout_s

@@ -48,7 +48,7 @@ class Slices:
         """Views of each run's slices."""
         flat_MH = hidden_BTH.flatten(0, -2)
         return [
-            flat_MH[:, start : start + num * width].unflatten(1, (num, width)).transpose(0, 1)
+            _part(flat_MH, 1, start, num * width).unflatten(1, (num, width)).transpose(0, 1)
             for start, num, width in self.runs
         ]
 
@@ -69,7 +69,7 @@ class Slices:
                 weight = weight_OH.unflatten(0, (num, -1)).transpose(1, 2)
                 bias = None if bias_O is None else bias_O.view(num, 1, -1)
             else:
-                weight = weight_OH[:, start : start + num * width].unflatten(1, (num, width)).permute(1, 2, 0)
+                weight = _part(weight_OH, 1, start, num * width).unflatten(1, (num, width)).permute(1, 2, 0)
                 bias = bias_O
             outputs.append(torch.bmm(part, weight) if bias is None else torch.baddbmm(bias, part, weight))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -78,13 +78,13 @@ class Slices:
         """Every sub-block's product with its rows of the matrix, which are its slice."""
         parts, first = [], 0
         for start, num, width in self.runs:
-            rows = slice(start, start + num * width)
-            weight = weight_HO[rows].unflatten(0, (num, width)).transpose(1, 2)
-            inner = inner_NMO[first : first + num]
+            weight = _part(weight_HO, 0, start, num * width).unflatten(0, (num, width)).transpose(1, 2)
+            inner = _part(inner_NMO, 0, first, num)
             if bias_H is None:
                 parts.append(torch.bmm(inner, weight))
             else:
-                parts.append(torch.baddbmm(bias_H[rows].view(num, 1, width), inner, weight))
+                bias = _part(bias_H, 0, start, num * width).view(num, 1, width)
+                parts.append(torch.baddbmm(bias, inner, weight))
             first += num
         return parts
 
@@ -102,6 +102,11 @@ class Slices:
             bias = None if bias_H is None else bias_H[units].view(num, 1, width)
             outputs.append(normed * weight if bias is None else torch.addcmul(bias, normed, weight))
         return outputs
+
+
+def _part(tensor: Tensor, dim: int, start: int, size: int) -> Tensor:
+    """``tensor.narrow``; where that is all of it the tensor itself, whose gradient takes no copy."""
+    return tensor if size == tensor.shape[dim] else tensor.narrow(dim, start, size)
 
 
 def add(left: Parts, right: Parts, dropout: Callable[[Tensor], Tensor]) -> Parts:
