@@ -23,6 +23,7 @@ from isthmus.planning.workload import layer_ranges, workload
 from isthmus.simulation.devices import kind
 from isthmus.simulation.shapes import SHAPES
 from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.simulated import SimulatedDevice
 from isthmus.spec.transformer import Range, TransformerSpec
 
 FOLDER = Path(__file__).parent
@@ -51,23 +52,31 @@ def pictures() -> dict[str, str]:
 
 def described() -> dict[str, Picture]:
     """What is drawn, by name."""
-    return {"pipeline": _pipeline(), "generation": _generation()} | dict(_of_one_request())
+    one_axis = dict(_of_plain_models()) | dict(_of_decoupled_models())
+    return {"pipeline": _pipeline(), "generation": _generation()} | one_axis
 
 
-def _of_one_request() -> Iterator[tuple[str, Picture]]:
-    """Those that have one axis."""
-    alone = panel_of(ONE, PLAIN, (PI,), (), parts=("everything",), request=REQUEST)
+def _picture(title: str, subtitle: str, panel: Panel, note: str = "") -> Picture:
+    """On the axis that those of a single text share."""
+    alone_s = _alone_s(PI) if len(panel.lanes) > 1 else None
+    return Picture(
+        title=title, subtitle=subtitle, panels=(panel,), span_s=0.345, tick_s=0.05, alone_s=alone_s, note=note
+    )
 
-    def picture(title: str, subtitle: str, panel: Panel, note: str = "") -> Picture:
-        mark = None if panel is alone else alone.end_s
-        return Picture(
-            title=title, subtitle=subtitle, panels=(panel,), span_s=0.345, tick_s=0.05, alone_s=mark, note=note
-        )
 
-    yield "one-device", picture("One device", "It holds and computes everything, and sends nothing.", alone)
+def _alone(device: SimulatedDevice) -> Panel:
+    return panel_of(ONE, PLAIN, (device,), (), parts=("everything",), request=REQUEST)
+
+
+def _alone_s(device: SimulatedDevice) -> float:
+    return _alone(device).end_s
+
+
+def _of_plain_models() -> Iterator[tuple[str, Picture]]:
+    yield "one-device", _picture("One device", "It holds and computes everything, and sends nothing.", _alone(PI))
     yield (
         "tensor-parallel",
-        picture(
+        _picture(
             "Tensor parallel",
             "Every device computes some attention heads (A) and MLP columns of all tokens. Each is a part of a sum:\n"
             "two all-reduces a layer.",
@@ -76,13 +85,16 @@ def _of_one_request() -> Iterator[tuple[str, Picture]]:
     )
     yield (
         "sequence-parallel",
-        picture(
+        _picture(
             "Sequence parallel",
             "Every device computes whole layers of its tokens. Attention needs the keys and values of all tokens:\n"
             "one all-gather a layer, after its tokens' queries, keys and values (narrow).",
             panel_of(SEQUENCE, PLAIN, PIS, (KEYS,) * NUM_LAYERS, parts=_tokens(SEQUENCE), request=REQUEST),
         ),
     )
+
+
+def _of_decoupled_models() -> Iterator[tuple[str, Picture]]:
     slices = [f"slice {number + 1}" for number in range(NUM_DEVICES)]
     with_heads = [f"{own}, {part}" for own, part in zip(slices, _heads(PLAIN), strict=True)]
     with_tokens = [f"{own}, {part}" for own, part in zip(slices, _tokens(BLOCK), strict=True)]
@@ -118,42 +130,32 @@ def _of_one_request() -> Iterator[tuple[str, Picture]]:
         ),
     ):
         panel = panel_of(replace(BLOCK, originals=(way,)), DECOUPLED, PIS, sent, parts=parts, request=REQUEST)
-        yield f"block-{way}", picture(f"Block parallel, original layer 3: {name}", what, panel)
-    yield (
-        "block-fastest",
-        picture(
-            "Block parallel, original layer 3: fastest",
-            "The fastest device gets all slices, computes the layer, and gives each its slice back.",
-            _fastest(slices),
-            f"Device 3 is a Raspberry Pi 5. Alone it would take {seconds_text(_fast_alone_s())}; marked is the leader, "
-            "device 1, alone.",
-        ),
-    )
-    yield (
-        "block-fewer-devices",
-        picture(
-            "Block parallel, four sub-blocks on three devices",
-            "One device has two sub-blocks, and the others wait for it where slices meet. Original layer 3: tokens.",
-            _fewer(),
-        ),
-    )
+        yield f"block-{way}", _picture(f"Block parallel, original layer 3: {name}", what, panel)
+    yield "block-fastest", _fastest(slices)
+    yield "block-fewer-devices", _fewer()
 
 
-def _fastest(parts: list[str]) -> Panel:
+def _fastest(parts: list[str]) -> Picture:
     plan = replace(BLOCK, weights=(1.0, 1.0, 2.6, 1.0), originals=("fastest",))
     sent = (Sent("gather", pattern="to", device=2), Sent("scatter", pattern="from", device=2))
-    return panel_of(plan, DECOUPLED, (PI, PI, FAST, PI), sent, parts=parts, request=REQUEST)
+    return _picture(
+        "Block parallel, original layer 3: fastest",
+        "The fastest device gets all slices, computes the layer, and gives each its slice back.",
+        panel_of(plan, DECOUPLED, (PI, PI, FAST, PI), sent, parts=parts, request=REQUEST),
+        f"Device 3 is a Raspberry Pi 5. Alone it would take {seconds_text(_alone_s(FAST))}; marked is the leader, "
+        "device 1, alone.",
+    )
 
 
-def _fast_alone_s() -> float:
-    return panel_of(ONE, PLAIN, (FAST,), (), parts=("everything",), request=REQUEST).end_s
-
-
-def _fewer() -> Panel:
+def _fewer() -> Picture:
     plan = replace(InferencePlan.even("block", 3), originals=("tokens",))
     owned = [f"slice{'s' if len(own) > 1 else ''} {_span(own)}" for own in sub_blocks_of(plan, DECOUPLED)]
     parts = [f"{own}, {part}" for own, part in zip(owned, _tokens(plan), strict=True)]
-    return panel_of(plan, DECOUPLED, PIS[:3], (GATHER, EXCHANGE), parts=parts, request=REQUEST)
+    return _picture(
+        "Block parallel, four sub-blocks on three devices",
+        "One device has two sub-blocks, and the others wait for it where slices meet. Original layer 3: tokens.",
+        panel_of(plan, DECOUPLED, PIS[:3], (GATHER, EXCHANGE), parts=parts, request=REQUEST),
+    )
 
 
 def _pipeline() -> Picture:
