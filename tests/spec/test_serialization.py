@@ -24,6 +24,7 @@ from isthmus.spec.cluster import (
     WidthTimes,
 )
 from isthmus.spec.hardware import Hardware, LinkRate
+from isthmus.spec.inference import InferencePlan
 from isthmus.spec.model import ExpertSpec, ModelSpec, TensorSpec
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Curve, ExpertTimes, Profile
@@ -32,6 +33,9 @@ from isthmus.spec.report import (
     BenchInferRow,
     BenchTuneReport,
     BenchTuneRow,
+    PlanInferReport,
+    PredictedDecoupling,
+    PredictedPlan,
     Spread,
     StepRecord,
     TuneReport,
@@ -241,6 +245,34 @@ EXAMPLES: dict[str, Any] = {
                 predicted_time_to_first_token_s=0.5,
                 predicted_time_per_token_s=0.03125,
             ),
+        ),
+    ),
+    "plan_infer_report": PlanInferReport(
+        config={"model": "./bert", "tokens": 128},
+        environment={"torch": "2.13.0"},
+        chosen=PredictedPlan(
+            plan=InferencePlan.even("tensor", 2, codec="int8"),
+            latency_s=0.75,
+            first_token_s=0.75,
+            bound_s=0.5,
+            bytes_sent_per_device=8192,
+            num_exchanges=51,
+            memory_bytes_per_device=2**28,
+        ),
+        reason="the fastest that fits",
+        decoupled=PredictedDecoupling(
+            num_sub_blocks=2,
+            original_layers=(2, 5),
+            predicted=PredictedPlan(
+                plan=dataclasses.replace(InferencePlan.even("block", 2, codec="int8"), originals=("gather", "tokens")),
+                latency_s=0.5,
+                first_token_s=0.5,
+                bound_s=0.375,
+                bytes_sent_per_device=1024,
+                num_exchanges=5,
+                memory_bytes_per_device=2**28,
+            ),
+            times_as_fast=1.5,
         ),
     ),
     "simulated_cluster": SimulatedCluster(

@@ -10,6 +10,15 @@ import typer
 from isthmus.cli.sharing import Refresh, Timeout
 
 app = typer.Typer(no_args_is_help=True)
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        help="What was measured: a profile, or a report of this command or `isthmus bench infer`.", metavar="FILE"
+    ),
+]
+Report = Annotated[
+    Path | None, typer.Option(help="Write what was measured and predicted here as JSON.", metavar="FILE")
+]
 
 
 @app.callback()
@@ -27,10 +36,7 @@ def infer(
     devices: Annotated[
         str | None, typer.Option(help="Plan with only these of the cluster, by name, with commas.", metavar="NAME,…")
     ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="What was measured: a profile, or the report of `isthmus bench infer`.", metavar="FILE"),
-    ] = None,
+    profile: Profile = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=0, help="To generate for each sequence.")] = 0,
@@ -51,9 +57,10 @@ def infer(
     rows: Annotated[int, typer.Option(min=1, help="Plans to print.")] = 20,
     refresh: Refresh = False,
     output: Annotated[Path | None, typer.Option(help="Write the plan here as JSON.", metavar="FILE")] = None,
+    report: Report = None,
     timeout: Timeout = 60.0,
 ) -> None:
-    """Predict every way of dividing one request among devices, and choose.
+    """Predict every way of dividing one request among devices, choose, and say what decoupling the model would bring.
 
     Started once per device it measures them and their links first, and keeps that:
 
@@ -76,4 +83,4 @@ def infer(
         refresh=refresh,
         timeout_s=timeout,
     )
-    plan_infer(options, num_rows=rows, output=output)
+    plan_infer(options, num_rows=rows, output=output, report=report)

@@ -19,6 +19,7 @@ from isthmus.simulation.devices import KINDS, devices_of, read_devices
 from isthmus.simulation.inference import at_bandwidth, simulate
 from isthmus.simulation.published import STRATEGIES, reproduce
 from isthmus.simulation.shapes import SHAPES, check_request, decoupled
+from isthmus.spec.decoupling import default_num_groups
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.inference import CODECS, DTYPES, InferenceRequest
@@ -103,7 +104,7 @@ def _spec(options: SimulateOptions) -> TransformerSpec:
         if options.groups is not None or options.heads != "all":
             raise IsthmusError("groups, heads: say how a model is decoupled; wanted --sub-blocks too")
         return spec
-    groups = max(1, spec.num_layers // 3) if options.groups is None else options.groups
+    groups = default_num_groups(spec.num_layers) if options.groups is None else options.groups
     return decoupled(spec, options.sub_blocks, groups, options.heads)
 
 

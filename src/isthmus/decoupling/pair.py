@@ -18,7 +18,7 @@ from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.sentence import copy_pooling
 from isthmus.models.transformer_families import read_config
 from isthmus.models.writer import copy_tokenizer
-from isthmus.spec.decoupling import original_layers_of, proportional_widths
+from isthmus.spec.decoupling import default_num_groups, original_layers_of, proportional_widths
 from isthmus.spec.errors import IsthmusError
 from isthmus.training.output import published
 
@@ -46,7 +46,8 @@ class Wanted:
             raise IsthmusError("groups: give either --groups or --original-layers")
         layers = self.original_layers
         if layers is None:
-            layers = original_layers_of(num_layers, max(1, num_layers // 3) if self.groups is None else self.groups)
+            groups = default_num_groups(num_layers) if self.groups is None else self.groups
+            layers = original_layers_of(num_layers, groups)
         widths = None
         if self.widths is not None:
             if len(self.widths) != self.sub_blocks:

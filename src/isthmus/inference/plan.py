@@ -20,15 +20,19 @@ from isthmus.inference.generation import check_request
 from isthmus.inference.joining import TIMEOUT_S, is_started_per_device
 from isthmus.inference.profile import measure_cluster
 from isthmus.models.checkpoint_files import resolve_checkpoint
+from isthmus.models.decoupled.configs import CONFIGS
 from isthmus.models.shards import ShardReader
 from isthmus.planning.inference import Candidate, Choice, choose
+from isthmus.planning.outlook import Outlook, outlook
 from isthmus.planning.plans import Question, allowed, expected_error
 from isthmus.profiling.cache import find, keep
+from isthmus.reporting.environment import environment
 from isthmus.reporting.human import human_bytes, human_memory, human_s
 from isthmus.spec.cluster import Cluster, ClusterProfile, read_cluster
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.inference import CODECS, DTYPES, InferenceRequest
+from isthmus.spec.report import PlanInferReport, PredictedDecoupling, PredictedPlan
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.transport.base import Group
 from isthmus.transport.sockets import SocketGroup
@@ -56,18 +60,47 @@ class PlanOptions:
 
 
 def plan_infer(
-    options: PlanOptions, *, num_rows: int = 20, output: Path | None = None, console: Console | None = None
+    options: PlanOptions,
+    *,
+    num_rows: int = 20,
+    output: Path | None = None,
+    report: Path | None = None,
+    console: Console | None = None,
 ) -> Choice | None:
-    """Prints the fastest ``num_rows`` plans and why the first is taken, and writes that plan to ``output``. None on
-    devices that do not lead. Blocks for seconds where it has to measure."""
+    """Prints the fastest ``num_rows`` plans, why the first is taken, and what decoupling the model would bring; writes
+    that plan to ``output`` and what was found to ``report``. None on devices that do not lead. Blocks for seconds where
+    it has to measure."""
     reader = ShardReader(resolve_checkpoint(options.model))
+    console = console or Console()
+    question = _question(options, reader, console)
+    if question is None:
+        return None
+    choice = choose(question)
+    console.print(candidates_table(choice, num_rows))
+    plan = choice.chosen.plan
+    devices = ", ".join(question.profile.devices[rank].name for rank in plan.devices)
+    error = expected_error(plan, reader.spec, question.request)
+    rounded = f"; what is sent is rounded, relative error about {error:.1g}" if error else ""
+    console.print(f"→ {plan.strategy} on {devices}: {choice.reason}{rounded}")
+    decoupled = None
+    if reader.config.model_type in CONFIGS:
+        decoupled = outlook(question, choice)
+        console.print(outlook_text(decoupled, choice, len(question.profile.devices)), soft_wrap=True)
+    if output is not None:
+        atomic_write(output, to_json(plan))
+    if report is not None:
+        atomic_write(report, to_json(_report(options, question, choice, decoupled)))
+    return choice
+
+
+def _question(options: PlanOptions, reader: ShardReader, console: Console) -> Question | None:
+    """What is asked of the planner, with what was measured; None on devices that do not lead."""
     request = InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens)
     check_request(reader, request)
     if options.devices is not None and options.cluster is None:
         raise IsthmusError("devices: got names without a cluster, wanted --cluster too, which says who they are")
     cluster = read_cluster(options.cluster).select() if options.cluster is not None else None
     codecs, dtypes = _names(options)
-    console = console or Console()
     with ExitStack() as stack:
         group: Group | None = None
         if is_started_per_device():
@@ -80,7 +113,7 @@ def plan_infer(
         chosen = cluster.select(options.devices)
         profile = _only(profile, [cluster.devices.index(device) for device in chosen.devices])
         cluster = chosen
-    question = Question(
+    return Question(
         spec=reader.spec,
         request=request,
         profile=profile,
@@ -89,16 +122,6 @@ def plan_infer(
         max_error=options.max_error if options.codec == "auto" else math.inf,
         dtypes=dtypes,
     )
-    choice = choose(question)
-    console.print(candidates_table(choice, num_rows))
-    plan = choice.chosen.plan
-    devices = ", ".join(profile.devices[rank].name for rank in plan.devices)
-    error = expected_error(plan, reader.spec, request)
-    rounded = f"; what is sent is rounded, relative error about {error:.1g}" if error else ""
-    console.print(f"→ {plan.strategy} on {devices}: {choice.reason}{rounded}")
-    if output is not None:
-        atomic_write(output, to_json(plan))
-    return choice
 
 
 def _names(options: PlanOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -165,10 +188,10 @@ def _identity(reader: ShardReader, cluster: Cluster | None) -> dict[str, object]
 
 
 def _read_profile(path: Path) -> ClusterProfile:
-    """A profile, or the one in a report of ``isthmus bench infer``."""
+    """A profile, or the one in a report of ``isthmus bench infer`` or ``isthmus plan infer``."""
     try:
         content = json.loads(path.read_text())
-        if isinstance(content, dict) and content.get("kind") == "bench-infer":
+        if isinstance(content, dict) and content.get("kind") in ("bench-infer", "plan-infer"):
             content = content["environment"]["profile"]
         return from_json(ClusterProfile, json.dumps(content))
     except OSError as error:
@@ -223,3 +246,57 @@ def _cells(candidate: Candidate, *, is_chosen: bool) -> list[str]:
         str(candidate.num_exchanges),
         human_memory(max(candidate.memory_bytes)) + ("" if candidate.fits else " (too much)"),
     ]
+
+
+# --- what decoupling would bring --------------------------------------------------------------------------------------
+
+
+def outlook_text(found: Outlook | None, choice: Choice, num_devices: int) -> str:
+    """One sentence or two for a model that can be decoupled, and is not."""
+    if num_devices == 1:
+        return "Decoupling this model would bring nothing here: sub-blocks are for several devices."
+    if found is None:
+        return "Decoupling this model would bring nothing here: no plan of its decoupled forms fits these devices."
+    assert found.spec.decoupling is not None
+    form, plan = found.spec.decoupling, found.candidate.plan
+    layers = [str(layer) for layer in form.original_layers]
+    listed = " and ".join(filter(None, (", ".join(layers[:-1]), layers[-1])))
+    what = f"into {form.num_sub_blocks} sub-blocks, layer{'s' if len(layers) > 1 else ''} {listed} original"
+    how = f"block parallel on {len(plan.devices)} devices, {plan.wire} wire"
+    instead = f"{human_s(found.candidate.latency_s)} ({how}) instead of {human_s(choice.chosen.latency_s)}"
+    if not found.is_gain:
+        return f"Decoupling this model would bring nothing here: {what}, this request would take {instead}."
+    return (
+        f"Decoupled {what}, this request would take {instead}: {found.times_as_fast:.2f} × as fast. "
+        "See `isthmus decouple MODEL --plan`."
+    )
+
+
+def _report(options: PlanOptions, question: Question, choice: Choice, found: Outlook | None) -> PlanInferReport:
+    decoupled = None
+    if found is not None and found.spec.decoupling is not None:
+        decoupled = PredictedDecoupling(
+            num_sub_blocks=found.spec.decoupling.num_sub_blocks,
+            original_layers=found.spec.decoupling.original_layers,
+            predicted=_predicted(found.candidate),
+            times_as_fast=found.times_as_fast,
+        )
+    return PlanInferReport(
+        config=json.loads(json.dumps(vars(options), default=str)),
+        environment=environment() | {"profile": json.loads(to_json(question.profile))},
+        chosen=_predicted(choice.chosen),
+        reason=choice.reason,
+        decoupled=decoupled,
+    )
+
+
+def _predicted(candidate: Candidate) -> PredictedPlan:
+    return PredictedPlan(
+        plan=candidate.plan,
+        latency_s=candidate.latency_s,
+        first_token_s=candidate.first_token_s,
+        bound_s=candidate.bound_s,
+        bytes_sent_per_device=max(candidate.sent_bytes),
+        num_exchanges=candidate.num_exchanges,
+        memory_bytes_per_device=max(candidate.memory_bytes),
+    )

@@ -20,6 +20,14 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 PROCESS_BYTES = 450 << 20
 """What a device's process takes before it has read any weights: Python, PyTorch, transformers."""
 
+HIDDEN_TOUCHED = 6
+"""Values by row and hidden unit that residual and norm of a block read and write."""
+INNER_TOUCHED = 4
+"""By row and column between its matrices: written by a product, read and written by what follows, read by the next
+product."""
+ADDED_TOUCHED = 3
+"""By value that is added to another."""
+
 
 @dataclass(kw_only=True)
 class DeviceCosts:
@@ -110,12 +118,30 @@ class DeviceCosts:
         return self._seconds[key]
 
     def _sub_blocks_s(self, rows: int, share: float) -> float:
-        """Sub-blocks of one layer, in proportion to the one that was measured."""
+        """Sub-blocks of one layer, in proportion to the first one."""
         key = ("sub-block", rows, 0.0)
         if key not in self._seconds:
-            times = self.profile.sub_block[self.dtype]
-            self._seconds[key] = float(evaluate(times.attention, rows) + evaluate(times.mlp, rows)) / times.share
+            times = self.profile.sub_block.get(self.dtype)
+            if times is not None:
+                self._seconds[key] = float(evaluate(times.attention, rows) + evaluate(times.mlp, rows)) / times.share
+            else:
+                self._seconds[key] = self._unmeasured_sub_block_s(rows)
         return self._seconds[key] * share
+
+    def _unmeasured_sub_block_s(self, rows: int) -> float:
+        """The first sub-block, by its part of the hidden units, from layers of a model that is not decoupled. A part as
+        large of a layer's heads and columns has as many matrix elements; what it has fewer of is columns between them,
+        and more of hidden units, which take what adding values takes."""
+        spec = self.spec
+        first = spec.sub_block(0)
+        width, heads = len(first.units) / spec.hidden_size, len(first.heads) / spec.num_heads
+        blocks = (("attention", width * heads, heads, spec.attention_columns), ("mlp", width, 1.0, spec.mlp_columns))
+        total_s = 0.0
+        for block, share, inner, columns in blocks:
+            touched = INNER_TOUCHED * (inner - share) * columns - HIDDEN_TOUCHED * (1 - width) * spec.hidden_size
+            total_s += self._block_s(block, rows, share)
+            total_s += rows * touched / ADDED_TOUCHED * self.profile.s_per_added_value
+        return total_s / width
 
     def _block_s(self, block: str, rows: int, share: float) -> float:
         key = (block, rows, share)

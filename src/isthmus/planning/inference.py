@@ -24,7 +24,7 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import TransformerSpec
 
-_GAIN = 0.03
+GAIN = 0.03
 """Several devices must be predicted to be so much faster than one, else one is taken: it depends on nobody."""
 
 
@@ -77,8 +77,8 @@ def choose(question: Question) -> Choice:
         reason = "the fastest that fits"
     elif chosen is alone:
         reason = "several devices are predicted to be no faster than one"
-    elif chosen.latency_s > (1 - _GAIN) * alone.latency_s:
-        chosen, reason = alone, f"several devices would gain less than {_GAIN:.0%}"
+    elif chosen.latency_s > (1 - GAIN) * alone.latency_s:
+        chosen, reason = alone, f"several devices would gain less than {GAIN:.0%}"
     else:
         reason = f"predicted {alone.latency_s / chosen.latency_s:.2f} times as fast as one device"
     return Choice(chosen=chosen, candidates=tuple(candidates), reason=reason)

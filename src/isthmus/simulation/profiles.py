@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isthmus.planning.device_costs import PROCESS_BYTES, WEIGHT_BYTES
+from isthmus.planning.device_costs import ADDED_TOUCHED, HIDDEN_TOUCHED, INNER_TOUCHED, PROCESS_BYTES, WEIGHT_BYTES
 from isthmus.spec.cluster import (
     ClusterProfile,
     CodecTimes,
@@ -34,15 +34,10 @@ _OPERATORS = 6
 """Of PyTorch in a layer's attention, and as many in its MLP."""
 _NATIVE_ROWS = 4
 """Up to so many rows a decoder's block is one call."""
-_HIDDEN_TOUCHED = 6
-"""Values by row and hidden unit that residual and norm read and write."""
-_INNER_TOUCHED = 4
-"""By row and inner column: written by a product, read and written by what follows, read by the next product."""
 _SCORE_BYTES = 16
 """Of a score: written, read and written by the softmax, read, 4 bytes each."""
 _ENCODED_BYTES, _DECODED_BYTES = 24, 8
 """Of memory by value that is encoded or decoded."""
-_ADDED_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +83,8 @@ def _device_profile(device: SimulatedDevice, spec: TransformerSpec, dtypes: Sequ
             dtype: tuple(
                 WidthTimes(
                     share=share,
-                    attention=_block(device, spec, dtype, share * spec.attention_numel, share * _attention_width(spec)),
-                    mlp=_block(device, spec, dtype, share * spec.mlp_numel, share * _mlp_width(spec)),
+                    attention=_block(device, spec, dtype, share * spec.attention_numel, share * spec.attention_columns),
+                    mlp=_block(device, spec, dtype, share * spec.mlp_numel, share * spec.mlp_columns),
                 )
                 for share in _SHARES
             )
@@ -104,7 +99,7 @@ def _device_profile(device: SimulatedDevice, spec: TransformerSpec, dtypes: Sequ
             else CodecTimes(encode_s=_ENCODED_BYTES * s_per_byte, decode_s=_DECODED_BYTES * s_per_byte)
             for codec in CODECS
         },
-        s_per_added_value=_ADDED_BYTES * s_per_byte,
+        s_per_added_value=4 * ADDED_TOUCHED * s_per_byte,
     )
 
 
@@ -121,9 +116,9 @@ def _sub_block(device: SimulatedDevice, spec: TransformerSpec, dtype: str) -> Wi
     return WidthTimes(
         share=share,
         attention=_block(
-            device, spec, dtype, share * heads * spec.attention_numel, heads * _attention_width(spec), share
+            device, spec, dtype, share * heads * spec.attention_numel, heads * spec.attention_columns, share
         ),
-        mlp=_block(device, spec, dtype, share * spec.mlp_numel, _mlp_width(spec), share),
+        mlp=_block(device, spec, dtype, share * spec.mlp_numel, spec.mlp_columns, share),
     )
 
 
@@ -134,21 +129,13 @@ def _block(
     units are read and written."""
     reading_s = numel * WEIGHT_BYTES[dtype] / device.memory_bytes_per_s
     row_s = 2 * numel / device.flops_per_s[dtype]
-    touched = _HIDDEN_TOUCHED * outer * spec.hidden_size + _INNER_TOUCHED * inner
+    touched = HIDDEN_TOUCHED * outer * spec.hidden_size + INNER_TOUCHED * inner
     value_s = 4 * touched / device.memory_bytes_per_s
     seconds = []
     for rows in _ROWS:
         operators = 1 if spec.is_decoder and rows <= _NATIVE_ROWS else _OPERATORS
         seconds.append(operators * device.operator_s + max(reading_s, rows * row_s) + rows * value_s)
     return Curve(num_tokens=_ROWS, seconds=tuple(seconds))
-
-
-def _attention_width(spec: TransformerSpec) -> int:
-    return 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_size
-
-
-def _mlp_width(spec: TransformerSpec) -> int:
-    return spec.intermediate_size * (2 if spec.has_gate else 1)
 
 
 def _link_profile(

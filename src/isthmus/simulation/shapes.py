@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from isthmus.spec.decoupling import decoupling, original_layers_of
+from isthmus.spec.decoupling import original_layers_of
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferenceRequest
 from isthmus.spec.transformer import TransformerSpec
@@ -47,16 +45,7 @@ def decoupled(spec: TransformerSpec, num_sub_blocks: int, num_groups: int, heads
     """``spec`` with the last layer of each group left original. Raises ``IsthmusError`` for what does not fit."""
     if spec.decoupling is not None:
         raise IsthmusError("sub_blocks: the model is decoupled already; leave --sub-blocks out")
-    form = decoupling(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        num_sub_blocks=num_sub_blocks,
-        original_layers=original_layers_of(spec.num_layers, num_groups),
-        heads=heads,
-    )
-    return replace(spec, decoupling=form)
+    return spec.decoupled(num_sub_blocks, original_layers_of(spec.num_layers, num_groups), heads=heads)
 
 
 def check_request(spec: TransformerSpec, request: InferenceRequest) -> None:

@@ -117,7 +117,8 @@ class DeviceProfile:
     layers: dict[str, tuple[WidthTimes, ...]]
     """By dtype; widest first."""
     sub_block: dict[str, WidthTimes] = field(default_factory=dict)
-    """By dtype, of a decoupled model: its first sub-block, of which ``share`` is the part of the hidden units."""
+    """By dtype, of a decoupled model: its first sub-block, of which ``share`` is the part of the hidden units. Where
+    there is none it is derived from ``layers``."""
     embedding: Curve
     """Seconds before the first layer, by rows."""
     s_per_score: float

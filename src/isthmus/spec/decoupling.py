@@ -82,6 +82,11 @@ def original_layers_of(num_layers: int, num_groups: int) -> tuple[int, ...]:
     return tuple((group + 1) * num_layers // num_groups - 1 for group in range(num_groups))
 
 
+def default_num_groups(num_layers: int) -> int:
+    """Groups where nothing is asked: one for every three layers."""
+    return max(1, num_layers // 3)
+
+
 def proportional_widths(hidden_size: int, shares: Sequence[float], multiple: int = 8) -> tuple[int, ...]:
     """Widths in proportion to ``shares``, each a multiple of ``multiple`` hidden units, none empty; they sum to the
     hidden size. Largest remainders are rounded up. Raises ``IsthmusError`` where it cannot be."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from isthmus.spec.inference import InferencePlan
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
@@ -141,6 +143,48 @@ class BenchInferReport:
     config: dict[str, object]
     environment: dict[str, object]
     rows: tuple[BenchInferRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedPlan:
+    """A plan and what it is predicted to take."""
+
+    plan: InferencePlan
+    latency_s: float
+    first_token_s: float
+    """Of ``latency_s``, where tokens are generated; else all of it."""
+    bound_s: float
+    bytes_sent_per_device: int
+    """Of the device that sends most."""
+    num_exchanges: int
+    memory_bytes_per_device: int
+    """Of the device that needs most, beside the process itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedDecoupling:
+    """A decoupled form of a plain model, and the fastest plan that it would have."""
+
+    num_sub_blocks: int
+    original_layers: tuple[int, ...]
+    """From 0."""
+    predicted: PredictedPlan
+    times_as_fast: float
+    """As the plain model's plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInferReport:
+    """``report.json`` of ``isthmus plan infer``. ``config`` and ``environment`` hold plain JSON values."""
+
+    schema_version: int = 1
+    kind: Literal["plan-infer"] = "plan-infer"
+    config: dict[str, object]
+    environment: dict[str, object]
+    chosen: PredictedPlan
+    reason: str
+    decoupled: PredictedDecoupling | None = None
+    """None of a model that cannot be decoupled or is already, on one device, and where no such plan fits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ Legend: ``H`` hidden size, ``D`` head size, ``A`` query heads, ``G`` key/value h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from isthmus.spec.decoupling import Decoupling
+from isthmus.spec.decoupling import Decoupling, decoupling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,20 @@ class TransformerSpec:
             heads = Range(start=number * own, stop=(number + 1) * own)
         return SubBlock(units=Range(start=start, stop=start + widths[number]), heads=heads)
 
+    def decoupled(self, num_sub_blocks: int, original_layers: Sequence[int], *, heads: str = "all") -> TransformerSpec:
+        """The same with all layers but ``original_layers`` decoupled into equal slices. Raises ``IsthmusError`` for
+        what does not fit."""
+        form = decoupling(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            num_sub_blocks=num_sub_blocks,
+            original_layers=original_layers,
+            heads=heads,
+        )
+        return replace(self, decoupling=form)
+
     @property
     def heads_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
@@ -75,6 +90,16 @@ class TransformerSpec:
     def mlp_numel(self) -> int:
         """Matrix elements of one layer's MLP."""
         return self.hidden_size * self.intermediate_size * (3 if self.has_gate else 2)
+
+    @property
+    def attention_columns(self) -> int:
+        """Values of a token between attention's matrices: queries, keys, values, and what heads make of them."""
+        return 2 * (self.num_heads + self.num_kv_heads) * self.head_size
+
+    @property
+    def mlp_columns(self) -> int:
+        """Values of a token between the MLP's matrices."""
+        return self.intermediate_size * (2 if self.has_gate else 1)
 
     @property
     def embedding_numel(self) -> int:
