@@ -49,9 +49,7 @@ def infer(
     model: Annotated[str, typer.Argument(help="Hugging Face id or checkpoint directory.")],
     decoupled: Annotated[
         str | None,
-        typer.Option(
-            help="What `isthmus decouple` made of MODEL, to be timed beside it in the same run.", metavar="DIR"
-        ),
+        typer.Option(help="What `isthmus decouple` made of MODEL, timed beside it in the same run.", metavar="DIR"),
     ] = None,
     strategies: Annotated[
         str,

@@ -37,6 +37,8 @@ from isthmus.transport.base import Group
 from isthmus.transport.gloo import GlooGroup
 from isthmus.transport.sockets import SocketGroup
 
+_FORM = ("model_type", "decoupling")
+"""What of a model's spec is another in its decoupled copy."""
 _GROUPS: dict[str, type[SocketGroup] | type[GlooGroup]] = {"sockets": SocketGroup, "gloo": GlooGroup}
 
 
@@ -126,7 +128,7 @@ def _readers(options: BenchOptions) -> dict[int, ShardReader]:
             f"{options.model}"
         )
     theirs, ours = vars(reader.spec), vars(copy.spec)
-    if others := [name for name in theirs if name != "decoupling" and ours[name] != theirs[name]]:
+    if others := [name for name in theirs if name not in _FORM and ours[name] != theirs[name]]:
         got, wanted = (", ".join(f"{name} {spec[name]}" for name in others) for spec in (ours, theirs))
         raise IsthmusError(f"decoupled: got {options.decoupled} with {got}, wanted {wanted}, as {options.model} has")
     return {1: reader, copy.spec.num_sub_blocks: copy}

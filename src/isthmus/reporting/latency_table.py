@@ -47,7 +47,8 @@ def latency_table(cells: Cells, *, is_narrow: bool = False) -> Table:
         table.add_column("Mbit/s", justify="right")
     columns = _columns([row for rows in cells.values() for row in rows], is_narrow=is_narrow)
     for name in ("", *columns):
-        table.add_column(name.replace(" ", "\n"), justify="left" if name in ("", *_TEXTS) else "right")
+        header = name.replace(" ", "\n").replace("-", "-\n")
+        table.add_column(header, justify="left" if name in ("", *_TEXTS) else "right", overflow="fold")
     for bandwidth in sorted(cells, key=lambda bandwidth: -(bandwidth or 0)):
         table.add_section()
         for place, row in enumerate(_in_order(cells[bandwidth])):
@@ -70,6 +71,7 @@ def latency_markdown(rows: Sequence[BenchInferRow]) -> str:
 
 
 def _columns(rows: Sequence[BenchInferRow], *, is_narrow: bool = False) -> tuple[str, ...]:
+    """Where a decoupled model answered they say so, which takes the last one's place if ``is_narrow``."""
     is_generated = any(row.num_new_tokens for row in rows)
     if are_simulated(rows):
         columns = (*_SIMULATED, *(_SIMULATED_GENERATED if is_generated else ()), "sent", "exchanges")
@@ -77,8 +79,9 @@ def _columns(rows: Sequence[BenchInferRow], *, is_narrow: bool = False) -> tuple
         columns = _NARROW_GENERATED if is_generated else _NARROW
     else:
         columns = (*_HOW, *_FOUND, *(_GENERATED if is_generated else ()), *_COST)
-    is_decoupled = any(row.num_sub_blocks > 1 for row in rows)
-    return (columns[0], _FORM, *columns[1:]) if is_decoupled else columns
+    if not any(row.num_sub_blocks > 1 for row in rows):
+        return columns
+    return (columns[0], _FORM, *(columns[1:-1] if is_narrow else columns[1:]))
 
 
 def _in_order(rows: Sequence[BenchInferRow]) -> list[BenchInferRow]:
