@@ -7,7 +7,21 @@ from typing import Annotated, Literal
 
 import typer
 
+from isthmus.cli.sharing import Timeout
+
 app = typer.Typer(no_args_is_help=True)
+
+Decoupled = Annotated[
+    str | None,
+    typer.Option(help="What `isthmus decouple` made of MODEL, timed beside it in the same run.", metavar="DIR"),
+]
+Strategies = Annotated[
+    str,
+    typer.Option(
+        help="Of [b]single,tensor,sequence,pipeline[/] and, for decoupled models, [b]block[/], separated by commas, or "
+        "[b]all[/]."
+    ),
+]
 
 
 @app.callback()
@@ -47,17 +61,8 @@ def tune(
 @app.command()
 def infer(
     model: Annotated[str, typer.Argument(help="Hugging Face id or checkpoint directory.")],
-    decoupled: Annotated[
-        str | None,
-        typer.Option(help="What `isthmus decouple` made of MODEL, timed beside it in the same run.", metavar="DIR"),
-    ] = None,
-    strategies: Annotated[
-        str,
-        typer.Option(
-            help="Of [b]single,tensor,sequence,pipeline[/] and, for decoupled models, [b]block[/], separated by "
-            "commas, or [b]all[/]."
-        ),
-    ] = "all",
+    decoupled: Decoupled = None,
+    strategies: Strategies = "all",
     codecs: Annotated[
         str, typer.Option(help="What goes on the wire: of [b]fp32,bf16,int8,int4[/], or [b]all[/].")
     ] = "fp32",
@@ -78,7 +83,7 @@ def infer(
         Path | None,
         typer.Option(help="Write the results here as JSON, a table and a picture beside it.", metavar="FILE"),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a device before giving up.")] = 60.0,
+    timeout: Timeout = 60.0,
 ) -> None:
     """Time ways of dividing one request among devices, beside what was predicted and the bound.
 
