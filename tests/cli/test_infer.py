@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.inference.conftest import checkpoint  # noqa: F401
@@ -255,7 +256,9 @@ def test_bad_input_is_one_line(
     words = {"MODEL": str(model), "LLAMA": str(checkpoint("llama")), "CONFIG": str(model / "config.json")}
     words |= {"COPY": str(copy), "OTHER": str(tmp_path / "other")}
     if "OTHER" in arguments:
-        shape = dict(vocab_size=60, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+        shape: dict[str, Any] = dict(
+            vocab_size=60, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        )
         config = decoupled_config(BertConfig(**shape), {"num_sub_blocks": 4, "original_layers": [1]})
         AutoModel.from_config(config).save_pretrained(words["OTHER"])
     result = CliRunner().invoke(app, [words.get(part, part) for part in arguments])
