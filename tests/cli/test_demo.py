@@ -109,7 +109,7 @@ def test_testbed_shows_two_bandwidths_and_is_gone_afterwards(model: Path, tmp_pa
 
 def check_latency(text: str, folder: Path, names: list[str]) -> None:
     assert "→ what the planner takes for each of the two models" in text
-    assert "bert of" in text and "and its copy of 4 sub-blocks: 128 tokens" in text
+    assert "bert (" in text and "and its copy in 4 sub-blocks: 128 tokens, 4 devices" in text
     assert (folder / "latency.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.parent.name for path in folder.glob("*/report.json")) == sorted(names)
     for name in names:

@@ -205,6 +205,7 @@ def test_table_of_two_models_is_whole_on_80_columns_and_says_what_ways_are_mixed
     text = printed({5e7: [*cell_of_two_models(50), mixed]}, 80)
     assert "blocks" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
     assert "gather+tokens+sequence" in "".join(text.split())
+    assert "tensor two_step" in text  # only the mixed one takes a second line
     assert "blocks" not in printed({5e7: cell(50)}, 80)
 
 

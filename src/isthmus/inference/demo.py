@@ -172,14 +172,17 @@ def run_latency_demo(
     console = console or Console(stderr=True)
     reader, copy = ShardReader(model), ShardReader(decoupled)
     spec, tokens = reader.spec, _tokens(reader)
-    name = f"{spec.model_type} of {spec.num_parameters / 1e6:.2g}M parameters"
-    console.print(f"{name}, and its copy of {copy.spec.num_sub_blocks} sub-blocks: {tokens} tokens")
+    title = (
+        f"{spec.model_type} ({spec.num_parameters / 1e6:.2g}M) and its copy in {copy.spec.num_sub_blocks} sub-blocks: "
+        f"{tokens} tokens, {NUM_DEVICES} devices"
+    )
+    console.print(title)
     sweep = _Sweep(output, devices, set_bandwidth, console)
     asked = [str(model), "--decoupled", str(decoupled), "--strategies", "single,tensor,sequence,block"]
     cells = sweep.run([*asked, "--tokens", str(tokens)], bandwidths_mbit_per_s)
     sweep.show(
         cells,
-        title=f"{name} and its copy of {copy.spec.num_sub_blocks} sub-blocks: {tokens} tokens, {NUM_DEVICES} devices",
+        title=title,
         note="→ what the planner takes for each of the two models.",
     )
 

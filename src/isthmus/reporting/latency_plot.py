@@ -152,14 +152,14 @@ def _bars(ways: dict[str, BenchInferRow]) -> Any:
     axes.tick_params(axis="y", labelcolor=INK)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel(_seconds_label(is_simulated), fontsize=9, color=MUTED)
+    axes.set_xlabel(_seconds_label(is_simulated), fontsize=9, color=MUTED, loc="left")
     figure.legend(
         *axes.get_legend_handles_labels(),
         frameon=False,
         fontsize=9,
         labelcolor=INK,
         ncols=2,
-        loc="upper right",
-        bbox_to_anchor=(0.97, 1 - 0.12 / height_in),
+        loc="lower right",
+        bbox_to_anchor=(0.97, 0.1 / height_in),
     )
     return figure
