@@ -37,7 +37,7 @@ def demo(
     """Fine-tune a small Mixture-of-Experts model on real text, draw what happened and compare the policies; then answer
     one request on four weak devices in every way; then train and decouple a small model, in three minutes; then answer
     with that model and its copy, from wide links to narrow ones. Devices are emulated as root, else plain processes.
-    Eight minutes on two cores."""
+    Nine minutes on two cores."""
     if only in (None, "tune"):
         from isthmus.tuning.demo import run_demo
 

@@ -168,7 +168,7 @@ def run_latency_demo(
     console: Console | None = None,
 ) -> None:
     """As ``run_infer_demo``, of ``model`` on one device and under tensor and sequence parallelism, and of its
-    ``decoupled`` copy under block parallelism, FP32 on the wire, in one picture."""
+    ``decoupled`` copy under block parallelism, FP32 on the wire, in one picture. Blocks for a minute and a half."""
     console = console or Console(stderr=True)
     reader, copy = ShardReader(model), ShardReader(decoupled)
     spec, tokens = reader.spec, _tokens(reader)
