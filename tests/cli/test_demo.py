@@ -1,9 +1,10 @@
-"""The infer part of ``isthmus demo`` as a user types it: what it shows and writes, and that nothing of it is left."""
+"""``isthmus demo`` on several devices as a user types it: what it shows and writes, and that nothing of it is left."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.inference.conftest import checkpoint  # noqa: F401
+from tests.inference.test_block_parallel import saved  # noqa: F401
+from typer.testing import CliRunner
 
+from isthmus.cli.main import app
 from isthmus.inference.demo import LocalProcesses
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import BenchInferReport
@@ -36,10 +40,22 @@ def model(checkpoint: Callable[[str], Path]) -> Path:  # noqa: F811
     return checkpoint("bert")
 
 
+@pytest.fixture
+def decoupled(model: Path, saved: Callable[[str, str], Path], tmp_path: Path) -> Path:  # noqa: F811
+    """An output with what the decouple part leaves there, in small."""
+    shutil.copytree(model, tmp_path / "decouple" / "trained" / "original")
+    shutil.copytree(saved("bert", "four"), tmp_path / "decouple" / "decoupled")
+    return tmp_path
+
+
+def demo(model: Path, output: Path, *options: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return part_of_demo("infer", output, "--model", str(model), *options)
+
+
 @contextlib.contextmanager
-def demo(model: Path, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """``isthmus demo --only infer``, which ends with the block, and what it started too."""
-    command = [ISTHMUS, "demo", "--only", "infer", "--model", str(model), "--output", str(output), *options]
+def part_of_demo(part: str, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """``isthmus demo --only PART``, which ends with the block, and what it started too."""
+    command = [ISTHMUS, "demo", "--only", part, "--output", str(output), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             yield process
@@ -89,6 +105,48 @@ def test_testbed_shows_two_bandwidths_and_is_gone_afterwards(model: Path, tmp_pa
     assert process.returncode == 0, text
     check_output(text, tmp_path / "infer", ["250-mbit", "50-mbit"])
     assert namespaces_of("demo") == [] and groups_on_host("demo") == []
+
+
+def check_latency(text: str, folder: Path, names: list[str]) -> None:
+    assert "→ what the planner takes for each of the two models" in text
+    assert "bert (" in text and "and its copy in 4 sub-blocks: 128 tokens, 4 devices" in text
+    assert (folder / "latency.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.parent.name for path in folder.glob("*/report.json")) == sorted(names)
+    for name in names:
+        rows = from_json(BenchInferReport, (folder / name / "report.json").read_text()).rows
+        kinds = {(row.strategy, row.codec, row.num_devices, row.num_sub_blocks) for row in rows}
+        assert kinds >= {(strategy, "fp32", 4, 1) for strategy in ("tensor", "sequence")} | {("block", "fp32", 4, 4)}
+        assert kinds >= {("single", "fp32", 1, 1), ("single", "fp32", 1, 4)}
+        assert {row.strategy for row in rows} == {"single", "tensor", "sequence", "block"}
+
+
+def test_a_model_and_its_decoupled_copy_are_compared_on_plain_processes(decoupled: Path) -> None:
+    with part_of_demo("latency", decoupled, "--processes") as process:
+        text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    assert "neither they nor their links limited: asked for" in text
+    check_latency(text, decoupled / "latency", ["unlimited"])
+
+
+@pytest.mark.long
+def test_a_model_and_its_decoupled_copy_are_compared_at_several_bandwidths(decoupled: Path) -> None:
+    needs_testbed()
+    with part_of_demo("latency", decoupled) as process:
+        text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text
+    check_latency(text, decoupled / "latency", ["1000-mbit", "250-mbit", "50-mbit"])
+    assert namespaces_of("demo") == [] and groups_on_host("demo") == []
+
+
+@pytest.mark.parametrize("missing", ["trained/original", "decoupled"])
+def test_latency_without_what_decouple_leaves_says_what_to_run(missing: str, decoupled: Path) -> None:
+    (decoupled / "decouple" / missing / "config.json").unlink()
+    result = CliRunner().invoke(app, ["demo", "--only", "latency", "--output", str(decoupled)])
+    assert result.exit_code == 2
+    said = "".join(result.stderr.split())
+    assert f"demo:thereisnomodelin{decoupled}/decouple/{missing};runthisfirst:" in said
+    assert said.endswith(f"isthmusdemo--onlydecouple--output{decoupled}")
+    assert not (decoupled / "latency").exists()
 
 
 @pytest.mark.parametrize("options", [("--processes",), ()], ids=["processes", "testbed"])

@@ -9,18 +9,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.inference.conftest import checkpoint  # noqa: F401
+from tests.inference.test_block_parallel import saved  # noqa: F401
+from transformers import AutoModel, BertConfig
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
+from isthmus.inference.session import Continuation
+from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
 from isthmus.planning.exchanges import broadcast
 from isthmus.planning.workload import passes, workload
 from isthmus.reporting.latency_table import latency_markdown
 from isthmus.spec.generation import GenerationSettings
-from isthmus.spec.inference import InferencePlan, InferenceRequest
+from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.report import BenchInferReport
 from isthmus.spec.serialization import from_json, to_json
 
@@ -37,6 +42,12 @@ def model(checkpoint: Callable[[str], Path]) -> Path:  # noqa: F811
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "250")
+
+
+@pytest.fixture(scope="module")
+def copy(saved: Callable[[str, str], Path]) -> Path:  # noqa: F811
+    """What might have been made of ``model``: 4 sub-blocks, the last layer original."""
+    return saved("bert", "four")
 
 
 def write_cluster(folder: Path) -> Path:
@@ -122,7 +133,7 @@ def test_a_bench_of_generation_times_tokens_and_sends_what_was_predicted(
     spec = ShardReader(llama).spec
     request = InferenceRequest(num_tokens=16, num_new_tokens=num_new)
     # How to generate is told too, beside what the planner counts.
-    settings = broadcast(len(to_json(GenerationSettings(max_new_tokens=num_new))), 2)[0]
+    settings = broadcast(len(to_json(Continuation(settings=GenerationSettings(max_new_tokens=num_new)))), 2)[0]
     for row in rows:
         assert row.num_new_tokens == num_new
         first_s, token_s = row.time_to_first_token_s, row.time_per_token_s
@@ -147,6 +158,41 @@ def test_a_bench_of_generation_times_tokens_and_sends_what_was_predicted(
         other = sum(count * load.sent_bytes()[1] for load, count in loads)
         assert row.bytes_sent_per_device == max(leader, other)
         assert row.num_exchanges == sum(count * load.num_exchanges() for load, count in loads) + 1
+
+
+def test_a_bench_of_a_model_and_its_decoupled_copy_times_each_in_its_own_ways(
+    model: Path, copy: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    options = ("--tokens", "16", "--repeats", "2", "--report", str(path))
+    run_on_two("bench", "infer", str(model), "--decoupled", str(copy), *options)
+    rows = from_json(BenchInferReport, path.read_text()).rows
+    assert {(row.strategy, row.num_sub_blocks, row.num_devices) for row in rows} == {
+        ("single", 1, 1),
+        ("tensor", 1, 2),
+        ("sequence", 1, 2),
+        ("pipeline", 1, 2),
+        ("single", 4, 1),
+        ("block", 4, 2),
+    }
+    assert {row.algorithm for row in rows if row.strategy == "block"} == set(ORIGINAL_PLANS)
+    assert sorted(row.num_sub_blocks for row in rows if row.is_choice) == [1, 4]
+    specs = {1: ShardReader(model).spec, 4: ShardReader(copy).spec}
+    for row in rows:
+        assert row.max_rel_error is not None and row.max_rel_error < 1e-5
+        is_block = row.strategy == "block"
+        plan = InferencePlan(
+            strategy=row.strategy,
+            devices=tuple(range(row.num_devices)),
+            weights=row.weights,
+            algorithm="mesh" if row.algorithm == "mesh" else "two_step",
+            originals=(row.algorithm,) if is_block else (),
+        )
+        load = workload(plan, specs[row.num_sub_blocks], InferenceRequest(num_tokens=16))
+        assert (row.bytes_sent_per_device, row.num_exchanges) == (max(load.sent_bytes()), load.num_exchanges())
+    assert latency_markdown(rows).count("| 4 | 2 |") + latency_markdown(rows).count("| **4** | **2** |") == 5
+    for directory, way in ((model, "tensor"), (copy, "block")):
+        assert way in run_alone("plan", "infer", str(directory), "--profile", str(path), "--tokens", "16")
 
 
 def test_what_was_measured_of_a_cluster_is_known_afterwards_anywhere(model: Path, tmp_path: Path) -> None:
@@ -174,6 +220,19 @@ def test_one_device_measures_itself(model: Path) -> None:
         (["bench", "infer", "MODEL", "--tokens", "9999"], "tokens: got 9999, wanted at most the 512"),
         (["plan", "infer", "MODEL", "--tokens", "9999"], "tokens: got 9999, wanted at most the 512"),
         (["plan", "infer", "MODEL", "--new-tokens", "9"], "'bert' is an encoder"),
+        (
+            ["bench", "infer", "MODEL", "--decoupled", "MODEL"],
+            "has no sub-blocks, wanted what `isthmus decouple` makes",
+        ),
+        (
+            ["bench", "infer", "COPY", "--decoupled", "COPY"],
+            "model: got COPY, which has 4 sub-blocks, beside a decoupled",
+        ),
+        (
+            ["bench", "infer", "MODEL", "--decoupled", "OTHER"],
+            "decoupled: got OTHER with num_layers 2, hidden_size 48, head_size 12, vocab_size 60, wanted num_layers 3, "
+            "hidden_size 32, head_size 8, vocab_size 99, as MODEL has",
+        ),
         (["bench", "infer", "MODEL", "--new-tokens", "4"], "model: 'bert' is an encoder; wanted a decoder"),
         (["bench", "infer", "LLAMA", "--tokens", "250", "--new-tokens", "9"], "max_new_tokens: got 9 after a prompt"),
         (
@@ -191,9 +250,21 @@ def test_bad_input_is_one_line(
     arguments: list[str],
     message: str,
     model: Path,
+    copy: Path,
     checkpoint: Callable[[str], Path],  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     words = {"MODEL": str(model), "LLAMA": str(checkpoint("llama")), "CONFIG": str(model / "config.json")}
+    words |= {"COPY": str(copy), "OTHER": str(tmp_path / "other")}
+    if "OTHER" in arguments:
+        shape: dict[str, Any] = dict(
+            vocab_size=60, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        )
+        config = decoupled_config(BertConfig(**shape), {"num_sub_blocks": 4, "original_layers": [1]})
+        AutoModel.from_config(config).save_pretrained(words["OTHER"])
     result = CliRunner().invoke(app, [words.get(part, part) for part in arguments])
     assert result.exit_code == 2
-    assert message in " ".join(result.stderr.split())
+    said = " ".join(result.stderr.split())
+    for name, word in words.items():
+        said = said.replace(word, name)
+    assert message in said

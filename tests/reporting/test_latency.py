@@ -21,7 +21,9 @@ from isthmus.reporting.latency_table import latency_markdown, print_latency
 from isthmus.spec.report import BenchInferRow, Spread
 
 
-def row(strategy: str, latency_s: float, *, codec: str = "fp32", is_choice: bool = False) -> BenchInferRow:
+def row(
+    strategy: str, latency_s: float, *, codec: str = "fp32", is_choice: bool = False, num_sub_blocks: int = 1
+) -> BenchInferRow:
     return BenchInferRow(
         strategy=strategy,
         codec=codec,
@@ -36,6 +38,7 @@ def row(strategy: str, latency_s: float, *, codec: str = "fp32", is_choice: bool
         max_rel_error=1.2e-7,
         algorithm="two_step" if strategy == "tensor" else "",
         is_choice=is_choice,
+        num_sub_blocks=num_sub_blocks,
     )
 
 
@@ -49,7 +52,14 @@ def cell(mbit_per_s: float) -> list[BenchInferRow]:
     ]
 
 
-CELLS: Cells = {mbit_per_s * 1e6: cell(mbit_per_s) for mbit_per_s in (1000, 50, 250)}
+def cell_of_two_models(mbit_per_s: float) -> list[BenchInferRow]:
+    decoupled = [row("single", 1.2, num_sub_blocks=4), row("block", 0.3 + 6 / mbit_per_s, num_sub_blocks=4)]
+    return [*cell(mbit_per_s), *decoupled]
+
+
+BANDWIDTHS = (1000, 50, 250)
+CELLS: Cells = {mbit_per_s * 1e6: cell(mbit_per_s) for mbit_per_s in BANDWIDTHS}
+OF_TWO_MODELS: Cells = {mbit_per_s * 1e6: cell_of_two_models(mbit_per_s) for mbit_per_s in BANDWIDTHS}
 
 
 def colours_in(path: Path) -> set[str]:
@@ -87,6 +97,33 @@ def test_every_word_lies_inside_of_the_picture(cells: Cells, monkeypatch: pytest
     assert wanted <= texts
 
 
+def test_a_decoupled_copy_has_a_line_and_bars_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines = texts_of(monkeypatch, OF_TWO_MODELS, tmp_path)
+    assert lines >= {"block, fp32 wire", "tensor, fp32 wire", "best single device, not decoupled"}
+    assert "best single device" not in lines
+    bars = texts_of(monkeypatch, {None: cell_of_two_models(50)}, tmp_path)
+    assert bars >= {"block, fp32 wire", "tensor, fp32 wire", "single", "single, 4 sub-blocks"}
+    alone = texts_of(monkeypatch, {1e9: [row("single", 1.2, num_sub_blocks=4)], 1e8: []}, tmp_path)
+    assert "single, 4 sub-blocks" in alone
+
+
+@pytest.mark.parametrize("decoupled_s", [1.2, 0.4])
+def test_the_best_single_device_is_that_of_the_model_that_is_not_decoupled(
+    decoupled_s: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    heights: list[float] = []
+
+    def look(figure: Any, path: object) -> None:
+        [axes] = figure.axes
+        heights.extend(line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("best single device"))
+
+    monkeypatch.setattr(latency_plot, "write_png", look)
+    rows = [row("single", 1.0), row("single", decoupled_s, num_sub_blocks=4)]
+    plot_latency({1e9: rows, 1e8: rows}, tmp_path / "unused.png")
+    plot_latency({1e9: rows[1:], 1e8: rows[1:]}, tmp_path / "unused.png")
+    assert heights == [1.0, decoupled_s]
+
+
 def test_of_rows_that_go_the_same_way_the_fastest_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slow = dataclasses.replace(row("tensor", 100.0), algorithm="mesh")
     plot_latency({None: [row("tensor", 1.0)]}, tmp_path / "one.png")
@@ -97,6 +134,8 @@ def test_of_rows_that_go_the_same_way_the_fastest_is_drawn(monkeypatch: pytest.M
 def test_ways_are_told_apart_by_what_is_sent_and_what_is_computed_in() -> None:
     assert way_of(dataclasses.replace(row("single", 1.0), dtype="int8")) == "single, int8 weights"
     assert way_of(row("tensor", 1.0, codec="bf16")) == "tensor, bf16 wire"
+    assert way_of(row("block", 1.0, num_sub_blocks=4)) == "block, fp32 wire"
+    assert way_of(row("single", 1.0, num_sub_blocks=4)) == "single, 4 sub-blocks"
 
 
 @pytest.mark.parametrize("cells", [{}, {None: []}, {5e7: []}])
@@ -118,6 +157,16 @@ def test_markdown_stays_as_it_is() -> None:
         "| **tensor two_step** | **4** | **int8** | **fp32** | **400 ms** | **500 ms (450 ms–600 ms)** | **0.80** | "
         "**550 ms** | **+10%** | **1.25 MB** | **12** | **1.2e-07** |\n"
         "| single | 1 |  | fp32 | 800 ms | 1.00 s (900 ms–1.20 s) | 0.80 | 1.10 s | +10% | 0 B | 0 | 1.2e-07 |\n"
+    )
+
+
+def test_markdown_tells_a_decoupled_model_from_one_that_is_not() -> None:
+    assert latency_markdown([row("single", 1.0), row("single", 1.25, num_sub_blocks=4)]) == (
+        "| strategy | sub-blocks | devices | wire | dtype | bound | measured (p10–p90) | of bound | predicted | off by "
+        "| sent | exchanges | error |\n"
+        "|---|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+        "| single |  | 1 |  | fp32 | 800 ms | 1.00 s (900 ms–1.20 s) | 0.80 | 1.10 s | +10% | 0 B | 0 | 1.2e-07 |\n"
+        "| single | 4 | 1 |  | fp32 | 1.00 s | 1.25 s (1.12 s–1.50 s) | 0.80 | 1.38 s | +10% | 0 B | 0 | 1.2e-07 |\n"
     )
 
 
@@ -149,6 +198,15 @@ def test_table_has_all_columns_where_they_fit_and_a_few_on_80(new: Callable[...,
         text = printed({bandwidth: [new("single", 0.123), new("tensor", 0.1, codec="int8")]}, 80)
         assert "exchanges" not in text and "…" not in text
         assert sum(" ms " in line for line in text.splitlines()) == 2
+
+
+def test_table_of_two_models_is_whole_on_80_columns_and_says_what_ways_are_mixed() -> None:
+    mixed = dataclasses.replace(row("block", 0.2, num_sub_blocks=4), algorithm="gather+tokens+sequence")
+    text = printed({5e7: [*cell_of_two_models(50), mixed]}, 80)
+    assert "blocks" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "gather+tokens+sequence" in "".join(text.split())
+    assert "tensor two_step" in text  # only the mixed one takes a second line
+    assert "blocks" not in printed({5e7: cell(50)}, 80)
 
 
 def test_table_has_each_bandwidth_once_widest_first_and_marks_the_choice() -> None:

@@ -54,8 +54,11 @@ def test_several_sequences_may_go_through_a_pipeline() -> None:
 def test_where_one_device_is_chosen_for_a_decoupled_model_the_row_says_which_model() -> None:
     rows = simulate(decoupled(BERT, 2, 4), REQUEST, at_bandwidth(PIS[:2], 1e4))
     [chosen] = [row for row in rows if row.is_choice]
-    assert (chosen.strategy, chosen.algorithm, chosen.num_devices) == ("single", "decoupled", 1)
+    assert (chosen.strategy, chosen.num_sub_blocks, chosen.num_devices) == ("single", 2, 1)
     [original] = [row for row in rows if row.strategy == "single" and not row.is_choice]
+    assert {row.num_sub_blocks for row in rows if row.strategy == "block"} == {2}
+    assert {row.num_sub_blocks for row in rows if row.strategy in ("tensor", "sequence")} == {original.num_sub_blocks}
+    assert original.num_sub_blocks == 1
     assert original.latency_s.median < chosen.latency_s.median  # there are more scores in sub-blocks
 
 

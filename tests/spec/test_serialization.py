@@ -227,6 +227,21 @@ EXAMPLES: dict[str, Any] = {
                 is_choice=True,
             ),
             BenchInferRow(
+                strategy="block",
+                codec="fp32",
+                dtype="fp32",
+                num_devices=2,
+                tokens=128,
+                latency_s=Spread(median=0.25, p10=0.125, p90=0.5),
+                predicted_latency_s=0.25,
+                bound_s=0.125,
+                bytes_sent_per_device=512,
+                num_exchanges=3,
+                algorithm="gather+tokens",
+                weights=(1.0, 1.0),
+                num_sub_blocks=4,
+            ),
+            BenchInferRow(
                 strategy="tensor",
                 codec="fp32",
                 dtype="int8",
@@ -413,6 +428,12 @@ def test_one_value_has_one_text() -> None:
 def test_fields_with_a_default_may_be_missing() -> None:
     text = '{"schema_version": 1, "spans": [{"lane": "h2d", "name": "x", "start_s": 0, "end_s": 1}]}'
     assert from_json(Timeline, text) == Timeline(spans=(Span(lane="h2d", name="x", start_s=0.0, end_s=1.0),))
+
+
+def test_rows_from_before_there_were_decoupled_models_are_of_models_that_are_not() -> None:
+    report = json.loads((GOLDEN / "bench_infer_report.json").read_text())
+    assert report["rows"][1].pop("num_sub_blocks") == 4
+    assert from_json(BenchInferReport, json.dumps(report)).rows[1].num_sub_blocks == 1
 
 
 _PLAN = json.loads((GOLDEN / "plan.json").read_text())

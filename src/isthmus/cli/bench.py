@@ -7,7 +7,21 @@ from typing import Annotated, Literal
 
 import typer
 
+from isthmus.cli.sharing import Timeout
+
 app = typer.Typer(no_args_is_help=True)
+
+Decoupled = Annotated[
+    str | None,
+    typer.Option(help="What `isthmus decouple` made of MODEL, timed beside it in the same run.", metavar="DIR"),
+]
+Strategies = Annotated[
+    str,
+    typer.Option(
+        help="Of [b]single,tensor,sequence,pipeline[/] and, for decoupled models, [b]block[/], separated by commas, or "
+        "[b]all[/]."
+    ),
+]
 
 
 @app.callback()
@@ -47,9 +61,8 @@ def tune(
 @app.command()
 def infer(
     model: Annotated[str, typer.Argument(help="Hugging Face id or checkpoint directory.")],
-    strategies: Annotated[
-        str, typer.Option(help="Of [b]single,tensor,sequence[/], separated by commas, or [b]all[/].")
-    ] = "all",
+    decoupled: Decoupled = None,
+    strategies: Strategies = "all",
     codecs: Annotated[
         str, typer.Option(help="What goes on the wire: of [b]fp32,bf16,int8,int4[/], or [b]all[/].")
     ] = "fp32",
@@ -70,14 +83,17 @@ def infer(
         Path | None,
         typer.Option(help="Write the results here as JSON, a table and a picture beside it.", metavar="FILE"),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a device before giving up.")] = 60.0,
+    timeout: Timeout = 60.0,
 ) -> None:
     """Time ways of dividing one request among devices, beside what was predicted and the bound.
+
+    With --decoupled the model and its decoupled copy answer the same request, each in every way that it has.
 
     Runs once per device:
 
         sudo isthmus testbed run -- isthmus bench infer ./bert --codecs fp32,int8 --report bench.json
         sudo isthmus testbed run -- isthmus bench infer ./llama --tokens 64 --new-tokens 32
+        sudo isthmus testbed run -- isthmus bench infer ./llama --decoupled ./llama-4
     """
     from isthmus.inference.bench import BenchOptions, bench_infer
     from isthmus.spec.inference import CODECS, DTYPES, STRATEGIES
@@ -85,6 +101,7 @@ def infer(
 
     options = BenchOptions(
         model=model,
+        decoupled=decoupled,
         strategies=parse_names("strategies", strategies, STRATEGIES),
         codecs=parse_names("codecs", codecs, CODECS),
         dtypes=parse_names("dtypes", dtypes, DTYPES),

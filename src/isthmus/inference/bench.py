@@ -1,12 +1,13 @@
 """``isthmus bench infer``: ways of answering one request, in turns on the same devices, beside what was predicted.
 
-Runs once per device (torchrun, ``isthmus testbed run``). Decoders can be asked for tokens too (``new_tokens``).
+Runs once per device (torchrun, ``isthmus testbed run``). Decoders can be asked for tokens too (``new_tokens``), and a
+model's decoupled copy can answer beside it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from isthmus.transport.base import Group
 from isthmus.transport.gloo import GlooGroup
 from isthmus.transport.sockets import SocketGroup
 
+_FORM = ("model_type", "decoupling")
+"""What of a model's spec is another in its decoupled copy."""
 _GROUPS: dict[str, type[SocketGroup] | type[GlooGroup]] = {"sockets": SocketGroup, "gloo": GlooGroup}
 
 
@@ -44,6 +47,8 @@ class BenchOptions:
     """What ``isthmus bench infer`` was asked for."""
 
     model: str
+    decoupled: str | None = None
+    """A decoupled copy of ``model``, which answers too."""
     strategies: tuple[str, ...]
     codecs: tuple[str, ...]
     dtypes: tuple[str, ...] = ("fp32",)
@@ -63,49 +68,77 @@ def bench_infer(options: BenchOptions, *, report: Path | None = None, console: C
     console = console or Console()
     if options.repeats < 1:
         raise IsthmusError(f"repeats: got {options.repeats}, wanted 1 or more")
-    reader = ShardReader(resolve_checkpoint(options.model))
-    request = _request(options, reader)
+    readers = _readers(options)
+    request = _request(options, readers.values())
     with ExitStack() as stack:
         group: Group | None = None
         if is_started_per_device():
             kind = _GROUPS[options.transport]
-            group = stack.enter_context(kind.from_environment(digest=reader.digest(), timeout_s=options.timeout_s))
+            digest = "+".join(reader.digest() for reader in readers.values())
+            group = stack.enter_context(kind.from_environment(digest=digest, timeout_s=options.timeout_s))
         if group is not None and group.world_size == 1:
             group = None
         is_leader = group is None or group.rank == 0
         tell: Callable[[str], None] = (lambda text: console.print(f"{text} …")) if is_leader else lambda text: None
         profile = measure_cluster(
-            reader,
+            readers[max(readers)],  # a decoupled model's original layers are of the plain model's shape
             group,
             dtypes=tuple(dict.fromkeys(("fp32", *options.dtypes))),
             num_rows=request.batch * request.num_tokens,
             refresh=options.refresh,
             progress=tell,
         )
-        entries = _same_on_all(group, _entries(options, reader, request, profile))
+        found = [each for reader in readers.values() for each in _entries(options, reader, request, profile)]
+        entries = _same_on_all(group, found)
         tell(f"timing {len(entries)} plans")
-        timed = time_plans(stack, group, request, [(reader, entry.plan) for entry in entries], options.repeats)
+        trials = [(readers[entry.num_sub_blocks], entry.plan) for entry in entries]
+        timed = time_plans(stack, group, request, trials, options.repeats)
         if is_leader:
             rows = tuple(
                 _row(entry, each, request, options.transport) for entry, each in zip(entries, timed, strict=True)
             )
-            found = BenchInferReport(
+            written = BenchInferReport(
                 config=_config(options),
                 environment=environment() | {"profile": json.loads(to_json(profile))},
                 rows=rows,
             )
             print_latency({None: rows}, console)
             if report is not None:
-                atomic_write(report, to_json(found))
+                atomic_write(report, to_json(written))
                 atomic_write(report.with_suffix(".md"), latency_markdown(rows))
                 plot_latency({None: rows}, report.with_suffix(".png"), title="Ways of answering one request")
-            print(json.dumps({"benchmark": "infer", "rows": json.loads(to_json(found))["rows"]}), flush=True)
+            print(json.dumps({"benchmark": "infer", "rows": json.loads(to_json(written))["rows"]}), flush=True)
 
 
-def _request(options: BenchOptions, reader: ShardReader) -> InferenceRequest:
-    """Raises ``IsthmusError`` for what cannot be asked of the model."""
+def _readers(options: BenchOptions) -> dict[int, ShardReader]:
+    """The models that answer, by their number of sub-blocks. Raises ``IsthmusError`` where ``options.decoupled`` cannot
+    be a copy of the model."""
+    reader = ShardReader(resolve_checkpoint(options.model))
+    if options.decoupled is None:
+        return {reader.spec.num_sub_blocks: reader}
+    copy = ShardReader(resolve_checkpoint(options.decoupled))
+    if reader.spec.decoupling is not None:
+        raise IsthmusError(
+            f"model: got {options.model}, which has {reader.spec.num_sub_blocks} sub-blocks, beside a decoupled model; "
+            "wanted the one that it was made from"
+        )
+    if copy.spec.decoupling is None:
+        raise IsthmusError(
+            f"decoupled: got {options.decoupled}, which has no sub-blocks, wanted what `isthmus decouple` makes of "
+            f"{options.model}"
+        )
+    theirs, ours = vars(reader.spec), vars(copy.spec)
+    if others := [name for name in theirs if name not in _FORM and ours[name] != theirs[name]]:
+        got, wanted = (", ".join(f"{name} {spec[name]}" for name in others) for spec in (ours, theirs))
+        raise IsthmusError(f"decoupled: got {options.decoupled} with {got}, wanted {wanted}, as {options.model} has")
+    return {1: reader, copy.spec.num_sub_blocks: copy}
+
+
+def _request(options: BenchOptions, readers: Iterable[ShardReader]) -> InferenceRequest:
+    """Raises ``IsthmusError`` for what cannot be asked of the models."""
     request = InferenceRequest(num_tokens=options.tokens, batch=options.batch, num_new_tokens=options.new_tokens)
-    check_request(reader, request)
+    for reader in readers:
+        check_request(reader, request)
     if options.new_tokens and options.strategies == ("sequence",):
         raise IsthmusError("strategies: got sequence, wanted single or tensor: who generates divides no tokens")
     return request
@@ -123,6 +156,8 @@ class _Entry:
     """A plan that is timed, and what was predicted of it."""
 
     predicted: Candidate
+    num_sub_blocks: int
+    """Of the model that it is for."""
     is_choice: bool
 
     @property
@@ -160,7 +195,14 @@ def _entries(
         )
     ).chosen
     plans = dict.fromkeys([*(candidate.plan for candidate in best.values()), choice.plan])
-    return [_Entry(predicted=predict(question, plan), is_choice=plan == choice.plan) for plan in plans]
+    return [
+        _Entry(
+            predicted=predict(question, plan),
+            num_sub_blocks=reader.spec.num_sub_blocks,
+            is_choice=plan == choice.plan,
+        )
+        for plan in plans
+    ]
 
 
 def _same_on_all(group: Group | None, entries: list[_Entry]) -> list[_Entry]:
@@ -193,6 +235,7 @@ def _row(entry: _Entry, timed: Timed, request: InferenceRequest, transport: str)
         algorithm=plan.way,
         weights=plan.weights,
         is_choice=entry.is_choice,
+        num_sub_blocks=entry.num_sub_blocks,
         num_new_tokens=request.num_new_tokens,
         time_to_first_token_s=_spread(timed.first_token_s) if timed.first_token_s else None,
         time_per_token_s=_spread(timed.token_s) if timed.token_s else None,

@@ -1,7 +1,8 @@
-"""The second part of ``isthmus demo``: one request on several weak devices, in every way, beside what was predicted.
+"""The parts of ``isthmus demo`` that answer one request on several weak devices, in every way, beside what was
+predicted: ``infer`` with one model, ``latency`` with a model and its decoupled copy.
 
-Needs no download: unless a checkpoint is given, the model is four layers of BERT-base's shape with random weights,
-which are as fast as trained ones.
+Needs no download: unless a checkpoint is given, the model of ``infer`` is four layers of BERT-base's shape with random
+weights, which are as fast as trained ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from isthmus.inference.engine import Engine
 from isthmus.inference.joining import TIMEOUT_S
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.shards import ShardReader
-from isthmus.reporting.latency_plot import plot_latency
+from isthmus.reporting.latency_plot import Cells, plot_latency
 from isthmus.reporting.latency_table import print_latency
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
@@ -38,6 +39,8 @@ from isthmus.spec.serialization import from_json
 NUM_DEVICES = 4
 TOKENS = 128
 _RUN_TIMEOUT_S = 240.0
+SetBandwidth = Callable[[float], None]
+"""Limits the links of all devices, in Mbit/s."""
 _ISTHMUS = (sys.executable, "-c", "from isthmus.cli.main import app; app()")
 
 
@@ -121,7 +124,7 @@ def run_infer_demo(
     output: Path,
     *,
     devices: Devices,
-    set_bandwidth: Callable[[float], None] | None = None,
+    set_bandwidth: SetBandwidth | None = None,
     bandwidths_mbit_per_s: Sequence[float] = (250, 50),
     model: str | None = None,
     console: Console | None = None,
@@ -135,51 +138,112 @@ def run_infer_demo(
     """
     console = console or Console(stderr=True)
     logging.disable_progress_bar()  # of a checkpoint that is read in a moment
-    if output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="isthmus-demo-") as scratch:
         directory = random_bert(Path(scratch) / "model") if model is None else resolve_checkpoint(model)
         reader = ShardReader(directory)
         name = "a third of BERT-base with random weights" if model is None else model
-        tokens = min(TOKENS, reader.spec.max_num_tokens)
+        tokens = _tokens(reader)
         console.print(f"{name}: {reader.spec.num_layers} layers of {reader.spec.hidden_size}, {tokens} tokens")
-        cells: dict[float | None, Sequence[BenchInferRow]] = {}
-        for mbit_per_s in bandwidths_mbit_per_s if set_bandwidth is not None else (None,):
-            if set_bandwidth is not None and mbit_per_s is not None:
-                set_bandwidth(mbit_per_s)
-            at = "" if mbit_per_s is None else f" at {mbit_per_s:g} Mbit/s"
-            folder = output / ("unlimited" if mbit_per_s is None else f"{mbit_per_s:g}-mbit")
-            says = f"{NUM_DEVICES} devices{at}: measuring them and their links, timing every way …"
-            console.print(says)
-            with console.status("about half a minute"):
-                rows = _bench(devices, directory, folder, tokens, cache=Path(scratch) / "cache")
-            cells[None if mbit_per_s is None else mbit_per_s * 1e6] = rows
+        sweep = _Sweep(output, devices, set_bandwidth, console)
+        asked = [str(directory), "--codecs", "fp32,int8", "--tokens", str(tokens)]
+        cells = sweep.run(asked, bandwidths_mbit_per_s)
         with console.status("comparing with transformers"):
             error = error_of_one_device(directory, reader, tokens)
-    plot_latency(cells, output / "latency.png", title=f"One request of {tokens} tokens on {NUM_DEVICES} devices")
-    print_latency(cells, console)
-    console.print(
-        f"→ what the planner takes. Errors are relative, against one device in FP32,\n"
-        f"  whose hidden states differ by {error:.1e} from those of transformers.\n"
-        f"latency      {output}/latency.png\n"
-        f"reports      {output}/{'unlimited' if None in cells else '*-mbit'}/report.json, report.md, report.png",
-        highlight=False,
+    sweep.show(
+        cells,
+        title=f"One request of {tokens} tokens on {NUM_DEVICES} devices",
+        note="→ what the planner takes. Errors are relative, against one device in FP32,\n"
+        f"  whose hidden states differ by {error:.1e} from those of transformers.",
     )
 
 
-def _bench(devices: Devices, model: Path, folder: Path, tokens: int, *, cache: Path) -> tuple[BenchInferRow, ...]:
-    """The rows of ``isthmus bench infer`` on ``devices``. Devices are measured in the first run, links in each."""
-    report = folder / "report.json"
-    command = [*_ISTHMUS, "bench", "infer", str(model), "--codecs", "fp32,int8", "--tokens", str(tokens)]
-    command += ["--repeats", "5", "--report", str(report.absolute()), "--timeout", str(TIMEOUT_S)]
-    environment = {"ISTHMUS_CACHE": str(cache)}
-    ended = devices.run(command, env=environment, output=folder / "log", timeout_s=_RUN_TIMEOUT_S)
-    if ended.exit_code:
-        took_too_long = f"the devices took over {_RUN_TIMEOUT_S:g} s"
-        failed = took_too_long if ended.exit_code == 124 else f"a device ended with exit code {ended.exit_code}"
-        raise IsthmusError(f"demo: {failed}; look at what the devices said in {folder}/log")
-    return from_json(BenchInferReport, report.read_text()).rows
+def run_latency_demo(
+    output: Path,
+    *,
+    model: Path,
+    decoupled: Path,
+    devices: Devices,
+    set_bandwidth: SetBandwidth | None = None,
+    bandwidths_mbit_per_s: Sequence[float] = (1000, 250, 50),
+    console: Console | None = None,
+) -> None:
+    """As ``run_infer_demo``, of ``model`` on one device and under tensor and sequence parallelism, and of its
+    ``decoupled`` copy under block parallelism, FP32 on the wire, in one picture. Blocks for a minute and a half."""
+    console = console or Console(stderr=True)
+    reader, copy = ShardReader(model), ShardReader(decoupled)
+    spec, tokens = reader.spec, _tokens(reader)
+    title = (
+        f"{spec.model_type} ({spec.num_parameters / 1e6:.2g}M) and its copy in {copy.spec.num_sub_blocks} sub-blocks: "
+        f"{tokens} tokens, {NUM_DEVICES} devices"
+    )
+    console.print(title)
+    sweep = _Sweep(output, devices, set_bandwidth, console)
+    asked = [str(model), "--decoupled", str(decoupled), "--strategies", "single,tensor,sequence,block"]
+    cells = sweep.run([*asked, "--tokens", str(tokens)], bandwidths_mbit_per_s)
+    sweep.show(
+        cells,
+        title=title,
+        note="→ what the planner takes for each of the two models.",
+    )
+
+
+def _tokens(reader: ShardReader) -> int:
+    return min(TOKENS, reader.spec.max_num_tokens)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """``isthmus bench infer`` on ``devices``, once for each bandwidth of their links; all that comes of it is below
+    ``output``."""
+
+    output: Path
+    devices: Devices
+    set_bandwidth: SetBandwidth | None
+    console: Console
+
+    def run(self, asked: Sequence[str], bandwidths_mbit_per_s: Sequence[float]) -> Cells:
+        """The rows by bandwidth. ``asked``: the model, and options of the bench. What was there before is removed."""
+        if self.output.exists():
+            shutil.rmtree(self.output)
+        self.output.mkdir(parents=True)
+        cells: dict[float | None, Sequence[BenchInferRow]] = {}
+        with tempfile.TemporaryDirectory(prefix="isthmus-demo-") as cache:
+            for mbit_per_s in bandwidths_mbit_per_s if self.set_bandwidth is not None else (None,):
+                if self.set_bandwidth is not None and mbit_per_s is not None:
+                    self.set_bandwidth(mbit_per_s)
+                at = "" if mbit_per_s is None else f" at {mbit_per_s:g} Mbit/s"
+                folder = self.output / ("unlimited" if mbit_per_s is None else f"{mbit_per_s:g}-mbit")
+                says = f"{NUM_DEVICES} devices{at}: measuring them and their links, timing every way …"
+                self.console.print(says)
+                with self.console.status("about half a minute"):
+                    rows = self._bench(asked, folder, cache)
+                cells[None if mbit_per_s is None else mbit_per_s * 1e6] = rows
+        return cells
+
+    def _bench(self, asked: Sequence[str], folder: Path, cache: str) -> tuple[BenchInferRow, ...]:
+        """Devices are measured in the first run, links in each."""
+        report = folder / "report.json"
+        command = [*_ISTHMUS, "bench", "infer", *asked]
+        command += ["--repeats", "5", "--report", str(report.absolute()), "--timeout", str(TIMEOUT_S)]
+        environment = {"ISTHMUS_CACHE": cache}
+        ended = self.devices.run(command, env=environment, output=folder / "log", timeout_s=_RUN_TIMEOUT_S)
+        if ended.exit_code:
+            took_too_long = f"the devices took over {_RUN_TIMEOUT_S:g} s"
+            failed = took_too_long if ended.exit_code == 124 else f"a device ended with exit code {ended.exit_code}"
+            raise IsthmusError(f"demo: {failed}; look at what the devices said in {folder}/log")
+        return from_json(BenchInferReport, report.read_text()).rows
+
+    def show(self, cells: Cells, *, title: str, note: str) -> None:
+        """Draws and prints them, and says where all is."""
+        output = self.output
+        plot_latency(cells, output / "latency.png", title=title)
+        print_latency(cells, self.console)
+        self.console.print(
+            f"{note}\n"
+            f"latency      {output}/latency.png\n"
+            f"reports      {output}/{'unlimited' if None in cells else '*-mbit'}/report.json, report.md, report.png",
+            highlight=False,
+        )
 
 
 def random_bert(directory: Path) -> Path:

@@ -54,12 +54,12 @@ class Arrangement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Continuation:
+class Continuation:
     """What followers are told of a request for tokens."""
 
     schema_version: int = 1
     settings: GenerationSettings
-    given: tuple[tuple[int, ...], ...]
+    given: tuple[tuple[int, ...], ...] = ()
     """See ``Generation.run``."""
 
 
@@ -178,7 +178,7 @@ class Session:
         given: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         """New tokens (B, n); see ``Generation.run``."""
-        wanted = _Continuation(settings=settings, given=tuple(map(tuple, given)))
+        wanted = Continuation(settings=settings, given=tuple(map(tuple, given)))
         text = torch.frombuffer(bytearray(to_json(wanted).encode()), dtype=torch.uint8)
         execution = self._begin(Task.GENERATE, ids_BT, attended_BT, settings.max_new_tokens, len(text))
         if execution.group is not None:
@@ -246,7 +246,7 @@ class Session:
         if task == Task.GENERATE:
             text = torch.empty(num_text_bytes, dtype=torch.uint8)
             execution.group.broadcast(text)
-            wanted = from_json(_Continuation, bytes(text.tolist()).decode())
+            wanted = from_json(Continuation, bytes(text.tolist()).decode())
             execution.generate(ids_BT, attended_BT, wanted.settings, lambda ids: False, wanted.given)
         else:
             _compute(Task(task), execution, ids_BT, attended_BT)

@@ -23,6 +23,7 @@ _GENERATED = ("first token", "token (p10–p90)", "token predicted")
 _NARROW = ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")
 _NARROW_GENERATED = ("strategy", "wire", "first token", "token", "token predicted", "of bound", "sent")
 _TEXTS = ("strategy", "wire", "dtype")
+_FORM = "sub-blocks"
 _CHOICE = "→"
 
 
@@ -46,7 +47,8 @@ def latency_table(cells: Cells, *, is_narrow: bool = False) -> Table:
         table.add_column("Mbit/s", justify="right")
     columns = _columns([row for rows in cells.values() for row in rows], is_narrow=is_narrow)
     for name in ("", *columns):
-        table.add_column(name.replace(" ", "\n"), justify="left" if name in ("", *_TEXTS) else "right")
+        header = name.replace(" ", "\n").replace("-", "-\n")
+        table.add_column(header, justify="left" if name in ("", *_TEXTS) else "right", overflow="fold")
     for bandwidth in sorted(cells, key=lambda bandwidth: -(bandwidth or 0)):
         table.add_section()
         for place, row in enumerate(_in_order(cells[bandwidth])):
@@ -69,12 +71,17 @@ def latency_markdown(rows: Sequence[BenchInferRow]) -> str:
 
 
 def _columns(rows: Sequence[BenchInferRow], *, is_narrow: bool = False) -> tuple[str, ...]:
+    """Where a decoupled model answered they say so, which takes the last one's place if ``is_narrow``."""
     is_generated = any(row.num_new_tokens for row in rows)
     if are_simulated(rows):
-        return (*_SIMULATED, *(_SIMULATED_GENERATED if is_generated else ()), "sent", "exchanges")
-    if is_narrow:
-        return _NARROW_GENERATED if is_generated else _NARROW
-    return (*_HOW, *_FOUND, *(_GENERATED if is_generated else ()), *_COST)
+        columns = (*_SIMULATED, *(_SIMULATED_GENERATED if is_generated else ()), "sent", "exchanges")
+    elif is_narrow:
+        columns = _NARROW_GENERATED if is_generated else _NARROW
+    else:
+        columns = (*_HOW, *_FOUND, *(_GENERATED if is_generated else ()), *_COST)
+    if not any(row.num_sub_blocks > 1 for row in rows):
+        return columns
+    return (columns[0], _FORM, *(columns[1:-1] if is_narrow else columns[1:]))
 
 
 def _in_order(rows: Sequence[BenchInferRow]) -> list[BenchInferRow]:
@@ -87,6 +94,7 @@ def _row_cells(row: BenchInferRow) -> dict[str, str]:
     token = "" if token_s is None else human_s(token_s.median)
     return {
         "strategy": f"{row.strategy} {row.algorithm}".strip(),
+        _FORM: str(row.num_sub_blocks) if row.num_sub_blocks > 1 else "",
         "devices": str(row.num_devices),
         "wire": row.codec if row.num_devices > 1 else "",
         "dtype": row.dtype,

@@ -81,7 +81,7 @@ def _ways(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _row(candidate: Candidate, spec: TransformerSpec, request: InferenceRequest, *, is_choice: bool) -> BenchInferRow:
     plan, new_tokens = candidate.plan, request.num_new_tokens
-    is_decoupled_alone = is_choice and plan.strategy == "single" and spec.decoupling is not None
+    is_decoupled = plan.strategy == "block" or (is_choice and plan.strategy == "single")
     later_s = candidate.latency_s - candidate.first_token_s
     return BenchInferRow(
         strategy=plan.strategy,
@@ -95,9 +95,10 @@ def _row(candidate: Candidate, spec: TransformerSpec, request: InferenceRequest,
         bytes_sent_per_device=max(candidate.sent_bytes),
         num_exchanges=candidate.num_exchanges,
         transport=TRANSPORT,
-        algorithm="decoupled" if is_decoupled_alone else plan.way,
+        algorithm=plan.way,
         weights=plan.weights,
         is_choice=is_choice,
+        num_sub_blocks=spec.num_sub_blocks if is_decoupled else 1,
         num_new_tokens=new_tokens,
         time_to_first_token_s=_exactly(candidate.first_token_s) if new_tokens else None,
         time_per_token_s=_exactly(later_s / (new_tokens - 1)) if new_tokens > 1 else None,

@@ -124,7 +124,9 @@ class BenchInferRow:
     weights: tuple[float, ...] = ()
     """Each device's part of the work."""
     is_choice: bool = False
-    """Whether the planner would take it."""
+    """Whether the planner would take it, for this model."""
+    num_sub_blocks: int = 1
+    """Of the model that answered; 1: it is not decoupled."""
     num_new_tokens: int = 0
     """Generated for each sequence. 0: none, hidden states were asked for, and the four below are None."""
     time_to_first_token_s: Spread | None = None

@@ -78,6 +78,11 @@ class TransformerSpec:
         return replace(self, decoupling=form)
 
     @property
+    def num_sub_blocks(self) -> int:
+        """Of its decoupled layers; 1: it is not decoupled."""
+        return 1 if self.decoupling is None else self.decoupling.num_sub_blocks
+
+    @property
     def heads_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
 
