@@ -21,17 +21,27 @@ from isthmus.inference.layer import Layer
 from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.block_parallel import BlockParallel
-from isthmus.planning.workload import token_algorithm
-from isthmus.transport.base import Algorithm
+from isthmus.planning.workload import SMALL_VALUES
+from isthmus.transport.repeated import RepeatedSum
 
 
 class _Track:
     """Layers that follow one another on one hidden state (B, width): those of one sub-block, or the original ones.
 
-    ``hidden_BH`` is changed in place; with ``adds`` false, for a part of a layer, what it adds is in ``part_BH``.
+    ``hidden_BH`` is changed in place; with ``adds`` false, for a part of a layer, what it adds is in ``part_BH``, which
+    is ``hidden_BH`` where that is ``shared_BH``.
     """
 
-    def __init__(self, strategy: BlockParallel, layers: Sequence[Layer], tokens: Tokens, total: int, *, adds: bool):
+    def __init__(
+        self,
+        strategy: BlockParallel,
+        layers: Sequence[Layer],
+        tokens: Tokens,
+        total: int,
+        *,
+        adds: bool,
+        shared_BH: Tensor | None = None,
+    ) -> None:
         model = strategy.model
         self._layers, self._model, self._adds = list(layers), model, adds
         first, batch = self._layers[0], len(tokens.ids_BT)
@@ -43,8 +53,8 @@ class _Track:
             capacity=min(total, window or total),
             attended_BT=tokens.attended_BT,
         )
-        self.hidden_BH = torch.empty(batch, first.width)
-        self.part_BH = self.hidden_BH if adds else torch.empty_like(self.hidden_BH)
+        self.hidden_BH = torch.empty(batch, first.width) if shared_BH is None else shared_BH
+        self.part_BH = self.hidden_BH if adds or shared_BH is not None else torch.empty_like(self.hidden_BH)
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
         self._rotary_TD = model.rotary_table(total)
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -115,22 +125,27 @@ class BlockDecoding:
         self._order |= {number: place for place, number in enumerate(model.originals)}
         columns = zip(*(model.blocks[number] for number in numbers), strict=True)
         self._blocks = [_Track(strategy, column, tokens, total, adds=True) for column in columns]
-        # Native kernels of one track share what they are called with, so parts of layers have a track of their own.
-        self._originals: dict[int, _Track] = {}
+        batch = len(tokens.ids_BT)
+        group = strategy.group
         whole = [number for number in model.originals if strategy.plan_of(number) != "tensor"]
         parts = [number for number in model.originals if strategy.plan_of(number) == "tensor"]
-        for members, adds in ((whole, True), (parts, False)):
+        self._add_up: RepeatedSum | None = None
+        shared_BH: Tensor | None = None
+        if parts and group is not None and batch * model.spec.hidden_size <= SMALL_VALUES:
+            self._add_up = group.repeated_sum(batch * model.spec.hidden_size)
+            shared_BH = self._add_up.values.view(batch, -1)
+        is_first = shared_BH is not None and group is not None and group.rank == 0
+        # Native kernels of one track share what they are called with, so parts of layers have a track of their own. The
+        # first device's part has what was there before in it, and the bias.
+        self._originals: dict[int, _Track] = {}
+        for members, adds, place_BH in ((whole, True, None), (parts, is_first, shared_BH)):
             if members:
-                track = _Track(strategy, [model.originals[number] for number in members], tokens, total, adds=adds)
+                layers = [model.originals[number] for number in members]
+                track = _Track(strategy, layers, tokens, total, adds=adds, shared_BH=place_BH)
                 self._originals |= dict.fromkeys(members, track)
                 self._order |= {number: place for place, number in enumerate(members)}
-        batch = len(tokens.ids_BT)
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
-        group = strategy.group
         self._gathered = [torch.empty(batch, width) for width in strategy.widths]
-        self._algorithm: Algorithm = (
-            None if group is None else token_algorithm(batch * model.spec.hidden_size, group.world_size)
-        ) or "two_step"
 
     def prefill(self) -> Tensor:
         """``hidden_BH`` after the prompts."""
@@ -161,17 +176,21 @@ class BlockDecoding:
                 whole_BH = self._gather() if whole_BH is None else whole_BH
                 track = self._originals[number]
                 track.hidden_BH.copy_(whole_BH)
-                self._original(track, place, model.originals[number])
+                self._original(track, place, number)
                 whole_BH = track.hidden_BH
         hidden_BH = self._gather() if whole_BH is None else whole_BH.clone()
         return hidden_BH if model.final_norm is None else model.final_norm(hidden_BH)
 
-    def _original(self, track: _Track, place: int, layer: Layer) -> None:
+    def _original(self, track: _Track, place: int, number: int) -> None:
+        layer, group = self._model.originals[number], self._strategy.group
         for compute, bias in ((track.attention, layer.o_bias), (track.mlp, layer.down_bias)):
             compute(place)
-            if track.part_BH is not track.hidden_BH:
-                assert self._strategy.group is not None
-                self._strategy.group.all_reduce(track.part_BH, algorithm=self._algorithm)
+            if group is None or self._strategy.plan_of(number) != "tensor":
+                continue
+            if self._add_up is not None:
+                self._add_up()
+            else:
+                group.all_reduce(track.part_BH, algorithm="two_step")
                 track.hidden_BH += track.part_BH if bias is None else track.part_BH + bias
 
     def _hand_out(self, whole_BH: Tensor) -> None:

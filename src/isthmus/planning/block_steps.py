@@ -99,7 +99,7 @@ def block_token_steps(
     """All layers of one more token of each sequence, which sees ``num_keys``. ``algorithm``: how so few values are best
     summed; slices are exchanged in FP32."""
     one = InferenceRequest(num_tokens=1, batch=batch)
-    steps = _Steps(plan, spec, one, num_keys=num_keys, algorithm=algorithm or "two_step", codec="fp32")
+    steps = _Steps(plan, spec, one, num_keys=num_keys, algorithm=algorithm, codec="fp32")
     kinds = original_plans(plan, spec)
     for number in range(spec.num_layers):
         steps.layer(kinds.get(number))
@@ -209,10 +209,11 @@ class _Steps:
         state: str = "whole",
         *,
         num_keys: int | None = None,
-        algorithm: str = "two_step",
+        algorithm: str | None = None,
         codec: str | None = None,
     ) -> None:
-        """``num_keys``: that each token sees, those of the request without. ``algorithm``: of all-reduces."""
+        """``num_keys``: that each token sees, those of the request without. ``algorithm``: of all-reduces that are
+        prepared once; without, they are general ones in two steps."""
         self._plan, self._spec = plan, spec
         self._num_devices = len(plan.devices)
         self._num_keys = request.num_tokens if num_keys is None else num_keys
@@ -296,7 +297,8 @@ class _Steps:
         self._become("whole")
         spec, rows = self._spec, self._all_rows
         shares = divide_layer(spec, self._plan.weights)
-        reduced = all_reduce(self._codec, rows * spec.hidden_size, self._num_devices, self._algorithm)
+        algorithm = self._algorithm or "two_step"
+        reduced = all_reduce(self._codec, rows * spec.hidden_size, self._num_devices, algorithm)
         kv = spec.num_heads + spec.num_kv_heads
         self._compute(
             tuple(
@@ -308,11 +310,11 @@ class _Steps:
                 for share in shares
             )
         )
-        self._exchange(reduced)
+        self._exchange(reduced, is_prepared=self._algorithm is not None)
         self._compute(
             tuple(Work(mlp_rows=rows, mlp_share=len(share.columns) / spec.intermediate_size) for share in shares)
         )
-        self._exchange(reduced)
+        self._exchange(reduced, is_prepared=self._algorithm is not None)
 
     def _sequence(self) -> None:
         self._become("tokens")
@@ -335,13 +337,12 @@ class _Steps:
         self._compute(tuple(whole if place == device else Work() for place in range(self._num_devices)))
         self._exchange([all_to_all(codec, back)])
 
-    def _exchange(self, exchanges: Sequence[Exchange]) -> None:
+    def _exchange(self, exchanges: Sequence[Exchange], *, is_prepared: bool = False) -> None:
         """The first one follows what was computed last."""
         for exchange in exchanges:
-            if self.done and self.done[-1].exchange is None:
-                self.done[-1] = replace(self.done[-1], exchange=exchange)
-            else:
-                self.done.append(Step(work=(Work(),) * self._num_devices, exchange=exchange))
+            if not self.done or self.done[-1].exchange is not None:
+                self._compute((Work(),) * self._num_devices)
+            self.done[-1] = replace(self.done[-1], exchange=exchange, is_prepared=is_prepared)
 
     def _work(self, rows: int, share: float) -> Work:
         """A layer of ``rows`` tokens."""
