@@ -79,7 +79,7 @@ def memory_bytes_per_s() -> float:
     weight = torch.randn(_MEMORY_BYTES // 4 // 1024, 1024)
     x = torch.randn(1, 1024)
     tasks = [weight.sum, partial(make_linear(weight, None, "fp32", load_kernels()), x)]
-    return weight.nbytes / min(steady_s(task, least_s=0.2) for task in tasks)
+    return weight.nbytes / min(steady_s(task, window_s=0.1) for task in tasks)
 
 
 def run_isthmus(arguments: argparse.Namespace, measure: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:

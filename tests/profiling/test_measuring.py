@@ -77,18 +77,20 @@ def test_texts_of_any_length_come_to_all_in_the_order_of_ranks() -> None:
     assert on_devices(3, lambda group: share_texts(group, texts[group.rank])) == [texts] * 3
 
 
-def test_steady_seconds_are_of_runs_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock is the test's: the first run takes 100 s, every other 2."""
+def test_steady_seconds_are_the_median_windows_and_the_first_run_is_none_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock is the test's: the first run takes 100 s, the fourth, in the first window, 50, every other 2."""
     now, calls = [0.0], [0]
 
     def task() -> None:
         calls[0] += 1
-        now[0] += 100.0 if calls[0] == 1 else 2.0
+        now[0] += {1: 100.0, 4: 50.0}.get(calls[0], 2.0)
 
     monkeypatch.setattr("isthmus.profiling.steady.time.perf_counter", lambda: now[0])
-    assert steady_s(task, least_s=7.0) == 2.0
-    assert calls[0] == 1 + 4
-    assert steady_s(task, least_s=0.0, least_runs=3) == 2.0 and calls[0] == 5 + 1 + 3
+    assert steady_s(task, window_s=7.0) == 2.0
+    assert calls[0] == 1 + 3 + 4 + 4
+    assert steady_s(task, window_s=0.0) == 2.0 and calls[0] == 12 + 1 + 3
 
 
 def test_a_group_can_be_used_after_it_was_measured(checkpoint: Callable[[str], Path]) -> None:  # noqa: F811

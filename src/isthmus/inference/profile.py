@@ -46,7 +46,7 @@ _CACHE_BYTES = 96 << 20
 _MOST_ROWS = 512
 _CODEC_VALUES = 1 << 16
 _STREAM_VALUES = 16 << 20
-_ALONE_S = 0.25
+_ALONE_S = 0.1
 _NONE = Range(start=0, stop=0)
 
 
@@ -365,7 +365,7 @@ def _memory_bytes_per_s() -> float:
 def _together_s(parts: _Parts, rows: int, group: Group | None) -> float:
     if group is not None:
         start(group)
-    return steady_s(parts.attention(rows), least_s=_ALONE_S) + steady_s(parts.mlp(rows), least_s=_ALONE_S)
+    return steady_s(parts.attention(rows), window_s=_ALONE_S) + steady_s(parts.mlp(rows), window_s=_ALONE_S)
 
 
 def _alone_s(parts: _Parts, rows: int, group: Group | None) -> float:

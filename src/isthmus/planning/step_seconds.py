@@ -49,11 +49,10 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[float]) ->
     parts = list(zip(devices, step.work, step.exchange, strict=True))
     computed_s = compute_s
     compute_s = max(device.work_s(work) + device.encode_s(traffic) for device, work, traffic in parts)
-    _refill(devices, credits_, compute_s)
     message_s = max(device.messages_s(traffic, computed_s) for device, _, traffic in parts)
+    _refill(devices, credits_, compute_s + message_s)
     transfer_s = max(
-        device.transfer_s(traffic, device.link.burst_bytes - credit)
-        for (device, _, traffic), credit in zip(parts, credits_, strict=True)
+        device.transfer_s(traffic, credit) for (device, _, traffic), credit in zip(parts, credits_, strict=True)
     )
     transfer_s = max(transfer_s, sum(device.airtime_s(traffic) for device, _, traffic in parts))
     _spend(step, devices, credits_, transfer_s)

@@ -53,4 +53,4 @@ def _layer_s(question: Question, device: DeviceCosts) -> float:
 def _tokens_s(question: Question, device: DeviceCosts) -> float:
     num_bytes = 4 * question.request.batch * question.request.num_tokens * question.spec.hidden_size
     traffic = Traffic(num_sent=1, num_received=1, sent_bytes=num_bytes, received_bytes=num_bytes)
-    return device.messages_s(traffic, 0.0) + device.transfer_s(traffic, 0.0)
+    return device.messages_s(traffic, 0.0) + device.transfer_s(traffic, device.link.burst_bytes)

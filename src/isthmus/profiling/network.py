@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from isthmus.profiling.steady import steady_s
+from isthmus.profiling.steady import mean_s, steady_s
 from isthmus.spec.cluster import LinkProfile, Transfer, Waiting
 from isthmus.transport.base import Group
 
@@ -106,7 +106,7 @@ def _waiting(group: Group, computes: Sequence[Callable[[], object]], idle_s: flo
                 compute()
 
         start(group)
-        own_s = _most(group, steady_s(segment, least_s=_ROUNDS * least_s, least_runs=_ROUNDS))
+        own_s = _most(group, mean_s(segment, _ROUNDS * least_s))
         exchange = _exchange(group, 4)
 
         def both(segment: Callable[[], None] = segment, exchange: Callable[[], None] = exchange) -> None:

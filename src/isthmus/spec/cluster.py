@@ -153,8 +153,8 @@ class LinkProfile:
     """One device's link, measured with the real transport.
 
     An exchange in which the device sends (and receives) S bytes in M messages takes ``latency_s`` + M · ``message_s`` +
-    ``transfer`` at S; ``waiting`` more where all have computed before it; and what ``burst_bytes`` are short of at
-    ``bytes_per_s``.
+    ``transfer`` at S; ``waiting`` more where all have computed before it; and at ``bytes_per_s`` what is missing of
+    ``burst_bytes``, or of S where that is less.
     """
 
     round_trip_s: float
