@@ -83,9 +83,13 @@ class DeviceCosts:
         if key not in self._seconds:
             curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
             self._seconds[key] = float(evaluate(curve, num_bytes))
-        # The curve was measured after pauses: up to the burst its bytes cost next to nothing.
-        missing_bytes = max(0.0, min(num_bytes, self.link.burst_bytes) - credit_bytes)
-        return self._seconds[key] + missing_bytes / self.link.bytes_per_s
+        return self._seconds[key] + self.missing_s(traffic, credit_bytes)
+
+    def missing_s(self, traffic: Traffic, credit_bytes: float) -> float:
+        """What its bytes take beyond ``transfer``, which was measured after pauses: there, up to the burst they cost
+        next to nothing."""
+        missing_bytes = max(0.0, min(traffic.most_bytes, self.link.burst_bytes) - credit_bytes)
+        return missing_bytes / self.link.bytes_per_s
 
     def airtime_s(self, traffic: Traffic) -> float:
         """What its bytes, out and in, take of a medium that it shares."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from isthmus.planning.block_steps import original_shares, sub_blocks_of
@@ -100,17 +100,20 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
     devices = [sharing(costs[rank], len(plan.devices), len(question.profile.devices)) for rank in plan.devices]
     all_passes = passes(plan, question.spec, question.request)
 
-    def total_s(seconds_of: Callable[[Step, list[float]], float]) -> list[float]:
-        return [count * simulate(load, seconds_of, devices) for load, count in all_passes]
+    def least_s(step: Step, credits_: list[float]) -> float:
+        return least_step_s(step, devices, credits_)
 
-    seconds = total_s(lambda step, credits_: step_s(step, devices, credits_))
+    seconds = [
+        simulate(load, count, lambda step, credits_: step_s(step, devices, credits_), devices)
+        for load, count in all_passes
+    ]
     shares = device_shares(plan, question.spec)
     return Candidate(
         plan=plan,
         latency_s=sum(seconds),
         first_token_s=seconds[0],
         compute_s=sum(count * _computing_s(load, devices) for load, count in all_passes),
-        bound_s=sum(total_s(lambda step, credits_: least_step_s(step, devices, credits_))),
+        bound_s=sum(count * simulate(load, 1, least_s, devices) for load, count in all_passes),
         sent_bytes=tuple(
             sum(count * load.sent_bytes()[device] for load, count in all_passes) for device in range(len(devices))
         ),

@@ -23,16 +23,33 @@ def sharing(costs: DeviceCosts, num_working: int, num_measured: int) -> DeviceCo
     return replace(costs, factor=factor)
 
 
-def simulate(load: Workload, seconds_of: Callable[[Step, list[float]], float], devices: Sequence[DeviceCosts]) -> float:
-    """Seconds of all steps. ``seconds_of`` gets the links' credits and changes them. From the third layer on the
-    credits are what they were after the second."""
+def simulate(
+    load: Workload, count: int, seconds_of: Callable[[Step, list[float]], float], devices: Sequence[DeviceCosts]
+) -> float:
+    """Seconds of ``count`` such passes, one after the other. ``seconds_of`` gets the links' credits and changes them.
+    From the third pass on, and in a pass from the third layer on, all take what that one takes."""
     credits_ = [device.link.burst_bytes for device in devices]
+    passes_s = [_pass_s(load, seconds_of, credits_, devices) for _ in range(min(count, 3))]
+    return sum(passes_s) + (count - len(passes_s)) * passes_s[-1] if count else 0.0
+
+
+def _pass_s(
+    load: Workload,
+    seconds_of: Callable[[Step, list[float]], float],
+    credits_: list[float],
+    devices: Sequence[DeviceCosts],
+) -> float:
     total_s = sum(seconds_of(step, credits_) for step in load.before)
-    layer_s = 0.0
+    layer_s, before = 0.0, list(credits_)
     for _ in range(min(load.num_layers, 3)):
+        before = list(credits_)
         layer_s = sum(seconds_of(step, credits_) for step in load.layer)
         total_s += layer_s
-    total_s += max(0, load.num_layers - 3) * layer_s
+    num_more = max(0, load.num_layers - 3)
+    total_s += num_more * layer_s
+    for number, device in enumerate(devices):
+        left = credits_[number] + num_more * (credits_[number] - before[number])
+        credits_[number] = min(device.link.burst_bytes, max(0.0, left))
     return total_s + sum(seconds_of(step, credits_) for step in load.after)
 
 
@@ -42,10 +59,15 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[float]) ->
         _refill(devices, credits_, compute_s)
         return compute_s
     if step.is_prepared:
-        airtime_s = sum(device.airtime_s(traffic) for device, traffic in zip(devices, step.exchange, strict=True))
-        seconds = compute_s + max(device.link.sum_step_s for device in devices) + airtime_s
+        seconds = compute_s + max(device.link.sum_step_s for device in devices)
         _refill(devices, credits_, seconds)
-        return seconds
+        missing_s = max(
+            device.missing_s(traffic, credit)
+            for device, traffic, credit in zip(devices, step.exchange, credits_, strict=True)
+        )
+        airtime_s = sum(device.airtime_s(traffic) for device, traffic in zip(devices, step.exchange, strict=True))
+        _spend(step, devices, credits_, missing_s)
+        return seconds + missing_s + airtime_s
     parts = list(zip(devices, step.work, step.exchange, strict=True))
     computed_s = compute_s
     compute_s = max(device.work_s(work) + device.encode_s(traffic) for device, work, traffic in parts)
