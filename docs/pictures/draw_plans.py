@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from panels import NUM_LAYERS, Sent, costs_on, lanes_of, panel_of
 from svg import Band, Block, Panel, Picture, draw, seconds_text
 
-from isthmus.planning.block_steps import sub_blocks_of
+from isthmus.planning.block_layout import block_parts
 from isthmus.planning.shares import divide, divide_layer
 from isthmus.planning.step_seconds import step_s
 from isthmus.planning.workload import layer_ranges, workload
@@ -149,7 +149,8 @@ def _fastest(parts: list[str]) -> Picture:
 
 def _fewer() -> Picture:
     plan = replace(InferencePlan.even("block", 3), originals=("tokens",))
-    owned = [f"slice{'s' if len(own) > 1 else ''} {_span(own)}" for own in sub_blocks_of(plan, DECOUPLED)]
+    owners = [part.sub_blocks for part in block_parts(plan, DECOUPLED)]
+    owned = [f"slice{'s' if len(own) > 1 else ''} {_span(own)}" for own in owners]
     parts = [f"{own}, {part}" for own, part in zip(owned, _tokens(plan), strict=True)]
     return _picture(
         "Block parallel, four sub-blocks on three devices",

@@ -2,7 +2,8 @@
 
 Every sub-block has a KV cache of its own. Between two original layers a token needs no exchange; before one its slices
 come together: (N - 1) · B · w values a device, a matter of latency alone. Original layers are computed whole on every
-device, or with ``tensor`` divided, with two sums more.
+device, or with ``tensor`` divided, with two sums more. So are sub-blocks that a team of devices shares: each has the
+cache of its heads, and the team two sums a layer.
 
 Shapes: B batch, T tokens of the prompts, H hidden size, w hidden units of this device's slices.
 """
@@ -21,8 +22,9 @@ from isthmus.inference.layer import Layer
 from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.block_parallel import BlockParallel
-from isthmus.planning.workload import token_algorithm
-from isthmus.transport.base import Algorithm
+from isthmus.planning.block_layout import COLUMNS
+from isthmus.planning.exchanges import token_algorithm
+from isthmus.transport.base import Group
 
 
 class _Track:
@@ -114,7 +116,7 @@ class BlockDecoding:
         self._order = {number: place for place, number in enumerate(numbers)}
         self._order |= {number: place for place, number in enumerate(model.originals)}
         columns = zip(*(model.blocks[number] for number in numbers), strict=True)
-        self._blocks = [_Track(strategy, column, tokens, total, adds=True) for column in columns]
+        self._blocks = [_Track(strategy, column, tokens, total, adds=strategy.mates is None) for column in columns]
         # Native kernels of one track share what they are called with, so parts of layers have a track of their own.
         self._originals: dict[int, _Track] = {}
         whole = [number for number in model.originals if strategy.plan_of(number) != "tensor"]
@@ -126,11 +128,8 @@ class BlockDecoding:
                 self._order |= {number: place for place, number in enumerate(members)}
         batch = len(tokens.ids_BT)
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
-        group = strategy.group
-        self._gathered = [torch.empty(batch, width) for width in strategy.widths]
-        self._algorithm: Algorithm = (
-            None if group is None else token_algorithm(batch * model.spec.hidden_size, group.world_size)
-        ) or "two_step"
+        self._units = [each.units for each in strategy.layout.rectangles(COLUMNS, 1)]
+        self._gathered = [torch.empty(batch, len(units)) for units in self._units]
 
     def prefill(self) -> Tensor:
         """``hidden_BH`` after the prompts."""
@@ -154,37 +153,43 @@ class BlockDecoding:
                 if whole_BH is not None:
                     self._hand_out(whole_BH)
                     whole_BH = None
-                for track in self._blocks:
-                    track.attention(place)
-                    track.mlp(place)
+                for track, layer in zip(self._blocks, model.blocks[number], strict=True):
+                    self._layer(track, place, layer, self._strategy.mates)
             else:
                 whole_BH = self._gather() if whole_BH is None else whole_BH
                 track = self._originals[number]
                 track.hidden_BH.copy_(whole_BH)
-                self._original(track, place, model.originals[number])
+                self._layer(track, place, model.originals[number], self._strategy.group)
                 whole_BH = track.hidden_BH
         hidden_BH = self._gather() if whole_BH is None else whole_BH.clone()
         return hidden_BH if model.final_norm is None else model.final_norm(hidden_BH)
 
-    def _original(self, track: _Track, place: int, layer: Layer) -> None:
+    def _layer(self, track: _Track, place: int, layer: Layer, group: Group | None) -> None:
+        """``group``: who has the rest, where this device has a part."""
         for compute, bias in ((track.attention, layer.o_bias), (track.mlp, layer.down_bias)):
             compute(place)
             if track.part_BH is not track.hidden_BH:
-                assert self._strategy.group is not None
-                self._strategy.group.all_reduce(track.part_BH, algorithm=self._algorithm)
+                assert group is not None
+                algorithm = token_algorithm(track.part_BH.numel(), group.world_size) or "two_step"
+                group.all_reduce(track.part_BH, algorithm=algorithm)
                 track.hidden_BH += track.part_BH if bias is None else track.part_BH + bias
 
     def _hand_out(self, whole_BH: Tensor) -> None:
         """Each sub-block's slice of the hidden units."""
-        own_Bw = whole_BH[:, self._strategy.own_units]
+        own = self._strategy.layout.units[self._strategy.rank]
+        own_Bw = whole_BH[:, own.start : own.stop]
         widths = [track.hidden_BH.shape[1] for track in self._blocks]
         for track, part_Bw in zip(self._blocks, own_Bw.split(widths, dim=1), strict=True):
             track.hidden_BH.copy_(part_Bw)
 
     def _gather(self) -> Tensor:
-        """All slices of all devices, (B, H); in FP32 whatever the codec, as so few bytes are bound by latency."""
+        """All slices, (B, H), of which each of a team gives some columns; in FP32 whatever the codec, as so few bytes
+        are bound by latency."""
         own_Bw = torch.cat([track.hidden_BH for track in self._blocks], dim=1)
-        if self._strategy.group is None:
+        strategy = self._strategy
+        if strategy.group is None:
             return own_Bw
-        self._strategy.group.all_gather(self._gathered, own_Bw)
+        given, first = self._units[strategy.rank], strategy.layout.units[strategy.rank].start
+        own_Bw = own_Bw[:, given.start - first : given.stop - first].contiguous()
+        strategy.group.all_gather(self._gathered, own_Bw)
         return torch.cat(self._gathered, dim=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.block_layout import block_parts
+from isthmus.planning.block_steps import original_shares
 from isthmus.planning.device_costs import (
     PROCESS_BYTES,
     DeviceCosts,
@@ -133,8 +134,8 @@ def _held_bytes(spec: TransformerSpec, plan: InferencePlan, request: InferenceRe
     else:
         more = []
         words = [len(share.vocabulary) for share in divide_layer(spec, plan.weights)]
-        for part, shares, num_words in zip(sub_blocks_of(plan, spec), original_shares(plan, spec), words, strict=True):
-            own = [spec.sub_block(number) for number in range(part.start, part.stop)]
+        for part, shares, num_words in zip(block_parts(plan, spec), original_shares(plan, spec), words, strict=True):
+            own = [share for _, share in part.held(spec)]
             more.append(block_generation_bytes(spec, own, shares, num_words, request, plan.dtype))
     return [held + generating for held, generating in zip(weights, more, strict=True)]
 
