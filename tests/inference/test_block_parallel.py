@@ -22,7 +22,7 @@ from isthmus.inference.strategies.base import Tokens
 from isthmus.models.decoupled import architectures
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
-from isthmus.planning.block_layout import BlockLayout, block_parts
+from isthmus.planning.block_layout import block_parts
 from isthmus.planning.pieces import held_bytes, pieces_of
 from isthmus.planning.plans import expected_error
 from isthmus.planning.workload import passes, workload
@@ -44,13 +44,19 @@ FORMS: dict[str, dict[str, Any]] = {
     "uneven": {"num_sub_blocks": 3, "original_layers": [2], "sub_block_widths": [4, 12, 16]},
     "own": {"num_sub_blocks": 2, "original_layers": [2], "sub_block_heads": "own"},
 }
+TEAM_FORMS: dict[str, dict[str, Any]] = {
+    "two": {"num_sub_blocks": 2, "original_layers": [1]},
+    "two-ways": {"num_sub_blocks": 2, "original_layers": [0, 2]},
+    "uneven-ways": {"num_sub_blocks": 3, "original_layers": [0, 2], "sub_block_widths": [4, 12, 16]},
+}
+"""For more devices than sub-blocks."""
 Saved = Callable[[str, str], Path]
 
 
 @cache
 def reference(family: str, form: str) -> Any:
     """The model in plain transformers, with weights of real spread."""
-    config = decoupled_config(CONFIGS[family](), FORMS[form])
+    config = decoupled_config(CONFIGS[family](), (FORMS | TEAM_FORMS)[form])
     kind = AutoModelForCausalLM if family in DECODERS else AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -197,7 +203,7 @@ def check_sent_and_held(directory: Path, plan: InferencePlan) -> None:
                 engine.follow()
             return found
 
-    found = on_devices(3, work)
+    found = on_devices(len(plan.devices), work)
     spec = ShardReader(directory).spec
     load = workload(plan, spec, request)
     assert tuple(sent for sent, _, _ in found) == load.sent_bytes()
