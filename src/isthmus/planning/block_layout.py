@@ -8,7 +8,7 @@ some of the tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -70,6 +70,8 @@ class BlockLayout:
     weights: tuple[float, ...]
     parts: tuple[BlockPart, ...]
     units: tuple[Range, ...]
+    _rectangles: dict[tuple[str, int], list[Rectangle]] = field(default_factory=dict, repr=False, compare=False)
+    """What was asked for before."""
 
     @staticmethod
     def of(plan: InferencePlan, spec: TransformerSpec) -> BlockLayout:
@@ -92,6 +94,11 @@ class BlockLayout:
 
     def rectangles(self, state: str, num_tokens: int) -> list[Rectangle]:
         """What each device has of ``num_tokens`` in one of the states above."""
+        if (state, num_tokens) not in self._rectangles:
+            self._rectangles[state, num_tokens] = self._find_rectangles(state, num_tokens)
+        return self._rectangles[state, num_tokens]
+
+    def _find_rectangles(self, state: str, num_tokens: int) -> list[Rectangle]:
         whole = Range(start=0, stop=num_tokens)
         if state == WHOLE:
             hidden = Range(start=0, stop=self.units[-1].stop)
