@@ -16,9 +16,12 @@ from isthmus.planning.shares import divide, divide_sub_block
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec
 
-WHOLE, TOKENS, PARTS, SLICES, COLUMNS = "whole", "tokens", "parts", "slices", "columns"
-"""What a device has of hidden states (``BlockLayout.rectangles``): everything; all units of its tokens; its tokens of
-its team's slices; all tokens of these; or some units of them. Without teams the last three are the same."""
+WHOLE, TOKENS, FASTEST = "whole", "tokens", "fastest"
+PARTS, SLICES, COLUMNS = "parts", "slices", "columns"
+"""What a device has of hidden states (``BlockLayout.rectangles``): everything; all units of its tokens; everything on
+the fastest device and nothing on others; its tokens of its team's slices; all tokens of these; or some units of them.
+Without teams the last three are the same."""
+_NOTHING = Range(start=0, stop=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ class BlockLayout:
     parts: tuple[BlockPart, ...]
     units: tuple[Range, ...]
     _rectangles: dict[tuple[str, int], list[Rectangle]] = field(default_factory=dict, repr=False, compare=False)
+    _areas: dict[tuple[str, str, int], list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
     """What was asked for before."""
 
     @staticmethod
@@ -98,13 +102,25 @@ class BlockLayout:
             self._rectangles[state, num_tokens] = self._find_rectangles(state, num_tokens)
         return self._rectangles[state, num_tokens]
 
+    def areas(self, has: str, wants: str, num_tokens: int) -> list[list[int]]:
+        """Values of a sequence that device i ``has`` and device j ``wants``: ``[i][j]``."""
+        key = has, wants, num_tokens
+        if key not in self._areas:
+            others = self.rectangles(wants, num_tokens)
+            self._areas[key] = [
+                [own.common(other).area for other in others] for own in self.rectangles(has, num_tokens)
+            ]
+        return self._areas[key]
+
     def _find_rectangles(self, state: str, num_tokens: int) -> list[Rectangle]:
-        whole = Range(start=0, stop=num_tokens)
+        whole, hidden = Range(start=0, stop=num_tokens), Range(start=0, stop=self.units[-1].stop)
         if state == WHOLE:
-            hidden = Range(start=0, stop=self.units[-1].stop)
             return [Rectangle(tokens=whole, units=hidden)] * len(self.units)
+        if state == FASTEST:
+            found = [Rectangle(tokens=_NOTHING, units=_NOTHING)] * len(self.units)
+            found[self.fastest] = Rectangle(tokens=whole, units=hidden)
+            return found
         if state == TOKENS:
-            hidden = Range(start=0, stop=self.units[-1].stop)
             return [Rectangle(tokens=part, units=hidden) for part in divide(num_tokens, self.weights)]
         if state == SLICES:
             return [Rectangle(tokens=whole, units=units) for units in self.units]
@@ -123,10 +139,8 @@ class BlockLayout:
 def block_parts(plan: InferencePlan, spec: TransformerSpec) -> tuple[BlockPart, ...]:
     """By device of ``plan``, in its order; no sub-blocks of a model that has none."""
     if spec.decoupling is None:
-        nothing = Range(start=0, stop=0)
-        return tuple(
-            BlockPart(sub_blocks=nothing, team=Range(start=place, stop=place + 1)) for place in range(len(plan.devices))
-        )
+        places = range(len(plan.devices))
+        return tuple(BlockPart(sub_blocks=_NOTHING, team=Range(start=place, stop=place + 1)) for place in places)
     return BlockLayout.of(plan, spec).parts
 
 

@@ -10,7 +10,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.block_layout import COLUMNS, PARTS, SLICES, TOKENS, WHOLE, BlockLayout, BlockPart, Rectangle
+from isthmus.planning.block_layout import (
+    COLUMNS,
+    FASTEST,
+    PARTS,
+    SLICES,
+    TOKENS,
+    WHOLE,
+    BlockLayout,
+    BlockPart,
+    Rectangle,
+)
 from isthmus.planning.exchanges import (
     Exchange,
     Traffic,
@@ -297,13 +307,10 @@ class _Steps:
                     all_gather(self._codec, self._values_of(COLUMNS if self.state == SLICES else self.state))
                 )
             else:
-                self._move(self._rectangles(self.state), self._rectangles(wanted))
+                areas = self._layout.areas(self.state, wanted, self._request.num_tokens)
+                values = [[self._request.batch * area for area in row] for row in areas]
+                self._exchange([all_to_all(self._codec, values)])
         self.state = wanted
-
-    def _move(self, has: Sequence[Rectangle], wants: Sequence[Rectangle]) -> None:
-        batch = self._request.batch
-        values = [[batch * own.common(other).area for other in wants] for own in has]
-        self._exchange([all_to_all(self._codec, values)])
 
     def _rectangles(self, state: str) -> list[Rectangle]:
         return self._layout.rectangles(state, self._request.num_tokens)
@@ -345,14 +352,10 @@ class _Steps:
         self._exchange(all_gather(self._codec, [kv_values * rows for rows in own_rows]))
 
     def _fastest(self, whole: Work) -> None:
-        device, [all_of_it, *_] = self._layout.fastest, self._rectangles(WHOLE)
-        nothing = Rectangle(tokens=Range(start=0, stop=0), units=Range(start=0, stop=0))
-        only_there = [all_of_it if place == device else nothing for place in range(self._num_devices)]
-        if self.state != WHOLE:
-            self._move(self._rectangles(self.state), only_there)
-        self._compute(tuple(whole if place == device else Work() for place in range(self._num_devices)))
-        self._move(only_there, self._rectangles(PARTS))
-        self.state = PARTS
+        self._become(FASTEST)
+        fastest = self._layout.fastest
+        self._compute(tuple(whole if place == fastest else Work() for place in range(self._num_devices)))
+        self._become(PARTS)
 
     def _exchange(self, exchanges: Sequence[Exchange]) -> None:
         """The first one follows what was computed last."""

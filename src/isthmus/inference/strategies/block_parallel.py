@@ -22,7 +22,7 @@ from torch import Tensor
 from isthmus.inference.layer import Layer, Rotation
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy, Tokens
-from isthmus.planning.block_layout import PARTS, SLICES, TOKENS, WHOLE, BlockLayout, Rectangle
+from isthmus.planning.block_layout import FASTEST, PARTS, SLICES, TOKENS, WHOLE, BlockLayout, Rectangle
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
 
@@ -101,7 +101,8 @@ class BlockParallel(Strategy):
     def _begin(self, tokens: Tokens, fill: Fill | None) -> _Pass:
         spec, model = self.model.spec, self.model
         num_tokens = tokens.ids_BT.shape[1]
-        rectangles = {state: self.layout.rectangles(state, num_tokens) for state in (WHOLE, TOKENS, PARTS, SLICES)}
+        states = (WHOLE, TOKENS, FASTEST, PARTS, SLICES)
+        rectangles = {state: self.layout.rectangles(state, num_tokens) for state in states}
         own = rectangles[TOKENS][self.rank].tokens
         allowed, is_causal = tokens.mask(spec)
         are_divided = self.group is not None and {"tokens", "sequence"} & set(self._plans.values())
@@ -239,13 +240,10 @@ class BlockParallel(Strategy):
 
     def _fastest(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
         """One device, the one with the largest weight, gets everything, computes the layer, and gives each its part."""
-        fastest, whole = self.layout.fastest, given.rectangles[WHOLE][0]
-        only_there = [whole if rank == fastest else _NOTHING for rank in range(len(self.layout.parts))]
-        if kind != WHOLE:
-            state = self._move(number, state, given.rectangles[kind], only_there)
-        if self.rank == fastest:
+        state = self._become(FASTEST, number, kind, state, given)
+        if self.rank == self.layout.fastest:
             state = self._whole_layer(number, state, given)
-        return self._move(number, state, only_there, given.rectangles[PARTS])
+        return self._become(PARTS, number, FASTEST, state, given)
 
     # --- from what is there to what layer ``number`` wants ------------------------------------------------------------
 
@@ -285,9 +283,6 @@ class BlockParallel(Strategy):
         outputs = [state.new_empty(len(state), len(each.tokens), len(each.units)) for each in pieces]
         self.group.all_to_all(outputs, inputs, codec=self._codecs[number])
         return _joined(state, wanted, pieces, outputs)
-
-
-_NOTHING = Rectangle(tokens=Range(start=0, stop=0), units=Range(start=0, stop=0))
 
 
 def _cut(state: Tensor, own: Rectangle, part: Rectangle) -> Tensor:
