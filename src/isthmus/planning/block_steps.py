@@ -72,13 +72,15 @@ def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int
     """By device: of which original layers it has another share than the whole; None is no part."""
     num_devices = len(plan.devices)
     shares: list[dict[int, LayerShare | None]] = [{} for _ in range(num_devices)]
-    if num_devices == 1:
+    if num_devices == 1 or spec.decoupling is None:
         return shares
-    for number, kind in original_plans(plan, spec).items():
+    kinds, fastest = original_plans(plan, spec), BlockLayout.of(plan, spec).fastest
+    parts = divide_layer(spec, plan.weights) if "tensor" in kinds.values() else []
+    for number, kind in kinds.items():
         for device in range(num_devices):
             if kind == "tensor":
-                shares[device][number] = divide_layer(spec, plan.weights)[device]
-            elif kind == "fastest" and device != BlockLayout.of(plan, spec).fastest:
+                shares[device][number] = parts[device]
+            elif kind == "fastest" and device != fastest:
                 shares[device][number] = None
     return shares
 

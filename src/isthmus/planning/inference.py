@@ -106,15 +106,14 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
 
     seconds = total_s(lambda step, credits_: step_s(step, devices, credits_))
     shares = device_shares(plan, question.spec)
+    sent = [[count * num_bytes for num_bytes in load.sent_bytes()] for load, count in all_passes]
     return Candidate(
         plan=plan,
         latency_s=sum(seconds),
         first_token_s=seconds[0],
         compute_s=sum(count * _computing_s(load, devices) for load, count in all_passes),
         bound_s=sum(total_s(lambda step, credits_: least_step_s(step, devices, credits_))),
-        sent_bytes=tuple(
-            sum(count * load.sent_bytes()[device] for load, count in all_passes) for device in range(len(devices))
-        ),
+        sent_bytes=tuple(map(sum, zip(*sent, strict=True))),
         num_exchanges=sum(count * load.num_exchanges() for load, count in all_passes),
         memory_bytes=tuple(
             own_bytes + working_bytes(question.spec, share, question.request, len(shares))
