@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from panels import NUM_LAYERS, Sent, costs_on, lanes_of, panel_of
 from svg import Band, Block, Panel, Picture, draw, seconds_text
 
-from isthmus.planning.block_steps import sub_blocks_of
+from isthmus.planning.block_layout import block_parts
 from isthmus.planning.shares import divide, divide_layer
 from isthmus.planning.step_seconds import step_s
 from isthmus.planning.workload import layer_ranges, workload
@@ -32,6 +32,7 @@ REQUEST = InferenceRequest(num_tokens=128)
 TOKEN = InferenceRequest(num_tokens=64, num_new_tokens=32)
 TEXTS = InferenceRequest(num_tokens=128, batch=8)
 PLAIN = replace(SHAPES["bert-base"], num_layers=NUM_LAYERS)
+TWO = replace(PLAIN, num_layers=NUM_LAYERS + 1).decoupled(2, (NUM_LAYERS - 1,))
 DECOUPLED = replace(PLAIN, num_layers=NUM_LAYERS + 1).decoupled(NUM_DEVICES, (NUM_LAYERS - 1,))
 PI = replace(kind("raspberry-pi-4b"), bits_per_s=125e6)
 FAST = replace(kind("raspberry-pi-5"), bits_per_s=125e6)
@@ -42,6 +43,8 @@ ONE, TENSOR, SEQUENCE, PIPELINE, BLOCK = (
 )
 
 GATHER, EXCHANGE, SUM = Sent("all-gather"), Sent("all-to-all"), Sent("all-reduce", num_steps=2)
+TEAMS = ((0, 1), (2, 3))
+TEAM_SUM, TEAM_PARTS = Sent("all-reduce", num_steps=2, teams=TEAMS), Sent("reduce-scatter", teams=TEAMS)
 KEYS = Sent("keys, values", in_layer=True)
 
 
@@ -133,6 +136,7 @@ def _of_decoupled_models() -> Iterator[tuple[str, Picture]]:
         yield f"block-{way}", _picture(f"Block parallel, original layer 3: {name}", what, panel)
     yield "block-fastest", _fastest(slices)
     yield "block-fewer-devices", _fewer()
+    yield "block-more-devices", _more()
 
 
 def _fastest(parts: list[str]) -> Picture:
@@ -149,12 +153,28 @@ def _fastest(parts: list[str]) -> Picture:
 
 def _fewer() -> Picture:
     plan = replace(InferencePlan.even("block", 3), originals=("tokens",))
-    owned = [f"slice{'s' if len(own) > 1 else ''} {_span(own)}" for own in sub_blocks_of(plan, DECOUPLED)]
+    owners = [part.sub_blocks for part in block_parts(plan, DECOUPLED)]
+    owned = [f"slice{'s' if len(own) > 1 else ''} {_span(own)}" for own in owners]
     parts = [f"{own}, {part}" for own, part in zip(owned, _tokens(plan), strict=True)]
     return _picture(
         "Block parallel, four sub-blocks on three devices",
         "One device has two sub-blocks, and the others wait for it where slices meet. Original layer 3: tokens.",
         panel_of(plan, DECOUPLED, PIS[:3], (GATHER, EXCHANGE), parts=parts, request=REQUEST),
+    )
+
+
+def _more() -> Picture:
+    plan = replace(BLOCK, originals=("tokens",))
+    parts = [
+        f"slice {_span(own.sub_blocks)}, heads {_span(share.heads)}"
+        for own in block_parts(plan, TWO)
+        for _, share in own.held(TWO)
+    ]
+    return _picture(
+        "Block parallel, two sub-blocks on four devices",
+        "Two devices have a sub-block together, some heads and MLP columns each, and sum up among themselves.\n"
+        "Original layer 3: tokens.",
+        panel_of(plan, TWO, PIS, (*(TEAM_SUM,) * 3, TEAM_PARTS, GATHER, EXCHANGE), parts=parts, request=REQUEST),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from svg import Band, Block, Lane, Panel
 
+from isthmus.planning.block_layout import BlockLayout
 from isthmus.planning.block_steps import block_steps
 from isthmus.planning.device_costs import DeviceCosts
 from isthmus.planning.inference import costs_of
@@ -33,6 +34,7 @@ class Sent:
     in_layer: bool = False
     pattern: str = "all"
     device: int = 0
+    teams: tuple[tuple[int, int], ...] = ()
 
 
 def panel_of(
@@ -51,7 +53,7 @@ def panel_of(
     names, layer, number = list(sent), 0, 0
     while number < len(steps):
         step = steps[number]
-        layer += any(work.attention_rows or work.block_rows for work in step.work)
+        layer += any(work.attention_rows or (work.block_rows and work.block_heads) for work in step.work)
         parts_of = [list(_computing(cost, work, layer, request)) for cost, work in zip(costs, step.work, strict=True)]
         if step.exchange is None:
             track.compute(parts_of)
@@ -79,7 +81,8 @@ def layer_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRe
         load = passes(plan, spec, request)[1][0]
         return list(load.before[1:-1] if plan.strategy == "block" else load.layer * NUM_LAYERS)
     if plan.strategy == "block":
-        return list(block_steps(plan, spec, request)[0][:-1])
+        last = 4 if BlockLayout.of(plan, spec).has_teams else 1  # the layer more, and what ends it
+        return list(block_steps(plan, spec, request)[0][:-last])
     return list(workload(plan, spec, request).layer * NUM_LAYERS)
 
 
@@ -135,6 +138,7 @@ class _Track:
                 seconds=seconds,
                 pattern=sent.pattern,
                 device=sent.device,
+                teams=sent.teams,
             )
         )
         self.now_s = [start_s + seconds] * len(self.now_s)
@@ -152,8 +156,11 @@ def _computing(cost: DeviceCosts, work: Work, layer: int, request: InferenceRequ
     if not total_s:
         return
     rows = request.batch * (1 if request.num_new_tokens else request.num_tokens)
-    if work.block_rows:
+    if work.block_rows and work.block_heads and work.block_columns:
         yield _Part(total_s, "slice", (f"layer {layer}", str(layer)))
+    elif work.block_rows:
+        name = "attention" if work.block_heads else "MLP"
+        yield _Part(total_s, "slice", (f"layer {layer}: {name}", name, name[0].upper()))
     elif not (work.attention_rows and work.mlp_rows):
         kind = "heads" if max(work.attention_share, work.mlp_share) < 1 else "whole"
         name = "attention" if work.attention_rows else "MLP"

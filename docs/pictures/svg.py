@@ -42,7 +42,8 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """Devices exchange. ``pattern``: ``all``, ``to`` or ``from`` one of them, or ``next`` for one and the one below."""
+    """Devices exchange. ``pattern``: ``all``, ``to`` or ``from`` one of them, or ``next`` for one and the one below.
+    ``teams``: first and last of those who do so among themselves; none is all of them."""
 
     name: str = ""
     num_bytes: int = 0
@@ -50,6 +51,7 @@ class Band:
     seconds: float = 0.0
     pattern: str = "all"
     device: int = 0
+    teams: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +236,8 @@ def _band(canvas: _Canvas, band: Band, scale: float, centres: Sequence[float], t
         canvas.arrow(middle, below + 2, 1)
         return
     canvas.rect(x, top - 4, width - 1, last - top + 8, WIRE, ' fill-opacity="0.16"')
-    canvas.line(middle, centres[0], middle, centres[-1], WIRE, ' stroke-width="1.5"')
+    for first, final in band.teams or ((0, len(centres) - 1),):
+        canvas.line(middle, centres[first], middle, centres[final], WIRE, ' stroke-width="1.5"')
     for number, centre in enumerate(centres):
         is_it, side = number == band.device, 1 if number > band.device else -1
         if band.pattern == "all" or is_it == (band.pattern == "from"):

@@ -22,7 +22,7 @@ from isthmus.inference.strategies.base import Tokens
 from isthmus.models.decoupled import architectures
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
-from isthmus.planning.block_steps import sub_blocks_of
+from isthmus.planning.block_layout import block_parts
 from isthmus.planning.pieces import held_bytes, pieces_of
 from isthmus.planning.plans import expected_error
 from isthmus.planning.workload import passes, workload
@@ -44,13 +44,19 @@ FORMS: dict[str, dict[str, Any]] = {
     "uneven": {"num_sub_blocks": 3, "original_layers": [2], "sub_block_widths": [4, 12, 16]},
     "own": {"num_sub_blocks": 2, "original_layers": [2], "sub_block_heads": "own"},
 }
+TEAM_FORMS: dict[str, dict[str, Any]] = {
+    "two": {"num_sub_blocks": 2, "original_layers": [1]},
+    "two-ways": {"num_sub_blocks": 2, "original_layers": [0, 2]},
+    "uneven-ways": {"num_sub_blocks": 3, "original_layers": [0, 2], "sub_block_widths": [4, 12, 16]},
+}
+"""For more devices than sub-blocks."""
 Saved = Callable[[str, str], Path]
 
 
 @cache
 def reference(family: str, form: str) -> Any:
     """The model in plain transformers, with weights of real spread."""
-    config = decoupled_config(CONFIGS[family](), FORMS[form])
+    config = decoupled_config(CONFIGS[family](), (FORMS | TEAM_FORMS)[form])
     kind = AutoModelForCausalLM if family in DECODERS else AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -197,7 +203,7 @@ def check_sent_and_held(directory: Path, plan: InferencePlan) -> None:
                 engine.follow()
             return found
 
-    found = on_devices(3, work)
+    found = on_devices(len(plan.devices), work)
     spec = ShardReader(directory).spec
     load = workload(plan, spec, request)
     assert tuple(sent for sent, _, _ in found) == load.sent_bytes()
@@ -223,8 +229,6 @@ def test_what_does_not_fit_is_refused(saved: Saved, checkpoint: Callable[[str], 
         hidden_states(checkpoint("bert"), "bert", InferencePlan.even("block", 2))
     with pytest.raises(IsthmusError, match="strategy: got tensor for a decoupled model; take block"):
         hidden_states(saved("bert", "four"), "bert", InferencePlan.even("tensor", 2))
-    with pytest.raises(IsthmusError, match="devices: got 3 for a model of 2 sub-blocks, wanted at most 2"):
-        hidden_states(saved("bert", "own"), "bert", InferencePlan.even("block", 3))
     plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 1.0), codecs=("int8", "int4"))
     with pytest.raises(IsthmusError, match="codecs: got 2 for 1 original layers, wanted one for each"):
         hidden_states(saved("bert", "four"), "bert", plan)
@@ -248,7 +252,7 @@ def test_codecs_are_checked_and_have_one_form() -> None:
 def test_sub_blocks_are_shared_out_by_weight(saved: Saved) -> None:
     spec = ShardReader(saved("bert", "four")).spec
     plan = InferencePlan(strategy="block", devices=(0, 1), weights=(1.0, 9.0))
-    assert [len(part) for part in sub_blocks_of(plan, spec)] == [1, 3]
+    assert [len(part.sub_blocks) for part in block_parts(plan, spec)] == [1, 3]
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (0.2, 0.45, 0.6), (1.0, 0.0)])

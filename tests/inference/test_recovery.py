@@ -107,6 +107,25 @@ def test_the_rest_answers_and_each_is_told_when_it_ends(saved: Saved) -> None:  
     assert devices.told == ["rank 2 lost; 3 devices are left"]
 
 
+def test_teams_form_anew_until_everybody_has_a_sub_block(saved: Saved) -> None:  # noqa: F811
+    """Two sub-blocks on four, three and two devices."""
+    devices = Devices(saved("bert", "two"), block(4, originals=("tokens",)))
+    wanted = Engine(saved("bert", "two")).hidden(IDS, ATTENDED)
+
+    def lead(engine: Engine) -> list[int]:
+        used = []
+        for lost in (None, 3, 1):
+            if lost is not None:
+                devices.kill(lost)
+            torch.testing.assert_close(engine.hidden(IDS, ATTENDED), wanted, rtol=1e-4, atol=1e-5)
+            used.append(len(engine.plan.devices))
+        return used
+
+    led, _, left, _ = devices.run(4, lead)
+    assert led == [4, 3, 2] and left is None
+    assert devices.told == ["rank 3 lost; 3 devices are left", "rank 1 lost; 2 devices are left"]
+
+
 def test_without_the_first_all_others_end_with_an_error_that_names_it(saved: Saved) -> None:  # noqa: F811
     """Also one that has no part."""
     plan = InferencePlan(strategy="block", devices=(0, 2), weights=(1.0, 1.0))

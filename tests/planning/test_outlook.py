@@ -11,6 +11,7 @@ from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts
 from isthmus.planning.inference import GAIN, choose
 from isthmus.planning.outlook import decoupled_forms, outlook
 from isthmus.planning.plans import Question
+from isthmus.planning.steps import Work
 from isthmus.simulation.devices import kind
 from isthmus.simulation.inference import question_of
 from isthmus.simulation.profiles import cluster_profile
@@ -62,7 +63,8 @@ def test_a_sub_block_that_was_not_measured_takes_what_one_that_was_would(heads: 
     known = DeviceCosts(profile=device, link=link, spec=spec, dtype="fp32")
     derived = replace(known, profile=replace(device, sub_block={}), _seconds={})
     for share in (1 / num, 1.0):
-        assert derived._sub_blocks_s(rows, share) == pytest.approx(known._sub_blocks_s(rows, share), rel=1e-12)
+        work = Work(block_rows=rows, block_share=share)
+        assert derived.work_s(work) == pytest.approx(known.work_s(work), rel=1e-12)
 
 
 def test_forms_have_a_sub_block_for_each_device_or_two() -> None:

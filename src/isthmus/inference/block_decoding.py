@@ -2,7 +2,8 @@
 
 Every sub-block has a KV cache of its own. Between two original layers a token needs no exchange; before one its slices
 come together: (N - 1) · B · w values a device, a matter of latency alone. Original layers are computed whole on every
-device, or with ``tensor`` divided, with two sums more.
+device, or with ``tensor`` divided, with two sums more. So are sub-blocks that a team of devices shares: each has the
+cache of its heads, and the team two sums a layer.
 
 Shapes: B batch, T tokens of the prompts, H hidden size, w hidden units of this device's slices.
 """
@@ -21,29 +22,23 @@ from isthmus.inference.layer import Layer
 from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.block_parallel import BlockParallel
-from isthmus.planning.workload import SMALL_VALUES
+from isthmus.planning.block_layout import COLUMNS
+from isthmus.planning.exchanges import SMALL_VALUES
+from isthmus.transport.base import Group
 from isthmus.transport.repeated import RepeatedSum
 
 
 class _Track:
     """Layers that follow one another on one hidden state (B, width): those of one sub-block, or the original ones.
 
-    ``hidden_BH`` is changed in place; with ``adds`` false, for a part of a layer, what it adds is in ``part_BH``, which
-    is ``hidden_BH`` where that is ``shared_BH``.
+    ``hidden_BH`` is changed in place. ``group``: who has the rest of these layers, None where this device has all.
     """
 
     def __init__(
-        self,
-        strategy: BlockParallel,
-        layers: Sequence[Layer],
-        tokens: Tokens,
-        total: int,
-        *,
-        adds: bool,
-        shared_BH: Tensor | None = None,
+        self, strategy: BlockParallel, layers: Sequence[Layer], tokens: Tokens, total: int, group: Group | None
     ) -> None:
         model = strategy.model
-        self._layers, self._model, self._adds = list(layers), model, adds
+        self._layers, self._group = list(layers), group
         first, batch = self._layers[0], len(tokens.ids_BT)
         window = model.spec.sliding_window
         self.cache = KVCache(
@@ -53,8 +48,16 @@ class _Track:
             capacity=min(total, window or total),
             attended_BT=tokens.attended_BT,
         )
-        self.hidden_BH = torch.empty(batch, first.width) if shared_BH is None else shared_BH
-        self.part_BH = self.hidden_BH if adds or shared_BH is not None else torch.empty_like(self.hidden_BH)
+        self.hidden_BH = torch.empty(batch, first.width)
+        self._part_BH, self._adds = self.hidden_BH, group is None
+        self._add_up: RepeatedSum | None = None
+        if group is not None and self.hidden_BH.numel() <= SMALL_VALUES:
+            # The first device's part has what was there before in it, and the bias.
+            self._add_up = group.repeated_sum(self.hidden_BH.numel())
+            self.hidden_BH = self._part_BH = self._add_up.values.view(batch, -1)
+            self._adds = group.rank == 0
+        elif group is not None:
+            self._part_BH = torch.empty_like(self.hidden_BH)
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
         self._rotary_TD = model.rotary_table(total)
         self._views: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -66,8 +69,8 @@ class _Track:
                 self.cache,
                 model.kernels,
                 self.hidden_BH,
-                self.part_BH,
-                adds=adds,
+                self._part_BH,
+                adds=self._adds,
                 positions_B1=self._positions_B1,
                 rotary=self._rotary_TD,
             )
@@ -85,28 +88,35 @@ class _Track:
         else:
             self._views, self._mask_B11K = self.cache.add_token()
 
-    def attention(self, layer: int) -> None:
-        if self._native is not None:
-            self._native.blocks[2 * layer]()
-            return
-        own, rotary = self._layers[layer], None
+    def layer(self, number: int) -> None:
+        """The ``number``-th of the layers, for the token."""
+        own = self._layers[number]
+        for half, bias in enumerate((own.o_bias, own.down_bias)):
+            if self._native is not None:
+                self._native.blocks[2 * number + half]()
+            else:
+                self._put((self._mlp if half else self._attention)(number), bias)
+            if self._add_up is not None:
+                self._add_up()
+            elif self._group is not None:
+                self._group.all_reduce(self._part_BH, algorithm="two_step")
+                self.hidden_BH += self._part_BH if bias is None else self._part_BH + bias
+
+    def _attention(self, number: int) -> Tensor:
+        own, rotary = self._layers[number], None
         if self._rotary_TD is not None:
             rotary = self._rotary_TD[0][self._positions_B1], self._rotary_TD[1][self._positions_B1]
-        part_BH = attend_token(own, own.norm1(self.hidden_BH), rotary, self._views[layer], self._mask_B11K)
-        self._put(part_BH, own.o_bias)
+        return attend_token(own, own.norm1(self.hidden_BH), rotary, self._views[number], self._mask_B11K)
 
-    def mlp(self, layer: int) -> None:
-        if self._native is not None:
-            self._native.blocks[2 * layer + 1]()
-            return
-        own = self._layers[layer]
-        self._put(own.mlp(own.norm2(self.hidden_BH)), own.down_bias)
+    def _mlp(self, number: int) -> Tensor:
+        own = self._layers[number]
+        return own.mlp(own.norm2(self.hidden_BH))
 
     def _put(self, part_BH: Tensor, bias: Tensor | None) -> None:
         if self._adds:
             self.hidden_BH += part_BH if bias is None else part_BH + bias
         else:
-            self.part_BH.copy_(part_BH)
+            self._part_BH.copy_(part_BH)
 
 
 class BlockDecoding:
@@ -124,28 +134,20 @@ class BlockDecoding:
         self._order = {number: place for place, number in enumerate(numbers)}
         self._order |= {number: place for place, number in enumerate(model.originals)}
         columns = zip(*(model.blocks[number] for number in numbers), strict=True)
-        self._blocks = [_Track(strategy, column, tokens, total, adds=True) for column in columns]
-        batch = len(tokens.ids_BT)
-        group = strategy.group
+        self._blocks = [_Track(strategy, column, tokens, total, strategy.mates) for column in columns]
+        # Native kernels of one track share what they are called with, so parts of layers have a track of their own.
+        self._originals: dict[int, _Track] = {}
         whole = [number for number in model.originals if strategy.plan_of(number) != "tensor"]
         parts = [number for number in model.originals if strategy.plan_of(number) == "tensor"]
-        self._add_up: RepeatedSum | None = None
-        shared_BH: Tensor | None = None
-        if parts and group is not None and batch * model.spec.hidden_size <= SMALL_VALUES:
-            self._add_up = group.repeated_sum(batch * model.spec.hidden_size)
-            shared_BH = self._add_up.values.view(batch, -1)
-        is_first = shared_BH is not None and group is not None and group.rank == 0
-        # Native kernels of one track share what they are called with, so parts of layers have a track of their own. The
-        # first device's part has what was there before in it, and the bias.
-        self._originals: dict[int, _Track] = {}
-        for members, adds, place_BH in ((whole, True, None), (parts, is_first, shared_BH)):
+        for members, group in ((whole, None), (parts, strategy.group)):
             if members:
-                layers = [model.originals[number] for number in members]
-                track = _Track(strategy, layers, tokens, total, adds=adds, shared_BH=place_BH)
+                track = _Track(strategy, [model.originals[number] for number in members], tokens, total, group)
                 self._originals |= dict.fromkeys(members, track)
                 self._order |= {number: place for place, number in enumerate(members)}
+        batch = len(tokens.ids_BT)
         self._positions_B1 = tokens.positions_BT[:, -1:].clone()
-        self._gathered = [torch.empty(batch, width) for width in strategy.widths]
+        self._units = [each.units for each in strategy.layout.rectangles(COLUMNS, 1)]
+        self._gathered = [torch.empty(batch, len(units)) for units in self._units]
 
     def prefill(self) -> Tensor:
         """``hidden_BH`` after the prompts."""
@@ -170,40 +172,32 @@ class BlockDecoding:
                     self._hand_out(whole_BH)
                     whole_BH = None
                 for track in self._blocks:
-                    track.attention(place)
-                    track.mlp(place)
+                    track.layer(place)
             else:
                 whole_BH = self._gather() if whole_BH is None else whole_BH
                 track = self._originals[number]
                 track.hidden_BH.copy_(whole_BH)
-                self._original(track, place, number)
+                track.layer(place)
                 whole_BH = track.hidden_BH
         hidden_BH = self._gather() if whole_BH is None else whole_BH.clone()
         return hidden_BH if model.final_norm is None else model.final_norm(hidden_BH)
 
-    def _original(self, track: _Track, place: int, number: int) -> None:
-        layer, group = self._model.originals[number], self._strategy.group
-        for compute, bias in ((track.attention, layer.o_bias), (track.mlp, layer.down_bias)):
-            compute(place)
-            if group is None or self._strategy.plan_of(number) != "tensor":
-                continue
-            if self._add_up is not None:
-                self._add_up()
-            else:
-                group.all_reduce(track.part_BH, algorithm="two_step")
-                track.hidden_BH += track.part_BH if bias is None else track.part_BH + bias
-
     def _hand_out(self, whole_BH: Tensor) -> None:
         """Each sub-block's slice of the hidden units."""
-        own_Bw = whole_BH[:, self._strategy.own_units]
+        own = self._strategy.layout.units[self._strategy.rank]
+        own_Bw = whole_BH[:, own.start : own.stop]
         widths = [track.hidden_BH.shape[1] for track in self._blocks]
         for track, part_Bw in zip(self._blocks, own_Bw.split(widths, dim=1), strict=True):
             track.hidden_BH.copy_(part_Bw)
 
     def _gather(self) -> Tensor:
-        """All slices of all devices, (B, H); in FP32 whatever the codec, as so few bytes are bound by latency."""
+        """All slices, (B, H), of which each of a team gives some columns; in FP32 whatever the codec, as so few bytes
+        are bound by latency."""
         own_Bw = torch.cat([track.hidden_BH for track in self._blocks], dim=1)
-        if self._strategy.group is None:
+        strategy = self._strategy
+        if strategy.group is None:
             return own_Bw
-        self._strategy.group.all_gather(self._gathered, own_Bw)
+        given, first = self._units[strategy.rank], strategy.layout.units[strategy.rank].start
+        own_Bw = own_Bw[:, given.start - first : given.stop - first].contiguous()
+        strategy.group.all_gather(self._gathered, own_Bw)
         return torch.cat(self._gathered, dim=1)

@@ -18,7 +18,7 @@ from isthmus.inference.layer import Layer
 from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.base import Tokens
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
-from isthmus.planning.workload import SMALL_VALUES, token_algorithm
+from isthmus.planning.exchanges import SMALL_VALUES, token_algorithm
 from isthmus.transport.base import Algorithm
 from isthmus.transport.repeated import RepeatedSum
 

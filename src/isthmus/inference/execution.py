@@ -23,8 +23,8 @@ from isthmus.transport.base import Group
 
 
 class Execution:
-    """``group`` are the plan's devices, in its order; None where this one is alone. Its methods are called on all of
-    them alike, and block."""
+    """``group`` are the plan's devices, in its order, and ``mates`` those that share sub-blocks with this one; None
+    where this one is alone. Its methods are called on all of them alike, and block."""
 
     def __init__(
         self,
@@ -33,10 +33,14 @@ class Execution:
         group: Group | None,
         progress: Callable[[float], None] = lambda share: None,
         known: dict[Piece, Layer] | None = None,
+        *,
+        mates: Group | None = None,
     ) -> None:
         """Reads this device's part, but for what ``known`` has; adds it there."""
         self.plan, self.group, self._reader = plan, group, reader
-        self.strategy: Strategy = make_strategy(plan, reader, group, progress, known)
+        self.groups = [each for each in (mates, group) if each is not None]
+        """All that it exchanges anything with."""
+        self.strategy: Strategy = make_strategy(plan, reader, group, progress, known, mates)
         self._is_leader = group is None or group.rank == 0
         self._generation: Generation | None = None
 

@@ -12,8 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from isthmus.inference.kernels import ACTIVATIONS, load_kernels
 from isthmus.inference.layer import Layer, Norm, Rotation
 from isthmus.models.shards import ShardReader
+from isthmus.planning.block_layout import BlockPart
 from isthmus.planning.pieces import Piece
-from isthmus.spec.transformer import LayerShare, Range, SubBlock
+from isthmus.spec.transformer import LayerShare, Range
 
 
 class LocalModel:
@@ -28,12 +29,12 @@ class LocalModel:
         dtype: str,
         *,
         layer_range: Range | None = None,
-        sub_blocks: Range | None = None,
+        block_part: BlockPart | None = None,
         original_shares: Mapping[int, LayerShare | None] | None = None,
         known: dict[Piece, Layer] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``sub_blocks`` of
+        """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``block_part`` of
         decoupled ones, None: all of them. ``original_shares``: of a decoupled model's original layers other shares than
         ``share``, by number; None is no part. What ``known`` has is not read again; what is read is added to it.
         ``progress`` gets 0 to 1."""
@@ -47,16 +48,19 @@ class LocalModel:
         self.kernels = load_kernels() if self.spec.is_decoder and self.spec.activation in ACTIVATIONS else None
         """For tokens that come one by one; None: by PyTorch."""
         form = self.spec.decoupling
-        if sub_blocks is None:
-            sub_blocks = Range(start=0, stop=0 if form is None else form.num_sub_blocks)
-        self.sub_blocks = [self.spec.sub_block(number) for number in range(sub_blocks.start, sub_blocks.stop)]
+        if block_part is None:
+            block_part = BlockPart.alone(Range(start=0, stop=0 if form is None else form.num_sub_blocks))
+        held = block_part.held(self.spec)
+        self.sub_blocks = [block for block, _ in held]
         self.original_shares = dict(original_shares or {})
         self._known = {} if known is None else known
         self.originals: dict[int, Layer] = {}
         self.blocks: dict[int, list[Layer]] = {}
         for number in range(self.layer_range.start, self.layer_range.stop):
             if self.spec.is_decoupled(number):
-                self.blocks[number] = [self._sub_block(reader, number, part) for part in self.sub_blocks]
+                self.blocks[number] = [
+                    self._layer(reader, Piece.of_sub_block(number, block, own, dtype)) for block, own in held
+                ]
             elif (own := self.original_shares.get(number, share)) is not None:
                 self.originals[number] = self._layer(reader, Piece.of_layer(number, own, dtype))
             reader.release()
@@ -73,9 +77,6 @@ class LocalModel:
         """Of the matrices."""
         blocks = (block for blocks in self.blocks.values() for block in blocks)
         return sum(layer.num_bytes for layer in (*self.layers, *blocks))
-
-    def _sub_block(self, reader: ShardReader, number: int, part: SubBlock) -> Layer:
-        return self._layer(reader, Piece.of_sub_block(number, part, self.spec, self.dtype))
 
     def _layer(self, reader: ShardReader, piece: Piece) -> Layer:
         if piece not in self._known:

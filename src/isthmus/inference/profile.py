@@ -25,6 +25,7 @@ from isthmus.inference.model import LocalModel
 from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
+from isthmus.planning.block_layout import BlockPart
 from isthmus.planning.curves import monotone
 from isthmus.planning.device_costs import WEIGHT_BYTES
 from isthmus.profiling.cache import find, keep
@@ -47,7 +48,7 @@ _MOST_ROWS = 512
 _CODEC_VALUES = 1 << 16
 _STREAM_VALUES = 16 << 20
 _ALONE_S = 0.1
-_NONE = Range(start=0, stop=0)
+_NONE = BlockPart.alone(Range(start=0, stop=0))
 
 
 def measure_cluster(
@@ -243,19 +244,19 @@ def _read_parts(reader: ShardReader, width: int, dtype: str) -> tuple[float, _Pa
     if not form.original_layers:
         raise IsthmusError("model: all of its layers are decoupled; wanted at least one in which slices meet")
     others = dict.fromkeys(form.original_layers[num_layers:])
-    return part, _Parts(LocalModel(reader, share, dtype, sub_blocks=_NONE, original_shares=others))
+    return part, _Parts(LocalModel(reader, share, dtype, block_part=_NONE, original_shares=others))
 
 
 def _read_sub_block(reader: ShardReader, dtype: str) -> tuple[float, _Parts]:
     """The first sub-block of every decoupled layer, and the part of the hidden units that it has."""
     form = reader.spec.decoupling
     assert form is not None
-    first = Range(start=0, stop=1)
+    first = BlockPart.alone(Range(start=0, stop=1))
     model = LocalModel(
         reader,
         LayerShare.whole(reader.spec),
         dtype,
-        sub_blocks=first,
+        block_part=first,
         original_shares=dict.fromkeys(form.original_layers),
     )
     return form.widths[0] / reader.spec.hidden_size, _Parts(model, [blocks[0] for blocks in model.blocks.values()])

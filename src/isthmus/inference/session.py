@@ -20,6 +20,7 @@ from isthmus.inference.generation import OnTokens
 from isthmus.inference.layer import Layer
 from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.models.shards import ShardReader
+from isthmus.planning.block_layout import team_of
 from isthmus.planning.pieces import Piece
 from isthmus.planning.workload import check_strategy
 from isthmus.spec.errors import IsthmusError
@@ -98,7 +99,9 @@ class Session:
         try:
             self._everybody = self._group_of(self._members)
             # All groups first: reading may take longer than anybody waits.
-            working = [self._group_of(each.devices) for each in plans]
+            working = [
+                (self._group_of(each.devices), self._group_of(team_of(each, reader.spec, self._rank))) for each in plans
+            ]
             self._read(reader, working, progress, {} if known is None else known)
         except BaseException as error:
             self.abandon(error)
@@ -107,18 +110,19 @@ class Session:
     def _read(
         self,
         reader: ShardReader,
-        working: Sequence[Group | None],
+        working: Sequence[tuple[Group | None, Group | None]],
         progress: Callable[[float], None],
         known: dict[Piece, Layer],
     ) -> None:
-        for number, (plan, group) in enumerate(zip(self.plans, working, strict=True)):
+        for number, (plan, (group, mates)) in enumerate(zip(self.plans, working, strict=True)):
             before = number / len(self.plans)
 
             def told(share: float, before: float = before) -> None:
                 progress(before + share / len(self.plans))
 
             has_part = self._rank in plan.devices
-            self._executions.append(Execution(plan, reader, group, told, known) if has_part else None)
+            made = Execution(plan, reader, group, told, known, mates=mates) if has_part else None
+            self._executions.append(made)
 
     def close(self) -> None:
         """Lets the followers go. The group stays open: it is the caller's."""
@@ -159,7 +163,7 @@ class Session:
     def stats(self) -> TransportStats | None:
         """What this device has sent and received with others; None where it works with no other. Where a plan has all
         devices of the group, what went over the group before is in it."""
-        everybody = (self._everybody, *(execution.group for execution in self.executions))
+        everybody = (self._everybody, *(group for execution in self.executions for group in execution.groups))
         groups = {id(group): group for group in everybody if group}
         return TransportStats.total(group.stats for group in groups.values()) if groups else None
 
@@ -256,10 +260,12 @@ class Session:
 
     def _rates(self, execution: Execution) -> Tensor:
         """Bytes a second (N,) that this device got from each in the last request; 0 where nothing is known."""
-        assert self._group is not None and execution.group is not None
+        assert self._group is not None
+        ranks = {number: rank for rank, number in enumerate(self._group.global_ranks)}
         rates_N = torch.zeros(self._group.world_size)
-        for peer, rate in execution.group.take_arrival_rates().items():
-            rates_N[execution.plan.devices[peer]] = rate
+        for group in execution.groups:
+            for peer, rate in group.take_arrival_rates().items():
+                rates_N[ranks[group.global_ranks[peer]]] = rate
         return rates_N
 
     def _group_of(self, devices: tuple[int, ...]) -> Group | None:

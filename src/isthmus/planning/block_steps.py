@@ -1,8 +1,7 @@
 """What devices compute and exchange for a decoupled model under block parallelism, layer by layer: the arithmetic of
 ``inference/strategies/block_parallel``, without computing.
 
-What devices hold between layers is their ``slices`` of all tokens, the ``whole`` of all tokens, or their ``tokens``; a
-layer that wants another of them costs an exchange.
+What devices hold between layers is one of the states of ``block_layout``; a layer that wants another costs an exchange.
 """
 
 from __future__ import annotations
@@ -11,31 +10,36 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.exchanges import Exchange, all_gather, all_reduce, all_to_all
-from isthmus.planning.shares import divide, divide_layer
+from isthmus.planning.block_layout import (
+    COLUMNS,
+    FASTEST,
+    PARTS,
+    SLICES,
+    TOKENS,
+    WHOLE,
+    BlockLayout,
+    BlockPart,
+    Rectangle,
+)
+from isthmus.planning.exchanges import (
+    Exchange,
+    Traffic,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    reduce_scatter,
+    token_algorithm,
+)
+from isthmus.planning.shares import divide_layer
 from isthmus.planning.steps import Step, Work
 from isthmus.planning.wire_errors import is_within, squared_error
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
-from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec
+from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
 _START, _END, _DECOUPLED = "start", "end", "decoupled"
 _State = tuple[str, str]
 """After a layer: how it was computed, and the codec of the last original one."""
-
-
-def sub_blocks_of(plan: InferencePlan, spec: TransformerSpec) -> list[Range]:
-    """Which sub-blocks of every decoupled layer each device of ``plan`` has; none of a model that has none. In
-    proportion to the plan's weights, at least one each. Raises ``IsthmusError`` for more devices than sub-blocks."""
-    num_devices = len(plan.devices)
-    if spec.decoupling is None:
-        return [Range(start=0, stop=0)] * num_devices
-    num = spec.decoupling.num_sub_blocks
-    if num < num_devices:
-        raise IsthmusError(f"devices: got {num_devices} for a model of {num} sub-blocks, wanted at most {num}")
-    one_each = divide(num - num_devices, plan.weights) if num > num_devices else [Range(start=0, stop=0)] * num_devices
-    stops = [sum(len(part) + 1 for part in one_each[: device + 1]) for device in range(num_devices)]
-    return [Range(start=start, stop=stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]:
@@ -64,22 +68,19 @@ def layer_codecs(plan: InferencePlan, spec: TransformerSpec) -> list[str]:
     return found
 
 
-def fastest(plan: InferencePlan) -> int:
-    """Which device, by its place in the plan, computes what one computes for all."""
-    return plan.weights.index(max(plan.weights))
-
-
 def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int, LayerShare | None]]:
     """By device: of which original layers it has another share than the whole; None is no part."""
     num_devices = len(plan.devices)
     shares: list[dict[int, LayerShare | None]] = [{} for _ in range(num_devices)]
-    if num_devices == 1:
+    if num_devices == 1 or spec.decoupling is None:
         return shares
-    for number, kind in original_plans(plan, spec).items():
+    kinds, fastest = original_plans(plan, spec), BlockLayout.of(plan, spec).fastest
+    parts = divide_layer(spec, plan.weights) if "tensor" in kinds.values() else []
+    for number, kind in kinds.items():
         for device in range(num_devices):
             if kind == "tensor":
-                shares[device][number] = divide_layer(spec, plan.weights)[device]
-            elif kind == "fastest" and device != fastest(plan):
+                shares[device][number] = parts[device]
+            elif kind == "fastest" and device != fastest:
                 shares[device][number] = None
     return shares
 
@@ -90,14 +91,14 @@ def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRe
     for number in range(spec.num_layers):
         steps.layer(kinds.get(number), codecs[number])
     steps.end()
-    return tuple(steps.done), steps.state == "tokens"
+    return tuple(steps.done), steps.state == TOKENS
 
 
 def block_token_steps(
     plan: InferencePlan, spec: TransformerSpec, batch: int, num_keys: int, algorithm: str | None
 ) -> tuple[Step, ...]:
     """All layers of one more token of each sequence, which sees ``num_keys``. ``algorithm``: how so few values are best
-    summed; slices are exchanged in FP32."""
+    summed; slices, and teams' sums, are exchanged in FP32."""
     one = InferenceRequest(num_tokens=1, batch=batch)
     steps = _Steps(plan, spec, one, num_keys=num_keys, algorithm=algorithm, codec="fp32")
     kinds = original_plans(plan, spec)
@@ -141,12 +142,16 @@ class OriginalChoice:
         most ``max_error``; None where there is none."""
         spec, plan = self._spec, replace(self._plan, codec=codecs[0])
         choices = [(kind, codec) for kind in kinds for codec in codecs]
-        paths: dict[_State, list[_Path]] = {(_START, codecs[0]): [_Path(0.0, 0.0)]}
+        # What is exchanged before the first original layer is in that one's codec.
+        paths: dict[_State, list[_Path]] = {(_START, codec): [_Path(0.0, 0.0)] for codec in codecs}
+        is_first = True
         for number in range(spec.num_layers):
             after: dict[_State, list[_Path]] = {}
             for before, so_far in paths.items():
                 for state in [(_DECOUPLED, before[1])] if spec.is_decoupled(number) else choices:
-                    after.setdefault(state, []).extend(self._longer(so_far, before, state))
+                    if not is_first or state[1] == before[1]:
+                        after.setdefault(state, []).extend(self._longer(so_far, before, state))
+            is_first = is_first and spec.is_decoupled(number)
             paths = {state: _best_paths(found, max_error) for state, found in after.items()}
         ends = [path for before, so_far in paths.items() for path in self._longer(so_far, before, (_END, before[1]))]
         found = _best_paths(ends, max_error)
@@ -166,7 +171,7 @@ class OriginalChoice:
         """Seconds and squared error of a layer after another one; an exchange may follow what the other computed."""
         if (before, state) not in self._costs:
             is_first = before[0] == _START
-            steps = _Steps(self._plan, self._spec, self._request, "whole" if is_first else "slices", codec=before[1])
+            steps = _Steps(self._plan, self._spec, self._request, WHOLE if is_first else PARTS, codec=before[1])
             if not is_first:
                 steps.layer(None if before[0] == _DECOUPLED else before[0])
             before_s, so_far = self._seconds_of(steps.done), squared_error(steps.done)
@@ -188,16 +193,6 @@ def _best_paths(paths: Sequence[_Path], max_error: float) -> list[_Path]:
     return best[:1] if math.isinf(max_error) else best
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """By device."""
-
-    widths: list[int]
-    """Hidden units of its slices."""
-    rows: list[int]
-    """Tokens of its range, of all sequences."""
-
-
 class _Steps:
     """Steps so far, and what devices hold after them."""
 
@@ -206,56 +201,84 @@ class _Steps:
         plan: InferencePlan,
         spec: TransformerSpec,
         request: InferenceRequest,
-        state: str = "whole",
+        state: str = WHOLE,
         *,
         num_keys: int | None = None,
         algorithm: str | None = None,
         codec: str | None = None,
     ) -> None:
-        """``num_keys``: that each token sees, those of the request without. ``algorithm``: of all-reduces that are
-        prepared once; without, they are general ones in two steps."""
-        self._plan, self._spec = plan, spec
+        """``num_keys``: that each token sees, where the request is of one more token; those of the request without.
+        ``algorithm``: of all-reduces that are prepared once; without, they are general ones in two steps."""
+        self._plan, self._spec, self._request = plan, spec, request
         self._num_devices = len(plan.devices)
+        self._is_token = num_keys is not None
         self._num_keys = request.num_tokens if num_keys is None else num_keys
         self._algorithm, self._codec = algorithm, codec or plan.codec
         self._all_rows = request.batch * request.num_tokens
-        owned = sub_blocks_of(plan, spec)
-        blocks = [[spec.sub_block(number) for number in range(part.start, part.stop)] for part in owned]
-        ranges = divide(request.num_tokens, plan.weights)
-        self._sizes = _Sizes(
-            widths=[sum(len(block.units) for block in own) for own in blocks],
-            rows=[request.batch * len(part) for part in ranges],
+        self._layout = BlockLayout.of(plan, spec)
+        work = [self._sub_block_work(part) for part in self._layout.parts]
+        self._decoupled = tuple(work)
+        self._halves = (
+            tuple(replace(own, block_columns=0.0) for own in work),
+            tuple(replace(own, block_heads=0.0, scores=0) for own in work),
         )
-        self._decoupled = tuple(self._sub_block_work(own) for own in blocks)
         self.state = state
         self.done: list[Step] = []
 
     def layer(self, kind: str | None, codec: str | None = None) -> None:
         """An original layer, computed so, or with None a decoupled one. ``codec``: of exchanges from now on."""
         self._codec = codec or self._codec
-        if kind is None:
-            self._become("slices")
-            self._compute(self._decoupled)
-        else:
+        if kind is not None:
             self._original(kind)
+        elif self._layout.has_teams:
+            self._in_teams()
+        else:
+            self._become(SLICES)
+            self._compute(self._decoupled)
+            self.state = PARTS
 
     def end(self) -> None:
         """Devices end with their tokens, or all with everything."""
-        if self.state != "tokens":
-            self._become("whole")
+        if self.state != TOKENS:
+            self._become(WHOLE)
 
     def _compute(self, work: tuple[Work, ...]) -> None:
         self.done.append(Step(work=work, exchange=None))
 
+    def _in_teams(self) -> None:
+        """Heads and columns of a sub-block are divided in its team. Sums go to whom the tokens are of, who gives all of
+        its team what comes of them; of one more token of each sequence all members have all."""
+        for half in self._halves:
+            self._become(SLICES)
+            self._compute(half)
+            self._exchange(self._of_teams(self._team_sums), is_prepared=self._algorithm is not None)
+            self.state = SLICES if self._is_token else PARTS
+
+    def _team_sums(self, team: Range) -> list[Exchange]:
+        if self._is_token:
+            num_values = self._request.batch * len(self._layout.units[team.start])
+            algorithm = token_algorithm(num_values, len(team)) or "two_step"
+            return all_reduce(self._codec, num_values, len(team), algorithm)
+        return [reduce_scatter(self._codec, self._values_of(PARTS)[team.start : team.stop])]
+
+    def _of_teams(self, exchanges_of: Callable[[Range], list[Exchange]]) -> list[Exchange]:
+        """Of all teams at once; who is in none has nothing to exchange."""
+        found = [(team, exchanges_of(team) if len(team) > 1 else []) for team in self._layout.teams]
+        together = []
+        for number in range(max(len(own) for _, own in found)):
+            parts = [own[number] if number < len(own) else (Traffic(),) * len(team) for team, own in found]
+            together.append(tuple(traffic for part in parts for traffic in part))
+        return together
+
     def _original(self, kind: str) -> None:
         whole = self._work(self._all_rows, 1.0)
         if self._num_devices == 1 or kind == "gather":
-            self._become("whole")
+            self._become(WHOLE)
             self._compute((whole,) * self._num_devices)
         elif kind == "tensor":
             self._tensor()
         elif kind == "tokens":
-            self._become("whole")
+            self._become(WHOLE)
             # Queries, keys and values come from one product, of all tokens; it is this share of attention's.
             spec = self._spec
             product = (spec.num_heads / 2 + spec.num_kv_heads) / (spec.num_heads + spec.num_kv_heads)
@@ -265,10 +288,10 @@ class _Steps:
                         self._work(rows, 1.0),
                         attention_rows=round(rows + (self._all_rows - rows) * product),
                     )
-                    for rows in self._sizes.rows
+                    for rows in self._own_rows()
                 )
             )
-            self.state = "tokens"
+            self.state = TOKENS
         elif kind == "sequence":
             self._sequence()
         else:
@@ -276,35 +299,41 @@ class _Steps:
 
     def _become(self, wanted: str) -> None:
         """The exchange, if any, from what is there to what is wanted."""
-        if wanted == self.state or self._num_devices == 1:
-            self.state = wanted
-            return
-        sizes, codec = self._sizes, self._codec
-        if wanted == "whole":
-            hidden = self._spec.hidden_size
-            by_slices = [self._all_rows * width for width in sizes.widths]
-            values = by_slices if self.state == "slices" else [rows * hidden for rows in sizes.rows]
-            self._exchange(all_gather(codec, values))
-        elif self.state != "whole":
-            # Device i has slice i of all tokens and gives j its tokens of it, or the other way round.
-            sent = [[rows * width for rows in sizes.rows] for width in sizes.widths]
-            if wanted == "slices":
-                sent = [list(column) for column in zip(*sent, strict=True)]
-            self._exchange([all_to_all(codec, sent)])
+        if self._num_devices > 1 and self.state not in (wanted, WHOLE):
+            if (self.state, wanted) == (PARTS, SLICES):
+                values = self._values_of(PARTS)
+                self._exchange(self._of_teams(lambda team: all_gather(self._codec, values[team.start : team.stop])))
+            elif wanted == WHOLE:
+                # What all of a team have, each of them gives some columns of.
+                self._exchange(
+                    all_gather(self._codec, self._values_of(COLUMNS if self.state == SLICES else self.state))
+                )
+            else:
+                areas = self._layout.areas(self.state, wanted, self._request.num_tokens)
+                values = [[self._request.batch * area for area in row] for row in areas]
+                self._exchange([all_to_all(self._codec, values)])
         self.state = wanted
 
+    def _rectangles(self, state: str) -> list[Rectangle]:
+        return self._layout.rectangles(state, self._request.num_tokens)
+
+    def _values_of(self, state: str) -> list[int]:
+        return [self._request.batch * own.area for own in self._rectangles(state)]
+
+    def _own_rows(self) -> list[int]:
+        return [self._request.batch * len(own.tokens) for own in self._rectangles(TOKENS)]
+
     def _tensor(self) -> None:
-        self._become("whole")
+        self._become(WHOLE)
         spec, rows = self._spec, self._all_rows
         shares = divide_layer(spec, self._plan.weights)
         algorithm = self._algorithm or "two_step"
         reduced = all_reduce(self._codec, rows * spec.hidden_size, self._num_devices, algorithm)
-        kv = spec.num_heads + spec.num_kv_heads
         self._compute(
             tuple(
                 Work(
                     attention_rows=rows,
-                    attention_share=(len(share.heads) + len(share.kv_heads(spec))) / kv,
+                    attention_share=_num_products(spec, share) / (spec.num_heads + spec.num_kv_heads),
                     scores=rows * self._num_keys * len(share.heads),
                 )
                 for share in shares
@@ -317,25 +346,19 @@ class _Steps:
         self._exchange(reduced, is_prepared=self._algorithm is not None)
 
     def _sequence(self) -> None:
-        self._become("tokens")
-        spec = self._spec
+        self._become(TOKENS)
+        spec, own_rows = self._spec, self._own_rows()
         kv_values = 2 * spec.num_kv_heads * spec.head_size
         self._compute(
-            tuple(
-                replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in self._sizes.rows
-            )
+            tuple(replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in own_rows)
         )
-        self._exchange(all_gather(self._codec, [kv_values * rows for rows in self._sizes.rows]))
+        self._exchange(all_gather(self._codec, [kv_values * rows for rows in own_rows]))
 
     def _fastest(self, whole: Work) -> None:
-        self._become("slices")
-        device, codec = fastest(self._plan), self._codec
-        values = [self._all_rows * width for width in self._sizes.widths]
-        there = [[count if to == device else 0 for to in range(len(values))] for count in values]
-        back = [[count if source == device else 0 for count in values] for source in range(len(values))]
-        self._exchange([all_to_all(codec, there)])
-        self._compute(tuple(whole if place == device else Work() for place in range(self._num_devices)))
-        self._exchange([all_to_all(codec, back)])
+        self._become(FASTEST)
+        fastest = self._layout.fastest
+        self._compute(tuple(whole if place == fastest else Work() for place in range(self._num_devices)))
+        self._become(PARTS)
 
     def _exchange(self, exchanges: Sequence[Exchange], *, is_prepared: bool = False) -> None:
         """The first one follows what was computed last."""
@@ -349,9 +372,19 @@ class _Steps:
         scores = rows * self._num_keys * self._spec.num_heads
         return Work(attention_rows=rows, attention_share=share, scores=scores, mlp_rows=rows, mlp_share=share)
 
-    def _sub_block_work(self, own: Sequence[SubBlock]) -> Work:
+    def _sub_block_work(self, part: BlockPart) -> Work:
+        spec, held = self._spec, part.held(self._spec)
+        [(block, share), *_] = held
+        products = len(block.heads) + len(block.heads) // spec.heads_per_kv_head
         return Work(
             block_rows=self._all_rows,
-            block_share=sum(len(block.units) for block in own) / self._spec.hidden_size,
-            scores=self._all_rows * self._num_keys * sum(len(block.heads) for block in own),
+            block_share=sum(len(block.units) for block, _ in held) / spec.hidden_size,
+            block_heads=_num_products(spec, share) / products,
+            block_columns=len(share.columns) / spec.intermediate_size,
+            scores=self._all_rows * self._num_keys * sum(len(share.heads) for _, share in held),
         )
+
+
+def _num_products(spec: TransformerSpec, share: LayerShare) -> int:
+    """Heads that attention's matrices are of: for queries and outputs, for keys and values."""
+    return len(share.heads) + len(share.kv_heads(spec))

@@ -50,7 +50,7 @@ class DeviceCosts:
         if work.mlp_rows:
             layer_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
         if work.block_rows:
-            layer_s += self._sub_blocks_s(work.block_rows, work.block_share)
+            layer_s += self._sub_blocks_s(work)
         total_s = work.num_layers * layer_s + work.copied * profile.s_per_added_value
         if work.head_rows:  # as long as the MLP's matrices take, value for value
             values = work.head_share * self.spec.vocab_size * self.spec.hidden_size
@@ -102,7 +102,8 @@ class DeviceCosts:
         attention, mlp = spec.attention_numel * work.attention_share, spec.mlp_numel * work.mlp_share
         # Sub-blocks with heads of their own have as many times smaller attention matrices.
         parts = spec.decoupling.num_sub_blocks if spec.decoupling and spec.decoupling.heads == "own" else 1
-        blocks = (spec.attention_numel / parts + spec.mlp_numel) * work.block_share
+        blocks = spec.attention_numel / parts * work.block_heads + spec.mlp_numel * work.block_columns
+        blocks *= work.block_share
         matrices = ((work.attention_rows, attention), (work.mlp_rows, mlp), (work.block_rows, blocks))
         weights = head + work.num_layers * sum(numel for rows, numel in matrices if rows)
         products = sum(rows * numel for rows, numel in matrices)
@@ -123,31 +124,43 @@ class DeviceCosts:
             self._seconds[key] = max(rates)
         return self._seconds[key]
 
-    def _sub_blocks_s(self, rows: int, share: float) -> float:
-        """Sub-blocks of one layer, in proportion to the first one."""
-        key = ("sub-block", rows, 0.0)
+    def _sub_blocks_s(self, work: Work) -> float:
+        """Sub-blocks of one layer, in proportion to the first one. A part of their heads or columns takes as much less
+        as it would in a layer that is as wide."""
+        rows, total_s = work.block_rows, 0.0
+        for block, part in (("attention", work.block_heads), ("mlp", work.block_columns)):
+            if part == 0:
+                continue
+            seconds = self._sub_block_s(block, rows) * work.block_share
+            if part < 1:
+                narrow, wide = (self._block_s(block, rows, share * work.block_share) for share in (part, 1.0))
+                seconds *= narrow / wide
+            total_s += seconds
+        return total_s
+
+    def _sub_block_s(self, block: str, rows: int) -> float:
+        """Of all sub-blocks' attention or MLP."""
+        key = (f"sub-block {block}", rows, 0.0)
         if key not in self._seconds:
             times = self.profile.sub_block.get(self.dtype)
             if times is not None:
-                self._seconds[key] = float(evaluate(times.attention, rows) + evaluate(times.mlp, rows)) / times.share
+                self._seconds[key] = float(evaluate(getattr(times, block), rows)) / times.share
             else:
-                self._seconds[key] = self._unmeasured_sub_block_s(rows)
-        return self._seconds[key] * share
+                self._seconds[key] = self._unmeasured_sub_block_s(block, rows)
+        return self._seconds[key]
 
-    def _unmeasured_sub_block_s(self, rows: int) -> float:
+    def _unmeasured_sub_block_s(self, block: str, rows: int) -> float:
         """The first sub-block, by its part of the hidden units, from layers of a model that is not decoupled. A part as
-        large of a layer's heads and columns has as many matrix elements; what it has fewer of is columns between them,
+        large of a layer's heads or columns has as many matrix elements; what it has fewer of is columns between them,
         and more of hidden units, which take what adding values takes."""
         spec = self.spec
         first = spec.sub_block(0)
         width, heads = len(first.units) / spec.hidden_size, len(first.heads) / spec.num_heads
-        blocks = (("attention", width * heads, heads, spec.attention_columns), ("mlp", width, 1.0, spec.mlp_columns))
-        total_s = 0.0
-        for block, share, inner, columns in blocks:
-            touched = INNER_TOUCHED * (inner - share) * columns - HIDDEN_TOUCHED * (1 - width) * spec.hidden_size
-            total_s += self._block_s(block, rows, share)
-            total_s += rows * touched / ADDED_TOUCHED * self.profile.s_per_added_value
-        return total_s / width
+        inner, columns = (heads, spec.attention_columns) if block == "attention" else (1.0, spec.mlp_columns)
+        share = width * inner
+        touched = INNER_TOUCHED * (inner - share) * columns - HIDDEN_TOUCHED * (1 - width) * spec.hidden_size
+        seconds = self._block_s(block, rows, share) + rows * touched / ADDED_TOUCHED * self.profile.s_per_added_value
+        return seconds / width
 
     def _block_s(self, block: str, rows: int, share: float) -> float:
         key = (block, rows, share)
@@ -202,23 +215,21 @@ def generation_bytes(spec: TransformerSpec, share: LayerShare, request: Inferenc
 
 def block_generation_bytes(
     spec: TransformerSpec,
-    blocks: Sequence[SubBlock],
+    blocks: Sequence[LayerShare],
     shares: Mapping[int, LayerShare | None],
     vocabulary: int,
     request: InferenceRequest,
     dtype: str,
 ) -> int:
-    """As ``generation_bytes``, of a decoupled model: every sub-block has a cache of its own heads."""
+    """As ``generation_bytes``, of a decoupled model: every sub-block, of which a device has ``blocks``, has a cache of
+    its own heads."""
     if not request.num_new_tokens:
         return 0
     assert spec.decoupling is not None
     originals = spec.decoupling.original_layers
     held = [shares.get(number, LayerShare.whole(spec)) for number in originals]
     heads = sum(_num_cached(spec, share) for share in held if share is not None)
-    whole = LayerShare.whole(spec)
-    for block in blocks:
-        own = LayerShare(heads=block.heads, columns=whole.columns, vocabulary=whole.vocabulary)
-        heads += (spec.num_layers - len(originals)) * _num_cached(spec, own)
+    heads += (spec.num_layers - len(originals)) * sum(_num_cached(spec, block) for block in blocks)
     return 8 * request.batch * _num_slots(spec, request) * heads * spec.head_size + (
         vocabulary * spec.hidden_size * WEIGHT_BYTES[dtype]
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 HEADER_BYTES = 16
+SMALL_VALUES = 8192
 BLOCK_VALUES = 64
 _BLOCK_BYTES = {"int8": 66, "int4": 34}
 
@@ -50,6 +52,14 @@ def even_shares(num_values: int, num_shares: int) -> list[int]:
     """How a reduced tensor is divided: whole codec blocks, the last shares smaller or empty."""
     share = -(-num_values // (num_shares * BLOCK_VALUES)) * BLOCK_VALUES
     return [max(0, min(share, num_values - number * share)) for number in range(num_shares)]
+
+
+def token_algorithm(num_values: int, num_devices: int) -> Literal["doubling", "mesh"] | None:
+    """How so few values are best summed, in FP32: up to here an exchange is bound by latency, and few messages are
+    faster than few bytes. None: as larger ones are."""
+    if num_values > SMALL_VALUES:
+        return None
+    return "mesh" if num_devices & (num_devices - 1) else "doubling"
 
 
 def all_gather(codec: str, values: Sequence[int]) -> list[Exchange]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.block_layout import block_parts
+from isthmus.planning.block_steps import original_shares
 from isthmus.planning.device_costs import (
     PROCESS_BYTES,
     DeviceCosts,
@@ -108,15 +109,14 @@ def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCost
         for load, count in all_passes
     ]
     shares = device_shares(plan, question.spec)
+    sent = [[count * num_bytes for num_bytes in load.sent_bytes()] for load, count in all_passes]
     return Candidate(
         plan=plan,
         latency_s=sum(seconds),
         first_token_s=seconds[0],
         compute_s=sum(count * _computing_s(load, devices) for load, count in all_passes),
         bound_s=sum(count * simulate(load, 1, least_s, devices) for load, count in all_passes),
-        sent_bytes=tuple(
-            sum(count * load.sent_bytes()[device] for load, count in all_passes) for device in range(len(devices))
-        ),
+        sent_bytes=tuple(map(sum, zip(*sent, strict=True))),
         num_exchanges=sum(count * load.num_exchanges() for load, count in all_passes),
         memory_bytes=tuple(
             own_bytes + working_bytes(question.spec, share, question.request, len(shares))
@@ -136,8 +136,8 @@ def _held_bytes(spec: TransformerSpec, plan: InferencePlan, request: InferenceRe
     else:
         more = []
         words = [len(share.vocabulary) for share in divide_layer(spec, plan.weights)]
-        for part, shares, num_words in zip(sub_blocks_of(plan, spec), original_shares(plan, spec), words, strict=True):
-            own = [spec.sub_block(number) for number in range(part.start, part.stop)]
+        for part, shares, num_words in zip(block_parts(plan, spec), original_shares(plan, spec), words, strict=True):
+            own = [share for _, share in part.held(spec)]
             more.append(block_generation_bytes(spec, own, shares, num_words, request, plan.dtype))
     return [held + generating for held, generating in zip(weights, more, strict=True)]
 

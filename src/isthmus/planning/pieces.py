@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from isthmus.planning.block_steps import original_shares, sub_blocks_of
+from isthmus.planning.block_layout import block_parts
+from isthmus.planning.block_steps import original_shares
 from isthmus.planning.device_costs import weight_bytes
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
@@ -27,9 +28,8 @@ class Piece:
         return Piece(layer=layer, heads=share.heads, columns=share.columns, dtype=dtype)
 
     @staticmethod
-    def of_sub_block(layer: int, sub_block: SubBlock, spec: TransformerSpec, dtype: str) -> Piece:
-        columns = Range(start=0, stop=spec.intermediate_size)
-        return Piece(layer=layer, heads=sub_block.heads, columns=columns, dtype=dtype, sub_block=sub_block)
+    def of_sub_block(layer: int, sub_block: SubBlock, share: LayerShare, dtype: str) -> Piece:
+        return Piece(layer=layer, heads=share.heads, columns=share.columns, dtype=dtype, sub_block=sub_block)
 
     def num_bytes(self, spec: TransformerSpec) -> int:
         """Of its matrices as a device keeps them."""
@@ -43,17 +43,17 @@ def pieces_of(plan: InferencePlan, spec: TransformerSpec) -> list[tuple[Piece, .
     parts = zip(
         device_shares(plan, spec),
         layer_ranges(plan, spec),
-        sub_blocks_of(plan, spec),
+        block_parts(plan, spec),
         original_shares(plan, spec),
         strict=True,
     )
     found = []
-    for share, layers, owned, originals in parts:
-        blocks = [spec.sub_block(number) for number in range(owned.start, owned.stop)]
+    for share, layers, part, originals in parts:
+        blocks = part.held(spec)
         pieces: list[Piece] = []
         for layer in range(layers.start, layers.stop):
             if spec.is_decoupled(layer):
-                pieces += [Piece.of_sub_block(layer, block, spec, plan.dtype) for block in blocks]
+                pieces += [Piece.of_sub_block(layer, block, of_it, plan.dtype) for block, of_it in blocks]
             elif (own := originals.get(layer, share)) is not None:
                 pieces.append(Piece.of_layer(layer, own, plan.dtype))
         found.append(tuple(pieces))

@@ -78,8 +78,6 @@ def plans(
             yield InferencePlan(strategy="single", devices=ranks, weights=(1.0,), dtype=dtype)
         return
     form = question.spec.decoupling
-    if form is not None and len(ranks) > form.num_sub_blocks:
-        return
     for strategy in ("tensor", "sequence", "pipeline") if form is None else ("block",):
         if strategy not in question.strategies:
             continue

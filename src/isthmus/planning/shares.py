@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
+from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec
 
 _MICRO_BATCH_TOKENS = 64
 
@@ -51,3 +52,14 @@ def divide_layer(spec: TransformerSpec, weights: Sequence[float], *, column_unit
     columns = divide(spec.intermediate_size, wanted, unit=column_unit)
     words = divide(spec.vocab_size, weights)
     return [LayerShare(heads=h, columns=c, vocabulary=v) for h, c, v in zip(heads, columns, words, strict=True)]
+
+
+def divide_sub_block(spec: TransformerSpec, block: SubBlock, weights: Sequence[float]) -> list[LayerShare]:
+    """Each device's query heads and MLP columns of a sub-block that they have together, as ``divide_layer``."""
+    first, num_heads = block.heads.start, len(block.heads)
+    num_kv_heads = num_heads // spec.heads_per_kv_head
+    own = replace(spec, hidden_size=len(block.units), num_heads=num_heads, num_kv_heads=num_kv_heads, decoupling=None)
+    return [
+        replace(share, heads=Range(start=first + share.heads.start, stop=first + share.heads.stop))
+        for share in divide_layer(own, weights)
+    ]

@@ -21,6 +21,10 @@ class Work:
     block_rows: int = 0
     block_share: float = 0.0
     """Of a decoupled layer: the hidden units of this device's sub-blocks, as a part of all."""
+    block_heads: float = 1.0
+    """Of the elements of these sub-blocks' attention matrices, that are this device's."""
+    block_columns: float = 1.0
+    """Of their MLPs'."""
     num_layers: int = 1
     """So many of them; what follows is not of layers."""
     embedded_rows: int = 0

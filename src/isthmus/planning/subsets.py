@@ -11,21 +11,26 @@ from isthmus.planning.plans import Question
 from isthmus.planning.steps import Work
 
 ALL_UP_TO = 8
-"""Of so many devices every subset is weighed: 128 of them."""
+"""Of so many devices every subset is weighed (128 of them), but for those that have more devices than sub-blocks."""
 
 
 def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tuple[int, ...]]:
     """Ranks, ascending, the leader's always among them; small sets first, each set once.
 
-    Of up to ``ALL_UP_TO`` devices every set. Of more, for some sizes (1 to 8, 10, 12, 14, 16, 20, …, and all), the
-    leader with those that are first in an order: by seconds of computing a layer, by seconds for a layer's tokens on
-    their link, by both together, and by memory. At most four sets of a size.
+    Of up to ``ALL_UP_TO`` devices every set, of a decoupled model's up to as many as it has sub-blocks. Of more, for
+    some sizes (1 to 8, 10, 12, 14, 16, 20, …, and all), the leader with those that are first in an order: by seconds of
+    computing a layer, by seconds for a layer's tokens on their link, by both together, and by memory. At most four sets
+    of a size.
     """
-    others = range(1, len(question.profile.devices))
-    if len(others) < ALL_UP_TO:
-        for size in range(len(others) + 1):
-            for chosen in itertools.combinations(others, size):
-                yield 0, *chosen
+    num_devices, form = len(question.profile.devices), question.spec.decoupling
+    others, all_up_to = range(1, num_devices), num_devices if num_devices <= ALL_UP_TO else 0
+    if form is not None:
+        all_up_to = min(all_up_to, form.num_sub_blocks)
+    for size in range(all_up_to):
+        for chosen in itertools.combinations(others, size):
+            yield 0, *chosen
+    sizes = [size for size in _sizes(num_devices) if size > all_up_to]
+    if not sizes:
         return
     compute_s = {rank: _layer_s(question, costs[rank]) for rank in others}
     link_s = {rank: _tokens_s(question, costs[rank]) for rank in others}
@@ -35,7 +40,7 @@ def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tu
         sorted(others, key=lambda rank: compute_s[rank] + link_s[rank]),
         sorted(others, key=lambda rank: -question.budget_bytes(rank)),
     ]
-    for size in _sizes(len(question.profile.devices)):
+    for size in sizes:
         yield from dict.fromkeys((0, *sorted(order[: size - 1])) for order in orders)
 
 

@@ -23,7 +23,7 @@ _SLACK = 1e-9
 def squared_error(steps: Iterable[Step]) -> float:
     """Of what tokens pass through, if it is all of ``steps``."""
     exchanges = (step.exchange for step in steps if step.exchange is not None)
-    return sum(WIRE_ERRORS[exchange[0].codec] ** 2 for exchange in exchanges)
+    return sum(max(WIRE_ERRORS[traffic.codec] for traffic in exchange) ** 2 for exchange in exchanges)
 
 
 def is_within(squared: float, max_error: float) -> bool:

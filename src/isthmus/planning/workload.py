@@ -7,7 +7,6 @@ compares the bytes and the number of exchanges with those of real runs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from isthmus.planning.block_steps import block_steps, block_token_steps
 from isthmus.planning.exchanges import (
@@ -18,6 +17,7 @@ from isthmus.planning.exchanges import (
     gather,
     pass_on,
     reduce_scatter,
+    token_algorithm,
 )
 from isthmus.planning.shares import divide, divide_layer, micro_batches
 from isthmus.planning.steps import Step, Work
@@ -26,7 +26,6 @@ from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
 _HEADER_VALUES = 5
-SMALL_VALUES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +169,6 @@ def _token_workload(plan: InferencePlan, spec: TransformerSpec, request: Inferen
         after=(Step(work=head, exchange=told),),
         num_layers=spec.num_layers,
     )
-
-
-def token_algorithm(num_values: int, num_devices: int) -> Literal["doubling", "mesh"] | None:
-    """How so few values are best summed, in FP32: up to here an exchange is bound by latency, and few messages are
-    faster than few bytes. None: as larger ones are."""
-    if num_values > SMALL_VALUES:
-        return None
-    return "mesh" if num_devices & (num_devices - 1) else "doubling"
 
 
 def _tensor_layer(

@@ -59,8 +59,9 @@ class InferencePlan:
     """With ``block``: one of ``ORIGINAL_PLANS`` for each original layer, in order; empty: ``gather`` for all."""
     codecs: tuple[str, ...] = ()
     """With ``block``: for each original layer, in order, what all exchanges that it brings about are in: before it, in
-    it, and the one that brings its result back to slices or, after the last, to the whole. Empty: ``codec`` for all;
-    where all are alike it becomes that."""
+    it, and the one that brings its result back to slices or, after the last, to the whole; and those of devices that
+    share a sub-block until the next one (before the first one: as the first one's). Empty: ``codec`` for all; where all
+    are alike it becomes that."""
 
     def __post_init__(self) -> None:
         choices = (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES), ("algorithm", ALGORITHMS))

@@ -13,7 +13,8 @@ from isthmus.inference.strategies.scattered_tensor import ScatteredTensorParalle
 from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
-from isthmus.planning.block_steps import layer_codecs, original_shares, sub_blocks_of
+from isthmus.planning.block_layout import BlockLayout, block_parts
+from isthmus.planning.block_steps import layer_codecs, original_shares
 from isthmus.planning.pieces import Piece
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
@@ -26,19 +27,20 @@ def make_strategy(
     group: Group | None,
     progress: Callable[[float], None] = lambda share: None,
     known: dict[Piece, Layer] | None = None,
+    mates: Group | None = None,
 ) -> Strategy:
     """Reads what this device needs under ``plan`` and makes its strategy. ``group`` holds the plan's devices, in their
-    order, and is None for one. What ``known`` has is not read again; what is read is added to it."""
+    order, and is None for one; ``mates`` those that share sub-blocks with this one (``team_of``), and is None where it
+    has them to itself. What ``known`` has is not read again; what is read is added to it."""
     codec = None if plan.codec == "fp32" else plan.codec
     rank = 0 if group is None else group.rank
     spec = reader.spec
-    blocks = sub_blocks_of(plan, spec)
     model = LocalModel(
         reader,
         device_shares(plan, spec)[rank],
         plan.dtype,
         layer_range=layer_ranges(plan, spec)[rank],
-        sub_blocks=blocks[rank],
+        block_part=block_parts(plan, spec)[rank],
         original_shares=original_shares(plan, spec)[rank],
         known=known,
         progress=progress,
@@ -46,7 +48,12 @@ def make_strategy(
     if spec.decoupling is not None:
         codecs = [None if name == "fp32" else name for name in layer_codecs(plan, spec)]
         return BlockParallel(
-            model, group, sub_blocks=blocks, weights=plan.weights, originals=plan.originals, codecs=codecs
+            model,
+            group,
+            layout=BlockLayout.of(plan, spec),
+            mates=mates,
+            originals=plan.originals,
+            codecs=codecs,
         )
     if group is None:
         return TensorParallel(model, None)

@@ -2,9 +2,11 @@
 
 Between two original layers every device computes its sub-blocks by itself. An original layer mixes all slices, and is
 computed in one of the ways of ``ORIGINAL_PLANS``; its exchanges are in a codec of its own. What a device holds between
-layers is one of three things: its ``slices`` of all tokens, the ``whole`` of all tokens, or the whole of its
-``tokens``. A layer says what it wants, and what is there becomes it with the fewest bytes: an all-gather, or all-to-all
-where each device needs but a part.
+layers is a rectangle of tokens and hidden units (``planning/block_layout``). A layer says which it wants, and what is
+there becomes it with the fewest bytes: an all-gather, or all-to-all where each device needs but a part.
+
+Where devices outnumber sub-blocks, a team of them has one together: each computes its heads and columns of it, and sums
+are exchanged in the team, scattered, so that each keeps its tokens.
 
 Shapes: B batch, T tokens, t this device's tokens, H hidden units, w those of this device's slices.
 """
@@ -20,7 +22,7 @@ from torch import Tensor
 from isthmus.inference.layer import Layer, Rotation
 from isthmus.inference.model import LocalModel
 from isthmus.inference.strategies.base import Strategy, Tokens
-from isthmus.planning.shares import divide
+from isthmus.planning.block_layout import FASTEST, PARTS, SLICES, TOKENS, WHOLE, BlockLayout, Rectangle
 from isthmus.spec.transformer import Range
 from isthmus.transport.base import Group
 
@@ -30,10 +32,10 @@ Fill = Callable[[int, int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass: what all layers need. ``own``: this device's tokens, where tokens are divided."""
+    """One forward pass: what all layers need. ``rectangles``: what each device has in each state. ``own``: this
+    device's tokens, where tokens are divided."""
 
-    tokens: Tokens
-    ranges: list[Range]
+    rectangles: dict[str, list[Rectangle]]
     own: Range
     rotation: Rotation | None
     own_rotation: Rotation | None
@@ -52,32 +54,32 @@ class BlockParallel(Strategy):
         model: LocalModel,
         group: Group | None,
         *,
-        sub_blocks: Sequence[Range],
-        weights: Sequence[float] = (1.0,),
+        layout: BlockLayout,
+        mates: Group | None = None,
         originals: Sequence[str] = (),
         codecs: Sequence[str | None] = (),
     ) -> None:
-        """``sub_blocks``: which each device has. ``weights``: by which tokens are divided. ``originals``: how each
-        original layer is computed, in order; all ``gather`` without. ``codecs``: what exchanges before and in each
-        layer, and after the last, are in; FP32 without. ``group`` None: this device is alone."""
+        """``layout``: what each device has. ``mates``: those of this device's team, None where it has its sub-blocks to
+        itself. ``originals``: how each original layer is computed, in order; all ``gather`` without. ``codecs``: what
+        exchanges before and in each layer, and after the last, are in; FP32 without. ``group`` None: this device is
+        alone."""
         super().__init__(model)
-        self.group, self._weights = group, tuple(weights)
+        self.group, self.mates, self.layout = group, mates, layout
         spec = model.spec
         assert spec.decoupling is not None
         layers = spec.decoupling.original_layers
         self._plans = dict(zip(layers, originals or ("gather",) * len(layers), strict=True))
         self._codecs = tuple(codecs) or (None,) * (spec.num_layers + 1)
-        widths = spec.decoupling.widths
-        self.widths = [sum(widths[part.start : part.stop]) for part in sub_blocks]
-        self._rank = 0 if group is None else group.rank
-        start = sum(self.widths[: self._rank])
-        self.own_units = slice(start, start + self.widths[self._rank])
+        self.rank = 0 if group is None else group.rank
+        team = layout.parts[self.rank].team
+        assert len(team) == (1 if mates is None else mates.world_size)
+        self._team = slice(team.start, team.stop)
 
     def token_ranges(self, num_tokens: int) -> list[Range] | None:
         last = self.model.spec.num_layers - 1
         if self.group is None or self._plans.get(last) not in ("tokens", "sequence"):
             return None
-        return divide(num_tokens, self._weights)
+        return [own.tokens for own in self.layout.rectangles(TOKENS, num_tokens)]
 
     def plan_of(self, number: int) -> str:
         """How an original layer is computed."""
@@ -87,29 +89,25 @@ class BlockParallel(Strategy):
         """``fill``: gets what a cache keeps of a prompt."""
         spec = self.model.spec
         given = self._begin(tokens, fill)
-        kind, state = "whole", self.model.embed(tokens.ids_BT, tokens.positions_BT)
+        kind, state = WHOLE, self.model.embed(tokens.ids_BT, tokens.positions_BT)
         for number in range(spec.num_layers):
             if number in self.model.blocks:
-                kind, state = "slices", self._sub_blocks(number, self._as_slices(number, kind, state, given), given)
-            elif self.group is None:
-                state = self._whole_layer(number, self._as_whole(number, kind, state, given), given)
-                kind = "whole"
+                compute = self._sub_blocks if self.mates is None else self._with_mates
+                kind, state = PARTS, compute(number, kind, state, given)
             else:
-                kind, state = self._original(self._plans[number], number, kind, state, given)
-        if kind == "tokens":
-            return self._finish(state)
-        return self._finish(self._as_whole(spec.num_layers, kind, state, given))
+                kind, state = self._original(self.plan_of(number), number, kind, state, given)
+        return self._finish(state if kind == TOKENS else self._become(WHOLE, spec.num_layers, kind, state, given))
 
     def _begin(self, tokens: Tokens, fill: Fill | None) -> _Pass:
         spec, model = self.model.spec, self.model
         num_tokens = tokens.ids_BT.shape[1]
-        ranges = divide(num_tokens, self._weights)
-        own = ranges[self._rank]
+        states = (WHOLE, TOKENS, FASTEST, PARTS, SLICES)
+        rectangles = {state: self.layout.rectangles(state, num_tokens) for state in states}
+        own = rectangles[TOKENS][self.rank].tokens
         allowed, is_causal = tokens.mask(spec)
         are_divided = self.group is not None and {"tokens", "sequence"} & set(self._plans.values())
         return _Pass(
-            tokens=tokens,
-            ranges=ranges,
+            rectangles=rectangles,
             own=own,
             rotation=model.rotation(tokens.positions_BT),
             own_rotation=model.rotation(tokens.positions_BT[:, own.start : own.stop]),
@@ -123,7 +121,8 @@ class BlockParallel(Strategy):
 
     # --- layers -------------------------------------------------------------------------------------------------------
 
-    def _sub_blocks(self, number: int, own_BTw: Tensor, given: _Pass) -> Tensor:
+    def _sub_blocks(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
+        own_BTw = self._become(SLICES, number, kind, state, given)
         slices = own_BTw.split([len(part.units) for part in self.model.sub_blocks], dim=-1)
         return torch.cat(
             [
@@ -132,6 +131,37 @@ class BlockParallel(Strategy):
             ],
             dim=-1,
         )
+
+    def _with_mates(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
+        """This device's heads and columns of its team's sub-block, of all tokens; sums of its own tokens (B, t, w)."""
+        [layer], norm_first = self.model.blocks[number], self.model.spec.norm_first
+        own_Btw, all_BTw = state, None
+        if kind != PARTS:
+            rows = given.rectangles[PARTS][self.rank].tokens
+            all_BTw = self._become(SLICES, number, kind, state, given)
+            own_Btw = all_BTw[:, rows.start : rows.stop]
+
+        def attention(x_Btw: Tensor) -> Tensor:
+            if all_BTw is None:
+                x_BTw = self._become(SLICES, number, PARTS, x_Btw, given)
+            else:  # everybody has all tokens already
+                x_BTw = layer.norm1(all_BTw) if norm_first else all_BTw
+            partial_BTw = layer.attend(*self._project(number, layer, x_BTw, given), given.allowed, given.is_causal)
+            return self._scattered(number, partial_BTw, given)
+
+        def mlp(x_Btw: Tensor) -> Tensor:
+            return self._scattered(number, layer.mlp(self._become(SLICES, number, PARTS, x_Btw, given)), given)
+
+        return self._layer(layer, own_Btw, attention, mlp)
+
+    def _scattered(self, number: int, partial_BTw: Tensor, given: _Pass) -> Tensor:
+        """The team's sum, of this device's tokens."""
+        assert self.mates is not None
+        sizes = [len(own.tokens) for own in given.rectangles[PARTS][self._team]]
+        parts = [part.contiguous() for part in partial_BTw.split(sizes, dim=1)]
+        total_Btw = torch.empty_like(parts[self.mates.rank])
+        self.mates.reduce_scatter(total_Btw, parts, codec=self._codecs[number])
+        return total_Btw
 
     def _alone(self, number: int, layer: Layer, hidden_BTH: Tensor, given: _Pass, place: int = 0) -> Tensor:
         """A layer, or a sub-block, of which this device has all, of all tokens."""
@@ -153,15 +183,15 @@ class BlockParallel(Strategy):
         return query, key, value
 
     def _original(self, plan: str, number: int, kind: str, state: Tensor, given: _Pass) -> tuple[str, Tensor]:
-        if plan == "gather":
-            return "whole", self._whole_layer(number, self._as_whole(number, kind, state, given), given)
-        if plan == "tensor":
-            return "whole", self._tensor(number, self._as_whole(number, kind, state, given), given)
-        if plan == "tokens":
-            return "tokens", self._tokens(number, self._as_whole(number, kind, state, given), given)
+        if plan == "fastest":
+            return PARTS, self._fastest(number, kind, state, given)
         if plan == "sequence":
-            return "tokens", self._sequence(number, self._as_tokens(number, kind, state, given), given)
-        return "slices", self._fastest(number, self._as_slices(number, kind, state, given), given)
+            return TOKENS, self._sequence(number, self._become(TOKENS, number, kind, state, given), given)
+        whole_BTH = self._become(WHOLE, number, kind, state, given)
+        if plan == "tokens":
+            return TOKENS, self._tokens(number, whole_BTH, given)
+        compute = self._whole_layer if plan == "gather" else self._tensor
+        return WHOLE, compute(number, whole_BTH, given)
 
     def _tensor(self, number: int, whole_BTH: Tensor, given: _Pass) -> Tensor:
         """Heads and columns are divided: BP+TP."""
@@ -194,8 +224,8 @@ class BlockParallel(Strategy):
     def _sequence(self, number: int, own_BtH: Tensor, given: _Pass) -> Tensor:
         """Every device has its tokens, and gathers keys and values of the others: BP+SP."""
         layer, spec = self.model.originals[number], self.model.spec
-        batch = own_BtH.shape[0]
-        gathered = [torch.empty(2, batch, spec.num_kv_heads, len(part), spec.head_size) for part in given.ranges]
+        batch, ranges = own_BtH.shape[0], [own.tokens for own in given.rectangles[TOKENS]]
+        gathered = [torch.empty(2, batch, spec.num_kv_heads, len(part), spec.head_size) for part in ranges]
 
         def attention(x_BtH: Tensor) -> Tensor:
             assert self.group is not None
@@ -208,56 +238,62 @@ class BlockParallel(Strategy):
 
         return self._layer(layer, own_BtH, attention, layer.mlp)
 
-    def _fastest(self, number: int, own_BTw: Tensor, given: _Pass) -> Tensor:
-        """One device, the one with the largest weight, gathers all slices, computes the layer, and gives them back."""
-        fastest = self._weights.index(max(self._weights))
-        shape = own_BTw.shape[:-1]
-        nothing = own_BTw.new_empty(0)
-        is_it = self._rank == fastest
-        mine = own_BTw.contiguous()
-        parts = [own_BTw.new_empty(*shape, width) if is_it else nothing for width in self.widths]
-        self._all_to_all(number, parts, [mine if rank == fastest else nothing for rank in range(len(self.widths))])
-        outputs, inputs = [nothing] * len(parts), [nothing] * len(parts)
-        own_out = torch.empty_like(mine)
-        outputs[fastest] = own_out
-        if is_it:
-            whole_BTH = self._whole_layer(number, torch.cat(parts, dim=-1), given)
-            inputs = [part.contiguous() for part in whole_BTH.split(self.widths, dim=-1)]
-        self._all_to_all(number, outputs, inputs)
-        return own_out
+    def _fastest(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
+        """One device, the one with the largest weight, gets everything, computes the layer, and gives each its part."""
+        state = self._become(FASTEST, number, kind, state, given)
+        if self.rank == self.layout.fastest:
+            state = self._whole_layer(number, state, given)
+        return self._become(PARTS, number, FASTEST, state, given)
 
     # --- from what is there to what layer ``number`` wants ------------------------------------------------------------
 
-    def _as_slices(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
-        if kind == "slices":
+    def _become(self, wanted: str, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
+        has = given.rectangles[kind]
+        if self.group is None or kind == wanted:
             return state
-        if kind == "whole":
-            return state[..., self.own_units]
-        outputs = [state.new_empty(state.shape[0], len(part), self.widths[self._rank]) for part in given.ranges]
-        self._all_to_all(number, outputs, [part.contiguous() for part in state.split(self.widths, dim=-1)])
-        return torch.cat(outputs, dim=1)
+        if kind == WHOLE:
+            return _cut(state, has[self.rank], given.rectangles[wanted][self.rank])
+        if (kind, wanted) == (PARTS, SLICES):
+            return state if self.mates is None else self._gather(self.mates, number, state, has[self._team])
+        if wanted == WHOLE:
+            return self._gather(self.group, number, state, has)
+        return self._move(number, state, has, given.rectangles[wanted])
 
-    def _as_tokens(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
-        if kind == "tokens":
-            return state
-        if kind == "whole":
-            return state[:, given.own.start : given.own.stop]
-        outputs = [state.new_empty(state.shape[0], len(given.own), width) for width in self.widths]
-        inputs = [state[:, part.start : part.stop].contiguous() for part in given.ranges]
-        self._all_to_all(number, outputs, inputs)
-        return torch.cat(outputs, dim=-1)
+    def _gather(self, group: Group, number: int, state: Tensor, has: Sequence[Rectangle]) -> Tensor:
+        """All that ``group``, of whom each ``has`` a part, has together."""
+        parts = [state.new_empty(len(state), len(each.tokens), len(each.units)) for each in has]
+        group.all_gather(parts, state.contiguous(), codec=self._codecs[number])
+        first, last = has[0], has[-1]
+        return _joined(
+            state,
+            Rectangle(
+                tokens=Range(start=first.tokens.start, stop=last.tokens.stop),
+                units=Range(start=first.units.start, stop=last.units.stop),
+            ),
+            has,
+            parts,
+        )
 
-    def _as_whole(self, number: int, kind: str, state: Tensor, given: _Pass) -> Tensor:
-        if kind == "whole" or self.group is None:
-            return state
-        if kind == "slices":
-            gathered, dim = [state.new_empty(*state.shape[:-1], width) for width in self.widths], 2
-        else:
-            gathered = [state.new_empty(state.shape[0], len(part), state.shape[2]) for part in given.ranges]
-            dim = 1
-        self.group.all_gather(gathered, state.contiguous(), codec=self._codecs[number])
-        return torch.cat(gathered, dim=dim)
-
-    def _all_to_all(self, number: int, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+    def _move(self, number: int, state: Tensor, has: Sequence[Rectangle], wants: Sequence[Rectangle]) -> Tensor:
+        """What this device wants, where each ``has`` one part of everything and ``wants`` another."""
         assert self.group is not None
+        own, wanted = has[self.rank], wants[self.rank]
+        inputs = [_cut(state, own, own.common(each)).contiguous() for each in wants]
+        pieces = [each.common(wanted) for each in has]
+        outputs = [state.new_empty(len(state), len(each.tokens), len(each.units)) for each in pieces]
         self.group.all_to_all(outputs, inputs, codec=self._codecs[number])
+        return _joined(state, wanted, pieces, outputs)
+
+
+def _cut(state: Tensor, own: Rectangle, part: Rectangle) -> Tensor:
+    """``part`` of ``own``, which ``state`` is; a view."""
+    tokens, units = part.tokens.start - own.tokens.start, part.units.start - own.units.start
+    return state[:, tokens : tokens + len(part.tokens), units : units + len(part.units)]
+
+
+def _joined(like: Tensor, whole: Rectangle, pieces: Sequence[Rectangle], values: Sequence[Tensor]) -> Tensor:
+    """``whole``, of whose ``pieces`` these are the ``values``."""
+    joined = like.new_empty(len(like), len(whole.tokens), len(whole.units))
+    for piece, value in zip(pieces, values, strict=True):
+        _cut(joined, whole, piece).copy_(value)
+    return joined
