@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_the_rest_answers_and_each_is_told_when_it_ends(saved: Saved) -> None:  
 
 def test_teams_form_anew_until_everybody_has_a_sub_block(saved: Saved) -> None:  # noqa: F811
     """Two sub-blocks on four, three and two devices."""
-    devices = Devices(saved("bert", "two"), block(4, originals=("tokens",)))
+    devices = Devices(saved("bert", "two"), replace(block(4), originals=("tokens",)))
     wanted = Engine(saved("bert", "two")).hidden(IDS, ATTENDED)
 
     def lead(engine: Engine) -> list[int]:
