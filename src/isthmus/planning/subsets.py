@@ -20,7 +20,8 @@ def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tu
     Of up to ``ALL_UP_TO`` devices every set, of a decoupled model's up to as many as it has sub-blocks. Of more, for
     some sizes (1 to 8, 10, 12, 14, 16, 20, …, and all), the leader with those that are first in an order: by seconds of
     computing a layer, by seconds for a layer's tokens on their link, by both together, and by memory. At most four sets
-    of a size.
+    of a size. Teams, of many devices that share sub-blocks, take long to weigh: of each twice as many devices as the
+    size before, and of all, the set that is first by both.
     """
     num_devices, form = len(question.profile.devices), question.spec.decoupling
     others, all_up_to = range(1, num_devices), num_devices if num_devices <= ALL_UP_TO else 0
@@ -29,8 +30,11 @@ def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tu
     for size in range(all_up_to):
         for chosen in itertools.combinations(others, size):
             yield 0, *chosen
-    sizes = [size for size in _sizes(num_devices) if size > all_up_to]
-    if not sizes:
+    sizes, team_sizes = [size for size in _sizes(num_devices) if size > all_up_to], []
+    if form is not None and num_devices > ALL_UP_TO:
+        team_sizes = _doubled(form.num_sub_blocks, num_devices)
+        sizes = [size for size in sizes if size <= form.num_sub_blocks]
+    if not sizes and not team_sizes:
         return
     compute_s = {rank: _layer_s(question, costs[rank]) for rank in others}
     link_s = {rank: _tokens_s(question, costs[rank]) for rank in others}
@@ -42,12 +46,21 @@ def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tu
     ]
     for size in sizes:
         yield from dict.fromkeys((0, *sorted(order[: size - 1])) for order in orders)
+    for size in team_sizes:
+        yield 0, *sorted(orders[2][: size - 1])
 
 
 def _sizes(num_devices: int) -> list[int]:
     sizes = {1, 2, 3, num_devices}
     sizes |= {part << power for power in range(num_devices.bit_length()) for part in (4, 5, 6, 7)}
     return sorted(size for size in sizes if size <= num_devices)
+
+
+def _doubled(num_sub_blocks: int, num_devices: int) -> list[int]:
+    """Twice as many devices as sub-blocks, four times as many, …, and all, where that is more than one each."""
+    powers = range(1, (num_devices // num_sub_blocks).bit_length())
+    sizes = {num_sub_blocks << power for power in powers} | {num_devices}
+    return sorted(size for size in sizes if num_sub_blocks < size <= num_devices)
 
 
 def _layer_s(question: Question, device: DeviceCosts) -> float:
