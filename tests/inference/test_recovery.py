@@ -70,7 +70,9 @@ class Devices:
                 options = {"rank": rank, "world_size": num_devices, "port": port, "timeout_s": FOREVER_S}
                 with (
                     SocketGroup.connect(**options, listener=listener if rank == 0 else None) as group,
-                    join(ShardReader(self._model), wish, group, tell=self.told.append if rank == 0 else _say_nothing) as engine,
+                    join(
+                        ShardReader(self._model), wish, group, tell=self.told.append if rank == 0 else _say_nothing
+                    ) as engine,
                 ):
                     self._engines[rank] = engine
                     started.wait(60)
