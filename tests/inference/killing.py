@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 from tests.inference.losing import Connection, Event, Round
 
 PATIENCE_S = 90.0
@@ -98,6 +99,14 @@ class Processes:
             event = self._hear(rank)
             assert event.kind == "started", event
             self.pids[rank] = event.what
+
+    def wait_until_met(self) -> None:
+        """Until each is connected to some other."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        for pid in self.pids.values():
+            while not any(each.status == "ESTABLISHED" for each in psutil.Process(pid).net_connections("tcp")):
+                assert time.monotonic() < deadline_s, f"they never meet: {self.story()}"
+                time.sleep(0.002)
 
     def kill(self, rank: int) -> None:
         at_s = time.monotonic()

@@ -21,12 +21,14 @@ import torch
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.run import open_engine
+from isthmus.models.decoupled import architectures
 from isthmus.profiling.limits import free_memory_bytes
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferenceRequest
 from isthmus.transport.errors import PeerLostError
 
+assert architectures.CLASSES  # imported before anything is forked: it takes longest
 Connection = multiprocessing.connection.Connection
 LONGEST_S = 400
 """A process of a device ends by then, whatever it waits for and whoever should have ended it."""

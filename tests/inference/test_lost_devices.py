@@ -141,7 +141,7 @@ def testbed(directory: Path) -> Iterator[Fleet]:
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 240 MiB that is worth dividing: 69 MiB of it on each of four devices, 126 on the busiest of three."""
-    shape = {"hidden_size": 512, "num_hidden_layers": 20, "num_attention_heads": 8, "intermediate_size": 2048}
+    shape: dict[str, Any] = dict(hidden_size=512, num_hidden_layers=20, num_attention_heads=8, intermediate_size=2048)
     config = decoupled_config(BertConfig(vocab_size=99, **shape), {"num_sub_blocks": 4, "original_layers": [19]})
     directory = tmp_path_factory.mktemp("larger")
     with torch.random.fork_rng():
@@ -161,12 +161,15 @@ def serve_and_kill(
     processes.check(tally, is_memory_short="free_bytes" in options)
 
 
-def kill_who_joins(fleet: Fleet, model: Path, strategy: str, random_: random.Random, tally: Tally) -> None:
-    """One round: one is killed before the first request, or soon after."""
-    longest_s = 12.0 if strategy == "auto" else 2.0
+def kill_who_joins(
+    fleet: Fleet, model: Path, strategy: str, random_: random.Random, tally: Tally, after_s: float | None
+) -> None:
+    """One round: one is killed until so long after all have met, or before (None)."""
     round_ = fleet.round(model, strategy, random_, timeout_s=JOINING_S, refresh=strategy == "auto")
     with started(fleet.servers, round_) as processes:
-        time.sleep(random_.uniform(0, longest_s))
+        if after_s is not None:
+            processes.wait_until_met()
+            time.sleep(random_.uniform(0, after_s))
         processes.kill(random_.randrange(1, NUM_DEVICES))
         processes.is_answered_again()
         processes.end()
@@ -191,9 +194,9 @@ def test_a_hundred_kills_on_the_testbed(seed: int, saved: Saved, larger: Path, t
     of others, also while they recover."""
     tally, random_ = Tally(), random.Random(seed)
     tiny = [saved(family, "four") for family in ("bert", "llama")]
-    kill_who_joins(testbed, larger, "auto", random_, tally)
-    for model in tiny:
-        kill_who_joins(testbed, model, "block", random_, tally)
+    kill_who_joins(testbed, tiny[seed % 2], "block", random_, tally, None)
+    kill_who_joins(testbed, tiny[seed % 2], "block", random_, tally, 0.1)
+    kill_who_joins(testbed, larger, "auto", random_, tally, 12.0)
     for free_bytes in (118 * MIB, 200 * MIB):
         serve_and_kill(testbed, larger, "block", random_, tally, free_bytes=free_bytes)
     number = 0
