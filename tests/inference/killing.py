@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 from tests.inference.losing import Connection, Event, Round
 
 PATIENCE_S = 90.0
@@ -79,6 +78,16 @@ def accept_servers(listener: socket.socket, num_devices: int) -> list[Connection
     return [servers[rank] for rank in range(num_devices)]
 
 
+def has_connection(pid: int) -> bool:
+    """Whether the process has one over TCP, also in another network namespace."""
+    files = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            files.add(os.readlink(path))
+    connections = map(str.split, Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:])
+    return any(fields[3] == "01" and f"socket:[{fields[9]}]" in files for fields in connections)  # 01: established
+
+
 class Processes:
     """One process on each device, which answer requests together. See ``started``."""
 
@@ -104,7 +113,7 @@ class Processes:
         """Until each is connected to some other."""
         deadline_s = time.monotonic() + PATIENCE_S
         for pid in self.pids.values():
-            while not any(each.status == "ESTABLISHED" for each in psutil.Process(pid).net_connections("tcp")):
+            while not has_connection(pid):
                 assert time.monotonic() < deadline_s, f"they never meet: {self.story()}"
                 time.sleep(0.002)
 
