@@ -42,9 +42,9 @@ class Tally:
 
     kills: Counter[str] = field(default_factory=Counter)
     """By what was going on: ``joining``, ``between``, ``request`` or ``recovery``."""
-    answers: int = 0
-    answers_after: int = 0
-    """Those with fewer devices than in the beginning."""
+    answers: Counter[int] = field(default_factory=Counter)
+    """Right ones, by the number of devices."""
+    largest_error: float = 0.0
     repeated: int = 0
     failed_twice: int = 0
     refused: Counter[str] = field(default_factory=Counter)
@@ -59,11 +59,13 @@ class Tally:
     def __str__(self) -> str:
         moments = ", ".join(f"{count} {moment}" for moment, count in sorted(self.kills.items()))
         refused = ", ".join(f"{count} {why}" for why, count in sorted(self.refused.items()))
+        answers = ", ".join(f"{count} by {devices}" for devices, count in sorted(self.answers.items(), reverse=True))
         found_s = sorted(self.recoveries_s) or [0.0]
         return (
-            f"{self.num_kills} kills ({moments}): {self.answers} right answers, {self.answers_after} of them by those "
-            f"that were left; {self.repeated} requests repeated, {self.failed_twice} failed twice; rounds refused: "
-            f"{refused or 'none'}; recovery median {statistics.median(found_s):.2f} s, slowest {found_s[-1]:.2f} s"
+            f"{self.num_kills} kills ({moments}); {self.answers.total()} right answers ({answers} devices), largest "
+            f"error {self.largest_error:.1g}; {self.repeated} requests repeated, {self.failed_twice} failed twice; "
+            f"rounds refused: {refused or 'none'}; "
+            f"recovery median {statistics.median(found_s):.2f} s, slowest {found_s[-1]:.2f} s"
         )
 
 
@@ -237,8 +239,8 @@ class Processes:
 
     def _count(self, tally: Tally, requests: Sequence[Request]) -> None:
         answered = [request for request in requests if request.error is not None]
-        tally.answers += len(answered)
-        tally.answers_after += sum(request.num_devices < self._num_devices for request in answered)
+        tally.answers.update(request.num_devices for request in answered)
+        tally.largest_error = max([tally.largest_error, *(request.error or 0.0 for request in answered)])
         tally.repeated += sum(bool(request.lost) for request in requests)
         for request in answered:
             if request.lost:
