@@ -14,12 +14,14 @@ import psutil
 import pytest
 import torch
 from tests.inference.test_block_parallel import saved  # noqa: F401
+from tests.planning.test_block_steps import profile
 from tests.transport.groups import run_threads
 
 from isthmus.inference import planned
 from isthmus.inference.engine import Engine
 from isthmus.inference.planned import Recovery, Wish, join
 from isthmus.models.shards import ShardReader
+from isthmus.planning.block_steps import sub_blocks_of
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan, InferenceRequest
@@ -42,7 +44,7 @@ def _say_nothing(text: str) -> None:
 class Devices:
     """Threads that are devices: the first one's is ``lead``, the others follow. Any of them can be killed."""
 
-    def __init__(self, model: Path, plan: InferencePlan) -> None:
+    def __init__(self, model: Path, plan: InferencePlan | None) -> None:
         self.told: list[str] = []
         self._model, self._plan = model, plan
         self._engines: dict[int, Engine] = {}
@@ -231,6 +233,33 @@ def test_one_that_is_lost_while_the_rest_plans_is_done_without(
 
     assert devices.run(4, lead)[0] == 2
     assert devices.told == ["rank 1 lost; 3 devices are left", "rank 3 lost; 2 devices are left"]
+
+
+def test_those_that_are_left_plan_by_what_was_measured_before(
+    saved: Saved,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nobody has named a plan. One that is twice as fast gets two of the four sub-blocks when another is lost."""
+    model = saved("bert", "four")
+    spec = ShardReader(model).spec
+    measured = profile(spec, (1e6, 1e6, 2e6, 1e6), 1e8)  # so slow that all are needed
+    monkeypatch.setattr(planned, "measure_cluster", lambda *arguments, **options: measured)
+    devices = Devices(model, None)
+    wanted = Engine(model).hidden(IDS, ATTENDED)
+
+    def lead(engine: Engine) -> list[list[int]]:
+        used = []
+        for lost in (None, 1, 2):
+            if lost is not None:
+                devices.kill(lost)
+            for _ in range(2):
+                torch.testing.assert_close(engine.hidden(IDS, ATTENDED), wanted, rtol=1e-4, atol=1e-5)
+            used.append([len(part) for part in sub_blocks_of(engine.plan, spec)])
+        return used
+
+    assert devices.run(4, lead)[0] == [[1, 1, 1, 1], [1, 2, 1], [2, 2]]
+    found = [text for text in devices.told if "lost" in text]
+    assert found == ["rank 1 lost; 3 devices are left", "rank 2 lost; 2 devices are left"]
 
 
 def test_without_the_memory_the_error_says_what_is_missing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def test_command_runs_inside_its_limits_from_its_start(testbed: Testbed, tmp_pat
         assert {"lo", "eth0"} <= set(text.splitlines())
         assert f"{layout.address(device)}/24" in text
         assert layout.bridge not in text
+
+
+def test_command_can_see_its_limits(testbed: Testbed, tmp_path: Path) -> None:
+    script = "from isthmus.profiling.limits import *; print(free_memory_bytes() >> 20, *cpu_quota())"
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert testbed.run([sys.executable, "-c", script], output=tmp_path, env=env, timeout_s=60).exit_code == 0
+    for device in (0, 1):
+        free_mib, quota_us, period_us = map(int, (tmp_path / f"device-{device}.out").read_text().split())
+        assert 128 < free_mib < 256 and quota_us / period_us == 0.5
 
 
 def test_devices_reach_each_other_and_the_host_but_nothing_else(testbed: Testbed, tmp_path: Path) -> None:

@@ -17,9 +17,16 @@ from types import FrameType
 from typing import Any
 
 from isthmus.testbed.cgroups import is_empty_within, processes_in, remove_group, signal_processes
+from isthmus.testbed.state import FOLDER
 
 # Enters the control groups before anything else runs, so that nothing of the command ever runs without its limits.
 _ENTER = 'for group in $1; do echo $$ > "$group/cgroup.procs" || exit 126; done; shift; exec "$@"'
+# In the namespace, /sys shows the device's links. The control groups stay in it, or a command could not see its limits.
+# They are kept below $1 meanwhile, where only this command sees them.
+_SHOW = (
+    'mount --rbind /sys/fs/cgroup "$1" && mount -t sysfs sysfs /sys && mount --rbind "$1" /sys/fs/cgroup '
+    '&& umount -l "$1" || exit 126; shift; exec "$@"'
+)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,8 +73,10 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Starts ``argv`` at ``place``, in a process group of its own, with nothing to read."""
     entering = ["sh", "-c", _ENTER, "isthmus", " ".join(map(str, place.groups))]
+    entering += ["nsenter", f"--net=/run/netns/{place.namespace}"]
+    entering += ["unshare", "--mount", "--propagation", "slave", "sh", "-c", _SHOW, "isthmus", str(FOLDER)]
     return subprocess.Popen(
-        [*entering, "ip", "netns", "exec", place.namespace, *argv],
+        [*entering, *argv],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=stdout,

@@ -12,7 +12,15 @@ from isthmus.spec.testbed import TestbedSpec
 from isthmus.testbed.cgroups import Controller, ControllerName, host_controllers
 from isthmus.testbed.shell import call, fails
 
-_TOOLS = {"ip": "iproute2", "tc": "iproute2", "sh": "dash"}
+_TOOLS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "sh": "dash",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+    "mount": "mount",
+    "umount": "mount",
+}
 _CONTROLLER_HELP = {
     "cpu": "with version 2 it must be in cgroup.controllers of the root; boot without cgroup_disable=cpu, or, in a "
     "container, have it handed down",

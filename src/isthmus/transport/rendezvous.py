@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
 import selectors
 import socket
 import struct
@@ -22,6 +23,7 @@ from typing import Any
 
 from isthmus.spec.errors import IsthmusError
 from isthmus.transport.errors import PeerLostError, RendezvousError, rank_names
+from isthmus.transport.messages import HEADER_BYTES, unpack_goodbye
 
 PROTOCOL = 1
 _MAGIC = b"isthmus\n"
@@ -287,12 +289,12 @@ def connect_all(
     secret: str,
     timeout_s: float,
     names: Sequence[int],
-    is_given_up: Callable[[], bool] = lambda: False,
+    is_lost: Callable[[int], bool] = lambda peer: False,
 ) -> dict[int, socket.socket]:
     """A connection from ``rank`` to every other: it goes to lower ones, higher ones come to its listener ``own``.
 
     Who comes must know ``secret``. ``names`` are the ranks' numbers in errors. Raises ``PeerLostError`` when some are
-    not there in time, one hangs up before all are there, or ``is_given_up``.
+    not there in time, one hangs up before all are there, or ``is_lost`` says so of one that is waited for.
     """
     deadline_s = time.monotonic() + timeout_s
     connections: dict[int, socket.socket] = {}
@@ -301,7 +303,8 @@ def connect_all(
             connections[peer] = socket.create_connection(addresses[peer], max(0.001, deadline_s - time.monotonic()))
             send_frame(connections[peer], {"secret": secret, "rank": rank})
         while len(connections) < len(addresses) - 1:
-            if is_given_up() or any(_has_hung_up(connection) for connection in connections.values()):
+            missing = set(range(rank + 1, len(addresses))) - connections.keys()
+            if any(map(is_lost, missing)) or any(_peek(connection) == b"" for connection in connections.values()):
                 raise ConnectionResetError("another one is lost")
             if time.monotonic() > deadline_s:
                 raise TimeoutError("timed out")
@@ -328,12 +331,19 @@ def connect_all(
     return connections
 
 
-def _has_hung_up(connection: socket.socket) -> bool:
-    connection.setblocking(False)
-    try:
-        return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
+def has_left(connection: socket.socket) -> bool:
+    """Whether the next that comes is the end, or a goodbye. Does not block, and takes nothing."""
+    header = _peek(connection, HEADER_BYTES)
+    if header is None or 0 < len(header) < HEADER_BYTES:
         return False
+    return not header or unpack_goodbye(header) is not None
+
+
+def _peek(connection: socket.socket, num_bytes: int = 1) -> bytes | None:
+    """What comes next, at most so much of it: nothing at its end, None where it has not come."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return connection.recv(num_bytes, socket.MSG_PEEK) if poll.poll(0) else None
 
 
 def introduced(connection: socket.socket, secret: str, deadline_s: float) -> int | None:

@@ -17,7 +17,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -124,10 +124,7 @@ class Reunion:
             secret, index = str(answer["secret"]), members.index(self.rank)
             addresses = [(str(host), int(port)) for _, host, port in answer["members"]]
             addresses[0] = (self._host_address, addresses[0][1])
-            others = (set(members) if self.rank == 0 else {0}) - {self.rank}
-            connections = connect_all(
-                index, addresses, own, secret, self.timeout_s, members, lambda: not others <= self._connections.keys()
-            )
+            connections = connect_all(index, addresses, own, secret, self.timeout_s, members, self._is_lost(members))
         group = SocketGroup(
             rank=index, connections=connections, secret=secret, timeout_s=self.timeout_s, global_ranks=members
         )
@@ -150,6 +147,10 @@ class Reunion:
         for rank in places:
             self._send(rank, answer)
         return answer
+
+    def _is_lost(self, members: Sequence[int]) -> Callable[[int], bool]:
+        """By its number among ``members``. Rank 0 sees it; the others see that rank 0 hangs up."""
+        return lambda peer: self.rank == 0 and members[peer] not in self._connections
 
     # --- the others ---------------------------------------------------------------------------------------------------
 

@@ -22,18 +22,12 @@ from isthmus.transport.agent import agreed_port, is_port_held_by_agent
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import Parts
 from isthmus.transport.errors import MismatchError, PeerLostError, rank_names
-from isthmus.transport.messages import (
-    HEADER_BYTES,
-    Operation,
-    complete_header,
-    describe,
-    pack_goodbye,
-    unpack_goodbye,
-)
+from isthmus.transport.messages import HEADER_BYTES, Operation, complete_header, describe, pack_goodbye, unpack_goodbye
 from isthmus.transport.rendezvous import (
     Address,
     Meeting,
     connect_all,
+    has_left,
     keep_alive,
     listen,
     local_address,
@@ -136,7 +130,10 @@ class SocketGroup(Group):
                 addresses = self._announce(members, own.getsockname()[:2])
                 names = [self.global_ranks[member] for member in members]
                 index = members.index(self.rank)
-                connections = connect_all(index, addresses, own, self._secret, self.timeout_s, names)
+                others = {peer: self._connections[member] for peer, member in enumerate(members) if peer != index}
+                connections = connect_all(
+                    index, addresses, own, self._secret, self.timeout_s, names, lambda peer: has_left(others[peer])
+                )
         return SocketGroup(
             rank=members.index(self.rank),
             connections=connections,
