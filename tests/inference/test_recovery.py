@@ -21,7 +21,7 @@ from isthmus.inference import planned
 from isthmus.inference.engine import Engine
 from isthmus.inference.planned import Recovery, Wish, join
 from isthmus.models.shards import ShardReader
-from isthmus.planning.block_steps import sub_blocks_of
+from isthmus.planning.block_layout import block_parts
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan, InferenceRequest
@@ -254,7 +254,7 @@ def test_those_that_are_left_plan_by_what_was_measured_before(
                 devices.kill(lost)
             for _ in range(2):
                 torch.testing.assert_close(engine.hidden(IDS, ATTENDED), wanted, rtol=1e-4, atol=1e-5)
-            used.append([len(part) for part in sub_blocks_of(engine.plan, spec)])
+            used.append([len(part.sub_blocks) for part in block_parts(engine.plan, spec)])
         return used
 
     assert devices.run(4, lead)[0] == [[1, 1, 1, 1], [1, 2, 1], [2, 2]]
