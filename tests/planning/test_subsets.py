@@ -88,8 +88,8 @@ def test_plans_of_thirty_two_devices_are_a_few_hundred() -> None:
 
 def test_few_plans_of_many_devices_are_looked_at_when_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest of each situation among them."""
-    for module in (subsets, residency):
-        monkeypatch.setattr(module, "ALL_UP_TO", 2)
+    monkeypatch.setattr(subsets, "ALL_UP_TO", 2)
+    monkeypatch.setattr(residency, "_EXACT_UP_TO", 2)
     monkeypatch.setattr(residency, "SLOWDOWNS", (1.0, 16.0))
     monkeypatch.setattr(residency, "_MOST_OF_MANY", 3)
     pools: list[int] = []

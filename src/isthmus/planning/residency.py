@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from isthmus.planning.inference import Candidate, choose, costs_of, predict, weigh
 from isthmus.planning.pieces import Piece, held_bytes, pieces_of
 from isthmus.planning.plans import Question
-from isthmus.planning.subsets import ALL_UP_TO
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.inference import InferencePlan
 
@@ -25,6 +24,8 @@ _PRICE = math.log(1.005)
 """Of every plan but the first, as if it lost that much: to read its weights takes time, and memory that others want."""
 SLOWDOWNS = (1.0, 4.0, 16.0)
 """Of all links at once."""
+_EXACT_UP_TO = 4
+"""Of so many devices every plan that is worth keeping in some situation is weighed in all."""
 _MOST_OF_MANY = 8
 """Plans of each situation that are worth a look where there are more devices than have every subset weighed."""
 _MOST_NODES = 20_000
@@ -84,7 +85,7 @@ def plans_to_keep(question: Question) -> Residency:
     chosen = choice.chosen
     asked = situations(question)
     found = [_worth_keeping([each for each in weigh(situation) if each.fits]) for situation in asked]
-    if len(question.profile.devices) > ALL_UP_TO:
+    if len(question.profile.devices) > _EXACT_UP_TO:
         found = [_spread(candidates, _MOST_OF_MANY) for candidates in found]
     pool = list(dict.fromkeys([chosen.plan, *(candidate.plan for candidates in found for candidate in candidates)]))
     loss, plans = _Search(question, asked, pool).run()
