@@ -330,6 +330,24 @@ def test_ways_that_do_not_leave_everything_everywhere_cannot_generate(kind: str,
         check_can_generate(ShardReader(saved("llama", "four")), plan)
 
 
+def sent_for_tokens(engine: Engine, ids_BT: torch.Tensor, counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(bytes, exchanges) that this device sends in a request for each number of new tokens. Followers follow to the
+    end."""
+    found = []
+    for count in counts:
+        before = engine.stats
+        if engine.is_leader:
+            engine.generate_tokens(ids_BT, torch.ones_like(ids_BT), GenerationSettings(max_new_tokens=count))
+        else:
+            engine.follow_once()
+        after = engine.stats
+        assert before is not None and after is not None
+        found.append((after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges))
+    if not engine.is_leader:
+        engine.follow()
+    return found
+
+
 @pytest.mark.parametrize("kind", GENERATING)
 @pytest.mark.parametrize("num_sequences", [1, 300])
 @pytest.mark.parametrize("form", ["four", "end-decoupled"])
@@ -341,20 +359,7 @@ def test_the_planner_knows_what_a_token_sends(form: str, num_sequences: int, kin
 
     def work(group: Group) -> list[tuple[int, int]]:
         with Engine(directory, group=group, plan=plan) as engine:
-            found = []
-            for count in (3, 7):
-                before = engine.stats
-                if engine.is_leader:
-                    settings = GenerationSettings(max_new_tokens=count)
-                    engine.generate_tokens(ids_BT, torch.ones_like(ids_BT), settings)
-                else:
-                    engine.follow_once()
-                after = engine.stats
-                assert before is not None and after is not None
-                found.append((after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges))
-            if not engine.is_leader:
-                engine.follow()
-            return found
+            return sent_for_tokens(engine, ids_BT, (3, 7))
 
     found = on_devices(2, work)
     request = InferenceRequest(num_tokens=5, batch=num_sequences, num_new_tokens=3)

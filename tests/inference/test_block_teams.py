@@ -19,6 +19,7 @@ from tests.inference.test_block_parallel import (
     kernels,  # noqa: F401
     reference,
     saved,  # noqa: F401
+    sent_for_tokens,
 )
 
 from isthmus.inference.engine import Engine
@@ -30,7 +31,6 @@ from isthmus.planning.block_steps import original_shares
 from isthmus.planning.device_costs import block_generation_bytes
 from isthmus.planning.plans import expected_error
 from isthmus.planning.workload import passes
-from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import CODECS, GENERATING, ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.transport.base import Group
 
@@ -171,20 +171,9 @@ def test_bytes_and_caches_of_generating_are_those_of_a_real_run(
 
     def work(group: Group) -> tuple[list[tuple[int, int]], int]:
         with Engine(directory, group=group, plan=plan) as engine:
-            [model], found = engine.local_models, []
+            [model] = engine.local_models
             layers = [*model.layers, *(block for blocks in model.blocks.values() for block in blocks)]
-            for count in (3, 5):
-                before = engine.stats
-                if engine.is_leader:
-                    settings = GenerationSettings(max_new_tokens=count)
-                    engine.generate_tokens(ids_BT, torch.ones_like(ids_BT), settings)
-                else:
-                    engine.follow_once()
-                after = engine.stats
-                assert before is not None and after is not None
-                found.append((after.bytes_sent - before.bytes_sent, after.num_exchanges - before.num_exchanges))
-            if not engine.is_leader:
-                engine.follow()
+            found = sent_for_tokens(engine, ids_BT, (3, 5))
             return found, sum(layer.num_cached_heads for layer in layers)
 
     found = on_devices(6, work)

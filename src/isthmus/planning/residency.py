@@ -27,7 +27,7 @@ SLOWDOWNS = (1.0, 4.0, 16.0)
 _EXACT_UP_TO = 4
 """Of so many devices every plan that is worth keeping in some situation is weighed in all."""
 _MOST_OF_MANY = 8
-"""Plans of each situation that are worth a look where there are more devices than have every subset weighed."""
+"""Plans of each situation that are worth a look where there are more devices."""
 _MOST_NODES = 20_000
 """Of the search for the plans to keep; beyond it the best found so far is taken."""
 
