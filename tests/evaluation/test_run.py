@@ -12,7 +12,13 @@ import pytest
 import torch
 from tests.decoupling.conftest import WORDS, decoder, encoder, sentences, text, tokenizer
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+)
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
@@ -171,3 +177,25 @@ def test_command_line_shows_a_table(encoder: Path, decoupled: Path, task: Path, 
     assert result.exit_code == 0, result.output
     assert "probe accuracy" in result.stdout and "spearman" in result.stdout
     assert json.loads((tmp_path / "r.json").read_text())["kind"] == "evaluate"
+
+
+def test_fine_tuned_models_are_kept_and_answer_as_they_did(
+    encoder: Path, decoupled: Path, task: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"tasks": [str(task)], "methods": ["finetune"], "max_train": 64, **FAST, "num_seeds": 1}
+    report = evaluate([encoder, decoupled], save=tmp_path / "kept", **options)
+    for row in report.rows:
+        directory = tmp_path / "kept" / Path(row.model).name / "sst2-seed-0"
+        model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+        lines = [line.split("\t") for line in (task / "dev.tsv").read_text().splitlines()[1:]]
+        with torch.no_grad():
+            right = [
+                model(**AutoTokenizer.from_pretrained(directory)(text, return_tensors="pt")).logits.argmax().item()
+                == int(label)
+                for text, label in lines
+            ]
+        assert np.mean(right) == pytest.approx(row.mean, abs=0.02)
+    with pytest.raises(IsthmusError, match=r"kept/.* is there already; remove it or name another directory"):
+        evaluate([encoder], save=tmp_path / "kept", **options)
+    with pytest.raises(IsthmusError, match=r"save: got models .*, wanted each name once"):
+        evaluate([encoder, encoder], save=tmp_path / "other", **options)

@@ -46,6 +46,10 @@ SeqLen = Annotated[int, typer.Option(min=8, help="Longest input in tokens.")]
 MaxTrain = Annotated[int | None, typer.Option(min=1, help="Train on a sample of so many examples.")]
 Dtype = Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the computation. Weights are FP32.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
+Save = Annotated[
+    Path | None,
+    typer.Option(help="Keep every fine-tuned model, below DIR/MODEL/TASK-seed-N.", metavar="DIR"),
+]
 Report = Annotated[Path | None, typer.Option(help="Write the report here as JSON.", metavar="FILE")]
 
 
@@ -63,6 +67,7 @@ def evaluate(
     max_train: MaxTrain = None,
     dtype: Dtype = "bf16",
     device: Device = "auto",
+    save: Save = None,
     report: Report = None,
 ) -> None:
     """Score models on tasks, all by the same recipe: the original beside the decoupled one.
@@ -87,6 +92,7 @@ def evaluate(
         max_train=max_train,
         dtype=dtype,
         device=device,
+        save=save,
         report=report,
     )
     console = Console()

@@ -15,9 +15,8 @@ from isthmus.decoupling.slicing import copy_weights
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.decoupled.architectures import auto_class_of
 from isthmus.models.decoupled.configs import decoupled_config
-from isthmus.models.sentence import copy_pooling
 from isthmus.models.transformer_families import read_config
-from isthmus.models.writer import copy_tokenizer
+from isthmus.models.writer import write_whole
 from isthmus.spec.decoupling import default_num_groups, original_layers_of, proportional_widths
 from isthmus.spec.errors import IsthmusError
 from isthmus.training.output import published
@@ -95,13 +94,8 @@ class Source:
 
     def write(self, model: PreTrainedModel, output: Path) -> None:
         """Writes ``model`` with the tokenizer and whatever else belongs to the checkpoint: a Hugging Face directory."""
-        implementation = str(model.config._attn_implementation)
-        model.set_attn_implementation("sdpa")
         with published(output) as aside:
-            model.save_pretrained(aside)
-            copy_tokenizer(self.directory, aside)
-            copy_pooling(self.directory, aside)
-        model.set_attn_implementation(implementation)
+            write_whole(model, self.directory, aside)
 
 
 def open_source(model: str | Path) -> Source:

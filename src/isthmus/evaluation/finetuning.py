@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from isthmus.evaluation.questions import Question, exact_match, overlap
 from isthmus.evaluation.spans import Window, best_answers, windows
 from isthmus.evaluation.tasks import Task
 from isthmus.models.attention import use_blocked_attention
+from isthmus.models.writer import write_whole
 from isthmus.spec.errors import IsthmusError
+from isthmus.training.output import published
 from isthmus.training.schedule import learning_rate_at
 
 WARMUP = 0.06
@@ -62,10 +65,12 @@ def classify(
     seed: int,
     place: Place,
     progress: Progress,
+    save: Path | None = None,
 ) -> np.ndarray:
     """Fine-tunes the checkpoint and returns the labels it gives the development examples, (M,) int64. As
-    ``train_classifier``."""
+    ``train_classifier``. ``save``: where the fine-tuned model goes."""
     model = train_classifier(directory, tokenizer, task, recipe, seed=seed, place=place, progress=progress)
+    _save(model, directory, save)
     return predict(model, encode_examples(tokenizer, task.development, recipe.max_length), tokenizer, place)
 
 
@@ -127,6 +132,7 @@ def answer(
     seed: int,
     place: Place,
     progress: Progress,
+    save: Path | None = None,
 ) -> tuple[float, float]:
     """Fine-tunes the checkpoint on questions: (exact match, F1) over the development questions. As ``classify``."""
     train = windows(tokenizer, task.train_questions, recipe.max_length)
@@ -145,6 +151,7 @@ def answer(
         return loss
 
     _train(model, encoded, loss_of, recipe, seed, progress)
+    _save(model, directory, save)
     return _score(model, tokenizer, task.development_questions, recipe, place)
 
 
@@ -186,6 +193,13 @@ def _load(auto_class: Any, directory: str, tokenizer: Any, place: Place, seed: i
     if place.device.type == "cpu":
         use_blocked_attention(model)
     return model.to(place.device)
+
+
+def _save(model: PreTrainedModel, source: str, output: Path | None) -> None:
+    if output is not None:
+        output.mkdir(parents=True)
+        with published(output) as aside:
+            write_whole(model, Path(source), aside)
 
 
 def _train(

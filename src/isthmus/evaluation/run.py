@@ -77,6 +77,7 @@ def evaluate(
     dtype: str = "bf16",
     device: str = "auto",
     report: str | Path | None = None,
+    save: str | Path | None = None,
     console: Console | None = None,
 ) -> EvaluateReport:
     """Scores every model on every task, and the others' fidelity to the first. Parameters are those of ``isthmus
@@ -92,6 +93,8 @@ def evaluate(
     logging.disable_progress_bar()
     candidates = [_candidate(model) for model in models]
     opened = [open_task(task, train, max_train=max_train) for task in tasks]
+    if save is not None:
+        _check_save(Path(save), [each.directory.name for each in candidates], [task.name for task in opened])
     texts = list(_texts(text))
     chosen = _methods(methods, opened, texts, candidates)
     place = Place(_device(device), dtype)
@@ -99,7 +102,8 @@ def evaluate(
     with _telling(console) as say:
         for task in opened:
             for candidate in candidates:
-                rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, say)
+                kept = None if save is None else Path(save) / candidate.directory.name
+                rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, say, kept)
         if "fidelity" in chosen:
             rows += _fidelities(candidates, texts or opened[0].development_texts, place, say)
         if "perplexity" in chosen:
@@ -148,6 +152,15 @@ def _candidate(model: str | Path) -> Candidate:
     )
 
 
+def _check_save(save: Path, models: Sequence[str], tasks: Sequence[str]) -> None:
+    for names, what in ((models, "models"), (tasks, "tasks")):
+        if len(set(names)) < len(names):
+            raise IsthmusError(f"save: got {what} {', '.join(names)}, wanted each name once, to keep them apart")
+    for name in models:
+        if (save / name).exists():
+            raise IsthmusError(f"save: {save / name} is there already; remove it or name another directory")
+
+
 def _methods(
     methods: Sequence[str] | None, tasks: Sequence[Task], texts: Sequence[str], candidates: Sequence[Candidate]
 ) -> tuple[str, ...]:
@@ -190,6 +203,7 @@ def _scores(
     seeds: Sequence[int],
     place: Place,
     say: Say,
+    save: Path | None,
 ) -> list[EvaluateRow]:
     tokenizer = load_tokenizer(candidate.directory)
     rows: list[EvaluateRow] = []
@@ -205,7 +219,8 @@ def _scores(
         def progress(share: float, seed: int = seed) -> None:
             say(f"{candidate.name}: {task.name}, seed {seed}", share)
 
-        options = {"seed": seed, "place": place, "progress": progress}
+        kept = None if save is None else save / f"{task.name}-seed-{seed}"
+        options = {"seed": seed, "place": place, "progress": progress, "save": kept}
         if task.is_questions:
             scores = answer(str(candidate.directory), tokenizer, task, recipe, **options)
             found = dict(zip(("exact_match", "f1"), scores, strict=True))

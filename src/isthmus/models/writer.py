@@ -1,5 +1,5 @@
-"""Streams the units into a checkpoint directory that ``from_pretrained`` loads, with the names ``save_pretrained``
-gives."""
+"""Checkpoint directories that ``from_pretrained`` loads, with the names ``save_pretrained`` gives: of a whole model,
+and of one whose units are streamed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from isthmus.models.checkpoint_keys import CheckpointKeys, CheckpointTensor, persistent_buffers
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.safetensors_file import TensorToWrite, write_safetensors
+from isthmus.models.sentence import copy_pooling
 from isthmus.models.skeleton import torch_dtype
 from isthmus.spec.model import UnitKey
 
@@ -37,6 +39,17 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     names = {file.name for pattern in _TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()}
     for name in sorted(names):
         shutil.copyfile(source / name, target / name)
+
+
+def write_whole(model: PreTrainedModel, source: Path, target: Path) -> None:
+    """Writes ``model`` into the directory ``target``, with the tokenizer and whatever else belongs to the checkpoint
+    ``source`` that it comes from."""
+    implementation = str(model.config._attn_implementation)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(target)
+    model.set_attn_implementation(implementation)
+    copy_tokenizer(source, target)
+    copy_pooling(source, target)
 
 
 def write_checkpoint(
