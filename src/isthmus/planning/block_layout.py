@@ -80,7 +80,7 @@ class BlockLayout:
     @staticmethod
     def of(plan: InferencePlan, spec: TransformerSpec) -> BlockLayout:
         """Of a decoupled model."""
-        return _layout(plan.weights, spec)
+        return layout_of(plan.weights, spec)
 
     @property
     def teams(self) -> list[Range]:
@@ -153,7 +153,8 @@ def team_of(plan: InferencePlan, spec: TransformerSpec, rank: int) -> tuple[int,
 
 
 @lru_cache(maxsize=4096)
-def _layout(weights: tuple[float, ...], spec: TransformerSpec) -> BlockLayout:
+def layout_of(weights: tuple[float, ...], spec: TransformerSpec) -> BlockLayout:
+    """Of devices with these parts of the work."""
     assert spec.decoupling is not None
     widths, num_devices = spec.decoupling.widths, len(weights)
     parts: list[BlockPart] = []

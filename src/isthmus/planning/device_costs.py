@@ -76,20 +76,14 @@ class DeviceCosts:
         waiting_s = float(np.interp(computed_s, link.waiting.computing_s, link.waiting.seconds)) if computed_s else 0.0
         return link.latency_s + num_messages * link.message_s + waiting_s
 
-    def transfer_s(self, traffic: Traffic, credit_bytes: float) -> float:
-        """What its bytes add. ``credit_bytes``: what is left of the burst that the link lets through after a pause."""
+    def transfer_s(self, traffic: Traffic) -> float:
+        """What its bytes add after a pause."""
         num_bytes, transfer = traffic.most_bytes, self.link.transfer
         key = ("transfer", num_bytes, 0.0)
         if key not in self._seconds:
             curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
             self._seconds[key] = float(evaluate(curve, num_bytes))
-        return self._seconds[key] + self.missing_s(traffic, credit_bytes)
-
-    def missing_s(self, traffic: Traffic, credit_bytes: float) -> float:
-        """What its bytes take beyond ``transfer``, which was measured after pauses: there, up to the burst they cost
-        next to nothing."""
-        missing_bytes = max(0.0, min(traffic.most_bytes, self.link.burst_bytes) - credit_bytes)
-        return missing_bytes / self.link.bytes_per_s
+        return self._seconds[key]
 
     def airtime_s(self, traffic: Traffic) -> float:
         """What its bytes, out and in, take of a medium that it shares."""

@@ -35,9 +35,9 @@ class Work:
     """Values copied together."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """All devices compute, then exchange."""
+    """All devices compute, then exchange. Only itself is equal to it, so that what is known of it is found fast."""
 
     work: tuple[Work, ...]
     exchange: Exchange | None
