@@ -14,7 +14,7 @@ from tests.planning.test_block_steps import decoupled, profile
 from isthmus.planning import residency
 from isthmus.planning.device_costs import PROCESS_BYTES
 from isthmus.planning.inference import Weighed, choose, predict, weigh, weigh_slowed
-from isthmus.planning.pieces import resident_bytes
+from isthmus.planning.pieces import held_bytes, pieces_of, resident_bytes, weights_bytes
 from isthmus.planning.plans import Question
 from isthmus.planning.residency import plans_to_keep, requests, slowed
 from isthmus.spec.errors import IsthmusError
@@ -144,3 +144,14 @@ def test_slower_links_take_longer_by_the_same_factor() -> None:
     assert slower.links[2].transfer.seconds[-1] == pytest.approx(16 * measured.links[2].transfer.seconds[-1])
     shared = replace(measured, links=(replace(measured.links[0], airtime_s_per_byte=1e-8),) * 3)
     assert [link.airtime_s_per_byte for link in slowed(shared, (1.0, 4.0, 16.0)).links] == [1e-8, 4e-8, 16e-8]
+
+
+@pytest.mark.parametrize("spec", [BERT, decoupled(6, (2, 5))], ids=["plain", "decoupled"])
+def test_weights_of_a_plan_are_those_of_its_pieces(spec: TransformerSpec) -> None:
+    """Of plans for two devices, for teams, and with layers that only some devices have."""
+    strategies = ("tensor", "sequence", "pipeline") if spec.decoupling is None else ("block",)
+    for strategy, num, ways in itertools.product(strategies, (2, 6), (("gather", "tensor"), ("fastest", "tokens"))):
+        weights = (3.0, *(1.0,) * (num - 1))
+        originals = ways if strategy == "block" else ()
+        plan = InferencePlan(strategy=strategy, devices=tuple(range(num)), weights=weights, originals=originals)
+        assert weights_bytes(plan, spec) == [held_bytes(spec, own) for own in pieces_of(plan, spec)]
