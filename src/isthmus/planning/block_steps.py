@@ -6,9 +6,8 @@ What devices hold between layers is one of the states of ``block_layout``; a lay
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from isthmus.planning.block_layout import (
     COLUMNS,
@@ -32,14 +31,9 @@ from isthmus.planning.exchanges import (
 )
 from isthmus.planning.shares import divide_layer
 from isthmus.planning.steps import Step, Work
-from isthmus.planning.wire_errors import is_within, squared_error
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
-
-_START, _END, _DECOUPLED = "start", "end", "decoupled"
-_State = tuple[str, str]
-"""After a layer: how it was computed, and the codec of the last original one."""
 
 
 def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]:
@@ -87,7 +81,7 @@ def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int
 
 def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[tuple[Step, ...], bool]:
     """(all layers' steps, whether devices end with their tokens: else all of them with everything)."""
-    steps, kinds, codecs = _Steps(plan, spec, request), original_plans(plan, spec), layer_codecs(plan, spec)
+    steps, kinds, codecs = BlockSteps(plan, spec, request), original_plans(plan, spec), layer_codecs(plan, spec)
     for number in range(spec.num_layers):
         steps.layer(kinds.get(number), codecs[number])
     steps.end()
@@ -100,7 +94,7 @@ def block_token_steps(
     """All layers of one more token of each sequence, which sees ``num_keys``. ``algorithm``: how so few values are best
     summed; slices, and teams' sums, are exchanged in FP32."""
     one = InferenceRequest(num_tokens=1, batch=batch)
-    steps = _Steps(plan, spec, one, num_keys=num_keys, algorithm=algorithm, codec="fp32")
+    steps = BlockSteps(plan, spec, one, num_keys=num_keys, algorithm=algorithm, codec="fp32")
     kinds = original_plans(plan, spec)
     for number in range(spec.num_layers):
         steps.layer(kinds.get(number))
@@ -108,92 +102,7 @@ def block_token_steps(
     return tuple(steps.done)
 
 
-@dataclass(frozen=True)
-class _Path:
-    """One way to come to the end of some layer."""
-
-    seconds: float
-    squared: float
-    """Of its error (``wire_errors``)."""
-    chosen: tuple[_State, ...] = ()
-    """For each original layer so far."""
-
-
-class OriginalChoice:
-    """How each original layer of a decoupled model is best computed, and in which codec its exchanges are, all else
-    being as in ``plan``: exact where seconds of steps depend on no more than the layer before.
-
-    The best ways to end a layer in each state follow from those to end the one before. Under a limit of errors a state
-    has several: each faster than all that are as exact.
-    """
-
-    def __init__(
-        self,
-        plan: InferencePlan,
-        spec: TransformerSpec,
-        request: InferenceRequest,
-        seconds_of: Callable[[Sequence[Step]], float],
-    ) -> None:
-        self._plan, self._spec, self._request, self._seconds_of = plan, spec, request, seconds_of
-        self._costs: dict[tuple[_State, _State], tuple[float, float]] = {}
-
-    def best(self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf) -> InferencePlan | None:
-        """The fastest with one of ``kinds`` and one of ``codecs`` for each original layer whose expected error is at
-        most ``max_error``; None where there is none."""
-        spec, plan = self._spec, replace(self._plan, codec=codecs[0])
-        choices = [(kind, codec) for kind in kinds for codec in codecs]
-        # What is exchanged before the first original layer is in that one's codec.
-        paths: dict[_State, list[_Path]] = {(_START, codec): [_Path(0.0, 0.0)] for codec in codecs}
-        is_first = True
-        for number in range(spec.num_layers):
-            after: dict[_State, list[_Path]] = {}
-            for before, so_far in paths.items():
-                for state in [(_DECOUPLED, before[1])] if spec.is_decoupled(number) else choices:
-                    if not is_first or state[1] == before[1]:
-                        after.setdefault(state, []).extend(self._longer(so_far, before, state))
-            is_first = is_first and spec.is_decoupled(number)
-            paths = {state: _best_paths(found, max_error) for state, found in after.items()}
-        ends = [path for before, so_far in paths.items() for path in self._longer(so_far, before, (_END, before[1]))]
-        found = _best_paths(ends, max_error)
-        if not found:
-            return None
-        chosen = found[0].chosen
-        return replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
-
-    def _longer(self, paths: Sequence[_Path], before: _State, state: _State) -> Iterator[_Path]:
-        """``paths``, which ended in ``before``, and one layer more."""
-        more_s, more = self._cost(before, state)
-        for path in paths:
-            chosen = path.chosen if state[0] in (_DECOUPLED, _END) else (*path.chosen, state)
-            yield _Path(path.seconds + more_s, path.squared + more, chosen)
-
-    def _cost(self, before: _State, state: _State) -> tuple[float, float]:
-        """Seconds and squared error of a layer after another one; an exchange may follow what the other computed."""
-        if (before, state) not in self._costs:
-            is_first = before[0] == _START
-            steps = _Steps(self._plan, self._spec, self._request, WHOLE if is_first else PARTS, codec=before[1])
-            if not is_first:
-                steps.layer(None if before[0] == _DECOUPLED else before[0])
-            before_s, so_far = self._seconds_of(steps.done), squared_error(steps.done)
-            if state[0] == _END:
-                steps.end()
-            else:
-                steps.layer(None if state[0] == _DECOUPLED else state[0], state[1])
-            self._costs[before, state] = self._seconds_of(steps.done) - before_s, squared_error(steps.done) - so_far
-        return self._costs[before, state]
-
-
-def _best_paths(paths: Sequence[_Path], max_error: float) -> list[_Path]:
-    """Those within ``max_error`` to which no other is both as fast and as exact, fastest first; one, if errors are not
-    limited."""
-    best: list[_Path] = []
-    for path in sorted(paths, key=lambda path: (path.seconds, path.squared, path.chosen)):
-        if is_within(path.squared, max_error) and not (best and is_within(best[-1].squared, math.sqrt(path.squared))):
-            best.append(path)
-    return best[:1] if math.isinf(max_error) else best
-
-
-class _Steps:
+class BlockSteps:
     """Steps so far, and what devices hold after them."""
 
     def __init__(

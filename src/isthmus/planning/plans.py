@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.block_steps import OriginalChoice
+from isthmus.planning.block_choice import OriginalChoice
 from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, weight_bytes, working_bytes
 from isthmus.planning.shares import divide, micro_batches
 from isthmus.planning.step_seconds import sharing, step_s
