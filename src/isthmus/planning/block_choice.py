@@ -48,9 +48,11 @@ class OriginalChoice:
         self._plan, self._spec, self._request, self._seconds_of = plan, spec, request, seconds_of
         self._costs: dict[tuple[_State, _State], tuple[float, float]] = {}
 
-    def best(self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf) -> InferencePlan | None:
+    def best(
+        self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf
+    ) -> tuple[float, InferencePlan] | None:
         """The fastest with one of ``kinds`` and one of ``codecs`` for each original layer whose expected error is at
-        most ``max_error``; None where there is none."""
+        most ``max_error``, and the seconds of its layers before it; None where there is none."""
         spec, plan = self._spec, replace(self._plan, codec=codecs[0])
         choices = [(kind, codec) for kind in kinds for codec in codecs]
         # What is exchanged before the first original layer is in that one's codec.
@@ -69,7 +71,8 @@ class OriginalChoice:
         if not found:
             return None
         chosen = found[0].chosen
-        return replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
+        fastest = replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
+        return found[0].seconds, fastest
 
     def _longer(self, paths: Sequence[_Path], before: _State, state: _State) -> Iterator[_Path]:
         """``paths``, which ended in ``before``, and one layer more."""

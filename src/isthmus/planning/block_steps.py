@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from isthmus.planning.block_layout import (
+    ALL,
     COLUMNS,
     FASTEST,
     PARTS,
@@ -18,6 +19,7 @@ from isthmus.planning.block_layout import (
     WHOLE,
     BlockLayout,
     BlockPart,
+    Portion,
     Rectangle,
 )
 from isthmus.planning.exchanges import (
@@ -29,6 +31,7 @@ from isthmus.planning.exchanges import (
     reduce_scatter,
     token_algorithm,
 )
+from isthmus.planning.portions import begun, in_portions
 from isthmus.planning.shares import divide_layer
 from isthmus.planning.steps import Step, Work
 from isthmus.spec.errors import IsthmusError
@@ -131,6 +134,13 @@ class BlockSteps:
             tuple(replace(own, block_columns=0.0) for own in work),
             tuple(replace(own, block_heads=0.0, scores=0) for own in work),
         )
+        self._portions = [ALL]
+        if not self._is_token:
+            self._portions = self._layout.portions(
+                overlaps=plan.overlaps, num_tokens=request.num_tokens, batch=request.batch
+            )
+        self._begun_rows: list[int] | None = None
+        """By device: what the next layer is begun with while the last exchange goes on."""
         self.state = state
         self.done: list[Step] = []
 
@@ -152,6 +162,9 @@ class BlockSteps:
             self._become(WHOLE)
 
     def _compute(self, work: tuple[Work, ...]) -> None:
+        if self._begun_rows is not None:
+            self.done[-1], work = begun(self.done[-1], work, self._begun_rows, self._spec)
+            self._begun_rows = None
         self.done.append(Step(work=work, exchange=None))
 
     def _in_teams(self) -> None:
@@ -189,15 +202,14 @@ class BlockSteps:
         elif kind == "tokens":
             self._become(WHOLE)
             # Queries, keys and values come from one product, of all tokens; it is this share of attention's.
-            spec = self._spec
-            product = (spec.num_heads / 2 + spec.num_kv_heads) / (spec.num_heads + spec.num_kv_heads)
+            product = self._spec.product_share
             self._compute(
                 tuple(
                     replace(
                         self._work(rows, 1.0),
                         attention_rows=round(rows + (self._all_rows - rows) * product),
                     )
-                    for rows in self._own_rows()
+                    for rows in self._rows_of(TOKENS)
                 )
             )
             self.state = TOKENS
@@ -212,25 +224,39 @@ class BlockSteps:
             if (self.state, wanted) == (PARTS, SLICES):
                 values = self._values_of(PARTS)
                 self._exchange(self._of_teams(lambda team: all_gather(self._codec, values[team.start : team.stop])))
-            elif wanted == WHOLE:
-                # What all of a team have, each of them gives some columns of.
-                self._exchange(
-                    all_gather(self._codec, self._values_of(COLUMNS if self.state == SLICES else self.state))
-                )
+            elif self._portions == [ALL]:
+                self._exchange([self._of_all(wanted, ALL)])
             else:
-                areas = self._layout.areas(self.state, wanted, self._request.num_tokens)
-                values = [[self._request.batch * area for area in row] for row in areas]
-                self._exchange([all_to_all(self._codec, values)])
+                self._exchange_in_portions(wanted)
         self.state = wanted
 
-    def _rectangles(self, state: str) -> list[Rectangle]:
-        return self._layout.rectangles(state, self._request.num_tokens)
+    def _of_all(self, wanted: str, portion: Portion) -> Exchange:
+        if wanted == WHOLE:
+            # What all of a team have, each of them gives some columns of.
+            values = self._values_of(COLUMNS if self.state == SLICES else self.state, portion)
+            return all_gather(self._codec, values)[0]
+        areas = self._layout.areas(self.state, wanted, self._request.num_tokens, portion)
+        return all_to_all(self._codec, [[self._request.batch * area for area in row] for row in areas])
 
-    def _values_of(self, state: str) -> list[int]:
-        return [self._request.batch * own.area for own in self._rectangles(state)]
+    def _exchange_in_portions(self, wanted: str) -> None:
+        if not self.done:
+            self._compute((Work(),) * self._num_devices)
+        first, second = self._portions
+        self.done[-1:] = in_portions(
+            self.done[-1],
+            (self._of_all(wanted, first), self._of_all(wanted, second)),
+            (self._rows_of(self.state, first), self._rows_of(self.state, second)),
+        )
+        self._begun_rows = self._rows_of(wanted, first)
 
-    def _own_rows(self) -> list[int]:
-        return [self._request.batch * len(own.tokens) for own in self._rectangles(TOKENS)]
+    def _rectangles(self, state: str, portion: Portion = ALL) -> list[Rectangle]:
+        return self._layout.rectangles(state, self._request.num_tokens, portion)
+
+    def _values_of(self, state: str, portion: Portion = ALL) -> list[int]:
+        return [self._request.batch * own.area for own in self._rectangles(state, portion)]
+
+    def _rows_of(self, state: str, portion: Portion = ALL) -> list[int]:
+        return [self._request.batch * len(own.tokens) for own in self._rectangles(state, portion)]
 
     def _tensor(self) -> None:
         self._become(WHOLE)
@@ -256,7 +282,7 @@ class BlockSteps:
 
     def _sequence(self) -> None:
         self._become(TOKENS)
-        spec, own_rows = self._spec, self._own_rows()
+        spec, own_rows = self._spec, self._rows_of(TOKENS)
         kv_values = 2 * spec.num_kv_heads * spec.head_size
         self._compute(
             tuple(replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in own_rows)

@@ -145,7 +145,8 @@ def _held_bytes(spec: TransformerSpec, plan: InferencePlan, request: InferenceRe
 def _computing_s(load: Workload, devices: Sequence[DeviceCosts]) -> float:
     """The slowest device of each step."""
     parts = ((load.before, 1), (load.layer, load.num_layers), (load.after, 1))
-    return sum(count * max(map(_work_s, devices, step.work)) for steps, count in parts for step in steps)
+    works = ((work, count) for steps, count in parts for step in steps for work in (step.work, step.meanwhile) if work)
+    return sum(count * max(map(_work_s, devices, work)) for work, count in works)
 
 
 def _work_s(device: DeviceCosts, work: Work) -> float:

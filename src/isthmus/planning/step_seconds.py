@@ -1,5 +1,6 @@
 """Seconds of steps on some devices: all compute, the last one starts the exchange, the slowest link ends it.
 
+Of what is computed while an exchange goes on only the longer counts, and computing takes longer by what sending needs.
 A link that lets a burst through after a pause (``LinkProfile``) has a credit, which fills while devices compute. Links
 that share a medium take turns on it.
 """
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from isthmus.planning.device_costs import DeviceCosts
-from isthmus.planning.steps import Step
+from isthmus.planning.steps import Step, Work
 from isthmus.planning.workload import Workload
 
 
@@ -79,6 +80,13 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[float]) ->
     transfer_s = max(transfer_s, sum(device.airtime_s(traffic) for device, _, traffic in parts))
     _spend(step, devices, credits_, transfer_s)
     compute_s += max(device.decode_s(traffic) for device, _, traffic in parts)
+    if step.meanwhile:
+        meanwhile_s = max(
+            device.work_s(work) + device.sending_s(traffic)
+            for device, work, traffic in zip(devices, step.meanwhile, step.exchange, strict=True)
+        )
+        _refill(devices, credits_, meanwhile_s - transfer_s)
+        transfer_s = max(transfer_s, meanwhile_s)
     return message_s + (max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s)
 
 
@@ -96,13 +104,22 @@ def least_step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[floa
     transfer_s = max(transfer_s, airtime_s)
     _spend(step, devices, credits_, transfer_s)
     transfer_s += max(device.link.round_trip_s for device in devices) / 2
+    if step.meanwhile:
+        # The weights are read once, before or after.
+        meanwhile_s = max(map(_least_more_s, devices, step.meanwhile))
+        _refill(devices, credits_, meanwhile_s - transfer_s)
+        transfer_s = max(transfer_s, meanwhile_s)
     return max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s
+
+
+def _least_more_s(device: DeviceCosts, work: Work) -> float:
+    return device.least_work_s(work, reads=False)
 
 
 def _refill(devices: Sequence[DeviceCosts], credits_: list[float], seconds: float) -> None:
     for number, device in enumerate(devices):
         link = device.link
-        credits_[number] = min(link.burst_bytes, credits_[number] + link.bytes_per_s * seconds)
+        credits_[number] = min(link.burst_bytes, credits_[number] + link.bytes_per_s * max(0.0, seconds))
 
 
 def _spend(step: Step, devices: Sequence[DeviceCosts], credits_: list[float], seconds: float) -> None:

@@ -169,6 +169,9 @@ class LinkProfile:
     """For long."""
     burst_bytes: float = 0.0
     """So much is let through at once after a pause (token buckets, buffers of switches)."""
+    sending_s_per_byte: float | None = None
+    """Seconds by which computing takes longer for every byte (of the busier direction) that goes out and comes in
+    meanwhile. None: not measured, and nothing is computed while an exchange between layers goes on."""
     airtime_s_per_byte: float = 0.0
     """On a medium that links share (Wi-Fi): seconds for which each byte sent or received occupies it. What all devices
     send and receive in an exchange then takes at least the sum."""
