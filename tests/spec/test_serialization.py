@@ -201,6 +201,7 @@ EXAMPLES: dict[str, Any] = {
                 transfer=Transfer(num_bytes=(16384, 32768), seconds=(0.0, 0.001)),
                 bytes_per_s=1.5e7,
                 burst_bytes=65536.0,
+                sending_s_per_byte=2.5e-9,
                 airtime_s_per_byte=2.5e-8,
             ),
         ),
