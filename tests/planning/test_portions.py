@@ -1,4 +1,4 @@
-"""Exchanges in portions that overlap with computing, as the planner sees them: predicted, bounded, chosen where they help."""
+"""Exchanges in portions, while others are computed, in the planner: predicted, bounded, taken where they help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from isthmus.planning.plans import Question
 from isthmus.planning.step_seconds import least_step_s, step_s
 from isthmus.planning.steps import Step, Work
 from isthmus.planning.workload import workload
-from isthmus.spec.cluster import ClusterProfile
+from isthmus.spec.cluster import ClusterProfile, Overlapping
 from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
 
@@ -27,12 +27,14 @@ SPEC = decoupled(6, (2, 5))
 MBIT = 125e3
 ONE_MORE_S = 2e-4 + 3 * 1e-4 + 1e-3
 """What an exchange of four devices takes at most, whatever its bytes, waiting included (``clusters``)."""
+STARTING_S = 1e-4
 ONE_MORE_PRODUCT_S = 5e-4
 """What a block takes, whatever its rows."""
 
 
 def sending(plain: ClusterProfile, s_per_byte: float | None) -> ClusterProfile:
-    return replace(plain, links=tuple(replace(each, sending_s_per_byte=s_per_byte) for each in plain.links))
+    found = None if s_per_byte is None else Overlapping(starting_s=STARTING_S, s_per_byte=s_per_byte)
+    return replace(plain, links=tuple(replace(each, overlapping=found) for each in plain.links))
 
 
 def question(mbit_per_s: float, s_per_byte: float | None, tokens: int = 128, num_devices: int = 4) -> Question:
@@ -62,12 +64,13 @@ def test_of_computing_and_sending_at_once_the_longer_counts() -> None:
         step = Step(work=idle, exchange=exchange, meanwhile=() if meanwhile is None else (meanwhile,) * 4)
         return of(step, devices, [0.0] * 4)  # type: ignore[operator]
 
-    assert seconds(few) == seconds(None)
+    at_once_s = seconds(None)
+    assert seconds(few) == pytest.approx(at_once_s + STARTING_S)
     sent = exchange[0].most_bytes
     transfer_s = devices[0].transfer_s(exchange[0], 0.0)
     computed_s = devices[0].work_s(many) + sent * 1e-9
     assert transfer_s < computed_s
-    assert seconds(many) == pytest.approx(seconds(None) - transfer_s + computed_s)
+    assert seconds(many) == pytest.approx(at_once_s + STARTING_S - transfer_s + computed_s)
     assert seconds(many, least_step_s) <= seconds(many) and seconds(few, least_step_s) == seconds(None, least_step_s)
 
 
@@ -97,7 +100,7 @@ def test_a_prediction_is_longer_by_no_more_than_what_comes_on_top(
     plain, divided = (predict(asked, plan) for plan in twins(kinds))
     num_more = divided.num_exchanges - plain.num_exchanges
     assert (num_more > 0) == (tokens >= 32)
-    on_top_s = num_more * (ONE_MORE_S + 2 * ONE_MORE_PRODUCT_S) + max(divided.sent_bytes) * s_per_byte
+    on_top_s = num_more * (ONE_MORE_S + 2 * STARTING_S + 2 * ONE_MORE_PRODUCT_S) + max(divided.sent_bytes) * s_per_byte
     assert divided.latency_s <= plain.latency_s + on_top_s + 1e-9
     assert divided.latency_s >= max(divided.bound_s, divided.compute_s) * 0.999
     assert divided.bound_s <= plain.bound_s + num_more * asked.profile.links[0].round_trip_s / 2 + 1e-9

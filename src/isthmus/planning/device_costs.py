@@ -97,7 +97,12 @@ class DeviceCosts:
 
     def sending_s(self, traffic: Traffic) -> float:
         """By how much longer computing takes while its bytes go out and come in."""
-        return traffic.most_bytes * (self.link.sending_s_per_byte or 0.0)
+        return 0.0 if self.link.overlapping is None else traffic.most_bytes * self.link.overlapping.s_per_byte
+
+    @property
+    def starting_s(self) -> float:
+        """What an exchange takes longer for it."""
+        return 0.0 if self.link.overlapping is None else self.link.overlapping.starting_s
 
     def least_work_s(self, work: Work, *, reads: bool = True) -> float:
         """What arithmetic at the best rate ever seen, and reading the weights once, would take. ``reads``: whether it

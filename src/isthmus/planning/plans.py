@@ -119,7 +119,7 @@ def _block_plans(question: Question, plan: InferencePlan, devices: Sequence[Devi
         return sum(step_s(step, devices, credits_) for step in steps)
 
     kinds = tuple(GENERATING) if question.request.num_new_tokens else ORIGINAL_PLANS
-    can_overlap = all(device.link.sending_s_per_byte is not None for device in devices)
+    can_overlap = all(device.link.overlapping is not None for device in devices)
     choices = [
         OriginalChoice(replace(plan, overlaps=overlaps), question.spec, question.request, seconds_of)
         for overlaps in ((False, True) if can_overlap else (False,))

@@ -73,6 +73,8 @@ def step_s(step: Step, devices: Sequence[DeviceCosts], credits_: list[float]) ->
     computed_s = compute_s
     compute_s = max(device.work_s(work) + device.encode_s(traffic) for device, work, traffic in parts)
     message_s = max(device.messages_s(traffic, computed_s) for device, _, traffic in parts)
+    if step.meanwhile or step.is_rest:
+        message_s += max(device.starting_s for device in devices)
     _refill(devices, credits_, compute_s + message_s)
     transfer_s = max(
         device.transfer_s(traffic, credit) for (device, _, traffic), credit in zip(parts, credits_, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from isthmus.profiling.steady import mean_s, steady_s
-from isthmus.spec.cluster import LinkProfile, Transfer, Waiting
+from isthmus.spec.cluster import LinkProfile, Overlapping, Transfer, Waiting
 from isthmus.transport.base import Group
 
 _ROUND_TRIPS = 30
@@ -64,7 +64,7 @@ def measure_link(
         transfer=transfer,
         bytes_per_s=bytes_per_s,
         burst_bytes=burst_bytes,
-        sending_s_per_byte=_sending_s_per_byte(group, computes[-1], transfer) if may_overlap else None,
+        overlapping=_overlapping(group, computes[-1], transfer) if may_overlap else None,
     )
 
 
@@ -140,9 +140,13 @@ def _sum_step_s(group: Group, compute: Callable[[], object], num_values: int) ->
     return max(0.0, _mean(group, _timed(both, _SUMS)) - own_s) / num_exchanges
 
 
-def _sending_s_per_byte(group: Group, compute: Callable[[], object], transfer: Transfer) -> float:
-    """By how much longer this device computes while an exchange goes on, by its bytes. Computing lasts longer than the
-    exchange, which so has all its cost in it."""
+def _overlapping(group: Group, compute: Callable[[], object], transfer: Transfer) -> Overlapping:
+    """Of this device. Computing lasts longer than the exchange that goes on meanwhile, whose cost is so all in it."""
+    smallest = _exchange(group, 4)
+    more_s = [
+        _timed(lambda: group.start(smallest).wait(), _ROUNDS) - _timed(smallest, _ROUNDS) for _ in range(_OVERLAPS)
+    ]
+    starting_s = _mean(group, max(0.0, statistics.median(more_s)))
     num_bytes, lasting_s = transfer.num_bytes[-1], 1.5 * transfer.seconds[-1] + _PAUSE_S
     exchange = _exchange(group, num_bytes)
     exchange()
@@ -157,7 +161,7 @@ def _sending_s_per_byte(group: Group, compute: Callable[[], object], transfer: T
             count += 1
         found.append(time.perf_counter() - start_s - count * own_s)
         handle.wait()
-    return max(0.0, statistics.median(found)) / num_bytes
+    return Overlapping(starting_s=starting_s, s_per_byte=max(0.0, statistics.median(found)) / num_bytes)
 
 
 def _most(group: Group, seconds: float) -> float:
