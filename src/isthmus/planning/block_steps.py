@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from isthmus.planning.block_layout import (
+    ALL,
     COLUMNS,
     FASTEST,
     PARTS,
@@ -21,6 +22,7 @@ from isthmus.planning.block_layout import (
     WHOLE,
     BlockLayout,
     BlockPart,
+    Portion,
     Rectangle,
     layout_of,
 )
@@ -33,6 +35,7 @@ from isthmus.planning.exchanges import (
     reduce_scatter,
     token_algorithm,
 )
+from isthmus.planning.portions import begun, in_portions
 from isthmus.planning.shares import divide_layer
 from isthmus.planning.steps import Step, Work
 from isthmus.spec.errors import IsthmusError
@@ -90,7 +93,7 @@ def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int
 
 def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[tuple[Step, ...], bool]:
     """(all layers' steps, whether devices end with their tokens: else all of them with everything)."""
-    return _walk(transitions(plan.weights, spec, request), plan, spec, layer_codecs(plan, spec))
+    return _walk(transitions(plan.weights, spec, request, overlaps=plan.overlaps), plan, spec, layer_codecs(plan, spec))
 
 
 def block_token_steps(
@@ -108,6 +111,8 @@ def _walk(
 ) -> tuple[tuple[Step, ...], bool]:
     kinds = original_plans(plan, spec)
     layers = [(kinds.get(number, DECOUPLED), codecs[number]) for number in range(spec.num_layers)]
+    if plan.overlaps:
+        return found.in_turn(codecs[0], layers)
     way = [found.find(*pair) for pair in pairwise([(START, codecs[0]), *layers, (END, codecs[-1])])]
     return tuple(step for each in way for step in each.steps), way[-1].state == TOKENS
 
@@ -149,6 +154,15 @@ class Transitions:
             self._found[before, after] = Transition(before=alone, both=both, steps=own, state=steps.state)
         return self._found[before, after]
 
+    def in_turn(self, codec: str, layers: Sequence[State]) -> tuple[tuple[Step, ...], bool]:
+        """As ``block_steps``, of all ``layers``: where exchanges overlap, what a layer has left to compute depends on
+        what comes before and after it. ``codec``: of exchanges before the first."""
+        steps = self._nothing.begin(WHOLE, codec)
+        for layer in layers:
+            steps.layer(*layer)
+        steps.end()
+        return tuple(steps.done), steps.state == TOKENS
+
 
 @lru_cache(maxsize=16)
 def transitions(
@@ -157,11 +171,13 @@ def transitions(
     request: InferenceRequest,
     num_keys: int | None = None,
     algorithm: str | None = None,
+    *,
+    overlaps: bool = False,
 ) -> Transitions:
     """Of devices with these parts of the work. ``num_keys``: that each token sees, where the request is of one more
     token; those of the request without. ``algorithm``: of all-reduces that are prepared once; without, they are general
-    ones in two steps."""
-    return Transitions(_Steps(weights, spec, request, num_keys, algorithm))
+    ones in two steps. ``overlaps``: as in ``InferencePlan``."""
+    return Transitions(_Steps(weights, spec, request, num_keys, algorithm, overlaps=overlaps))
 
 
 def _num_open(steps: Sequence[Step]) -> int:
@@ -179,6 +195,8 @@ class _Steps:
         request: InferenceRequest,
         num_keys: int | None,
         algorithm: str | None,
+        *,
+        overlaps: bool,
     ) -> None:
         """See ``transitions``."""
         self._weights, self._spec, self._request = weights, spec, request
@@ -194,13 +212,20 @@ class _Steps:
             tuple(replace(own, block_columns=0.0) for own in work),
             tuple(replace(own, block_heads=0.0, scores=0) for own in work),
         )
+        self._portions = [ALL]
+        if not self._is_token:
+            self._portions = self._layout.portions(
+                overlaps=overlaps, num_tokens=request.num_tokens, batch=request.batch
+            )
+        self._begun_rows: list[int] | None = None
+        """By device: what the next layer is begun with while the last exchange goes on."""
         self.state = WHOLE
         self.done: list[Step] = []
 
     def begin(self, state: str, codec: str) -> _Steps:
         """As many devices that hold ``state``, and have done nothing."""
         steps = copy(self)
-        steps.state, steps.done, steps._codec = state, [], codec
+        steps.state, steps.done, steps._codec, steps._begun_rows = state, [], codec, None
         return steps
 
     def layer(self, kind: str, codec: str | None = None) -> None:
@@ -221,6 +246,9 @@ class _Steps:
             self._become(WHOLE)
 
     def _compute(self, work: tuple[Work, ...]) -> None:
+        if self._begun_rows is not None:
+            self.done[-1], work = begun(self.done[-1], work, self._begun_rows, self._spec)
+            self._begun_rows = None
         self.done.append(Step(work=work, exchange=None))
 
     def _in_teams(self) -> None:
@@ -258,15 +286,14 @@ class _Steps:
         elif kind == "tokens":
             self._become(WHOLE)
             # Queries, keys and values come from one product, of all tokens; it is this share of attention's.
-            spec = self._spec
-            product = (spec.num_heads / 2 + spec.num_kv_heads) / (spec.num_heads + spec.num_kv_heads)
+            product = self._spec.product_share
             self._compute(
                 tuple(
                     replace(
                         self._work(rows, 1.0),
                         attention_rows=round(rows + (self._all_rows - rows) * product),
                     )
-                    for rows in self._own_rows()
+                    for rows in self._rows_of(TOKENS)
                 )
             )
             self.state = TOKENS
@@ -281,25 +308,39 @@ class _Steps:
             if (self.state, wanted) == (PARTS, SLICES):
                 values = self._values_of(PARTS)
                 self._exchange(self._of_teams(lambda team: all_gather(self._codec, values[team.start : team.stop])))
-            elif wanted == WHOLE:
-                # What all of a team have, each of them gives some columns of.
-                self._exchange(
-                    all_gather(self._codec, self._values_of(COLUMNS if self.state == SLICES else self.state))
-                )
+            elif self._portions == [ALL]:
+                self._exchange([self._of_all(wanted, ALL)])
             else:
-                areas = self._layout.areas(self.state, wanted, self._request.num_tokens)
-                values = [[self._request.batch * area for area in row] for row in areas]
-                self._exchange([all_to_all(self._codec, values)])
+                self._exchange_in_portions(wanted)
         self.state = wanted
 
-    def _rectangles(self, state: str) -> list[Rectangle]:
-        return self._layout.rectangles(state, self._request.num_tokens)
+    def _of_all(self, wanted: str, portion: Portion) -> Exchange:
+        if wanted == WHOLE:
+            # What all of a team have, each of them gives some columns of.
+            values = self._values_of(COLUMNS if self.state == SLICES else self.state, portion)
+            return all_gather(self._codec, values)[0]
+        areas = self._layout.areas(self.state, wanted, self._request.num_tokens, portion)
+        return all_to_all(self._codec, [[self._request.batch * area for area in row] for row in areas])
 
-    def _values_of(self, state: str) -> list[int]:
-        return [self._request.batch * own.area for own in self._rectangles(state)]
+    def _exchange_in_portions(self, wanted: str) -> None:
+        if not self.done:
+            self._compute((Work(),) * self._num_devices)
+        first, second = self._portions
+        self.done[-1:] = in_portions(
+            self.done[-1],
+            (self._of_all(wanted, first), self._of_all(wanted, second)),
+            (self._rows_of(self.state, first), self._rows_of(self.state, second)),
+        )
+        self._begun_rows = self._rows_of(wanted, first)
 
-    def _own_rows(self) -> list[int]:
-        return [self._request.batch * len(own.tokens) for own in self._rectangles(TOKENS)]
+    def _rectangles(self, state: str, portion: Portion = ALL) -> list[Rectangle]:
+        return self._layout.rectangles(state, self._request.num_tokens, portion)
+
+    def _values_of(self, state: str, portion: Portion = ALL) -> list[int]:
+        return [self._request.batch * own.area for own in self._rectangles(state, portion)]
+
+    def _rows_of(self, state: str, portion: Portion = ALL) -> list[int]:
+        return [self._request.batch * len(own.tokens) for own in self._rectangles(state, portion)]
 
     def _tensor(self) -> None:
         self._become(WHOLE)
@@ -325,7 +366,7 @@ class _Steps:
 
     def _sequence(self) -> None:
         self._become(TOKENS)
-        spec, own_rows = self._spec, self._own_rows()
+        spec, own_rows = self._spec, self._rows_of(TOKENS)
         kv_values = 2 * spec.num_kv_heads * spec.head_size
         self._compute(
             tuple(replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in own_rows)

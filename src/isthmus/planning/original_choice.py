@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.block_steps import DECOUPLED, END, START, State, original_plans, transitions
+from isthmus.planning.block_steps import DECOUPLED, END, START, State, transitions
 from isthmus.planning.steps import Step
 from isthmus.planning.wire_errors import is_within, squared_error
 from isthmus.spec.inference import InferencePlan, InferenceRequest
@@ -40,16 +40,16 @@ class OriginalChoice:
         seconds_of: Callable[[Sequence[Step]], float],
     ) -> None:
         self._plan, self._spec, self._seconds_of = plan, spec, seconds_of
-        self._transitions = transitions(plan.weights, spec, request)
+        self._transitions = transitions(plan.weights, spec, request, overlaps=plan.overlaps)
         self._costs: dict[tuple[State, State], tuple[float, float]] = {}
 
-    def best(self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf) -> InferencePlan | None:
+    def best(
+        self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf
+    ) -> tuple[float, InferencePlan] | None:
         """The fastest with one of ``kinds`` and one of ``codecs`` for each original layer whose expected error is at
-        most ``max_error``; None where there is none."""
+        most ``max_error``, and the seconds of its layers before it; None where there is none."""
         spec, plan = self._spec, replace(self._plan, codec=codecs[0])
         choices = [(kind, codec) for kind in kinds for codec in codecs]
-        if len(choices) == 1 and math.isinf(max_error):
-            return replace(plan, originals=tuple(kinds) * len(original_plans(plan, spec)))
         # What is exchanged before the first original layer is in that one's codec.
         paths: dict[State, list[_Path]] = {(START, codec): [_Path(0.0, 0.0)] for codec in codecs}
         is_first = True
@@ -66,7 +66,8 @@ class OriginalChoice:
         if not found:
             return None
         chosen = found[0].chosen
-        return replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
+        fastest = replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
+        return found[0].seconds, fastest
 
     def _longer(self, paths: Sequence[_Path], before: State, state: State) -> Iterator[_Path]:
         """``paths``, which ended in ``before``, and one layer more."""

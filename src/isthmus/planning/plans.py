@@ -111,14 +111,23 @@ def _is_exact_enough(question: Question, plan: InferencePlan) -> bool:
 
 
 def _block_plans(question: Question, plan: InferencePlan, crew: Crew) -> Iterator[InferencePlan]:
-    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest. For
-    each codec or, where errors are limited, with the fastest codec within the limit for each layer."""
+    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest. Each of
+    them overlaps exchanges with computing where that is faster, and was measured to cost less than it gains. For each
+    codec or, where errors are limited, with the fastest codec within the limit for each layer."""
     kinds = tuple(GENERATING) if question.request.num_new_tokens else ORIGINAL_PLANS
-    choice = OriginalChoice(plan, question.spec, question.request, crew.steps_s)
+    choices = [
+        OriginalChoice(replace(plan, overlaps=overlaps), question.spec, question.request, crew.steps_s)
+        for overlaps in ((False, True) if crew.can_overlap else (False,))
+    ]
     alone = [(codec,) for codec in question.codecs]
+    chosen: dict[InferencePlan, None] = {}
     for codecs in alone if math.isinf(question.max_error) else [question.codecs]:
-        found = [choice.best(some, codecs, question.max_error) for some in (kinds, *((kind,) for kind in kinds))]
-        yield from (best for best in found if best is not None)
+        for some in (kinds, *((kind,) for kind in kinds)):
+            found = [choice.best(some, codecs, question.max_error) for choice in choices]
+            fastest = min((each for each in found if each is not None), key=lambda each: each[0], default=None)
+            if fastest is not None:
+                chosen[fastest[1]] = None
+    yield from chosen
 
 
 def _gives_layers_to_all(weights: Sequence[float], spec: TransformerSpec) -> bool:

@@ -1,5 +1,7 @@
 """Seconds of steps on some devices: all compute, the last one starts the exchange, the slowest link ends it.
 
+Of what is computed while an exchange goes on only the longer counts, and computing takes longer by what sending needs.
+Of what is computed while an exchange goes on only the longer counts, and computing takes longer by what sending needs.
 A link that lets a burst through after a pause (``LinkProfile``) has a credit, which fills while devices compute. Links
 that share a medium take turns on it.
 """
@@ -31,6 +33,8 @@ class _Times:
     decoding_s: float = 0.0
     more_airtime_s: float = 0.0
     """Beside what links take."""
+    meanwhile_s: float = 0.0
+    """Of what is computed while the exchange goes on, and of sending meanwhile."""
 
 
 class Crew:
@@ -54,6 +58,11 @@ class Crew:
         crew = Crew(self._devices, slowdown)
         crew._times = self._times
         return crew
+
+    @property
+    def can_overlap(self) -> bool:
+        """Whether it was measured on all links what computing during an exchange costs."""
+        return all(device.link.overlapping is not None for device in self._devices)
 
     def seconds(
         self, load: Workload, count: int = 1, step_s: Callable[[Step, list[float]], float] | None = None
@@ -87,6 +96,9 @@ class Crew:
                 link_s = times.links_s[number] * self._slowdown + missing / self._rates[number]
                 transfer_s = max(transfer_s, link_s)
         self._spend(times.num_bytes, credits_, transfer_s)
+        if times.meanwhile_s > transfer_s:
+            self._refill(credits_, times.meanwhile_s - transfer_s)
+            transfer_s = times.meanwhile_s
         working_s = times.ready_s + times.decoding_s
         busy_s = max(working_s, transfer_s) if step.overlaps else working_s + transfer_s
         return times.messages_s + busy_s + times.more_airtime_s * self._slowdown
@@ -107,6 +119,12 @@ class Crew:
         transfer_s = max(transfer_s, airtime_s * self._slowdown)
         self._spend(num_bytes, credits_, transfer_s)
         transfer_s += max(device.link.round_trip_s for device in devices) / 2
+        if step.meanwhile:
+            # The weights are read once, before or after.
+            parts = zip(devices, step.meanwhile, strict=True)
+            meanwhile_s = max(device.least_work_s(work, reads=False) for device, work in parts)
+            self._refill(credits_, max(0.0, meanwhile_s - transfer_s))
+            transfer_s = max(transfer_s, meanwhile_s)
         return max(compute_s, transfer_s) if step.overlaps else compute_s + transfer_s
 
     def _pass_s(self, load: Workload, step_s: Callable[[Step, list[float]], float], credits_: list[float]) -> float:
@@ -146,16 +164,28 @@ class Crew:
                 more_airtime_s=airtime_s,
             )
         links_s = tuple(device.transfer_s(traffic) for device, traffic in parts)
+        messages_s = max(device.messages_s(traffic, computing_s) for device, traffic in parts)
+        if step.meanwhile or step.is_rest:
+            messages_s += max(device.starting_s for device in devices)
+        meanwhile_s = 0.0
+        if step.meanwhile:
+            more = [
+                (device.work_s(work), device.sending_s(traffic))
+                for (device, traffic), work in zip(parts, step.meanwhile, strict=True)
+            ]
+            computing_s += max(more_s for more_s, _ in more)
+            meanwhile_s = max(map(sum, more))
         return _Times(
             computing_s=computing_s,
             ready_s=max(
                 own_s + device.encode_s(traffic) for own_s, (device, traffic) in zip(worked_s, parts, strict=True)
             ),
-            messages_s=max(device.messages_s(traffic, computing_s) for device, traffic in parts),
+            messages_s=messages_s,
             links_s=links_s,
             longest_link_s=max(*links_s, airtime_s),
             num_bytes=num_bytes,
             decoding_s=max(device.decode_s(traffic) for device, traffic in parts),
+            meanwhile_s=meanwhile_s,
         )
 
     def _refill(self, credits_: list[float], seconds: float) -> None:
