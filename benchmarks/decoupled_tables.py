@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-Row = dict[str, Any]
+from overlap_tables import overlap_numbers, overlap_text
+from table_parts import median, name_of, row_of, table, with_spread
 
 WANTED_BASELINE = {1000: 1.7, 200: 2.6, 125: 3.3, 50: 6.0}
 """Times as fast as the stand-in for tensor parallelism, by Mbit/s."""
@@ -17,31 +18,6 @@ WANTED_BOUND, BOUND_FROM_MBIT = 0.75, 125
 WANTED_HITS, WANTED_ERROR, NEAR = 0.9, 0.15, 1.05
 WANTED_TOKEN, WANTED_UNEVEN = 0.5, 1.5
 WANTED_EXACT, WANTED_COSINE = 1e-5, 0.9995
-
-
-def row_of(found: dict[str, Any], label: str) -> Row:
-    return next(row for row in found["rows"] if row["label"] == label)
-
-
-def median(row: Row) -> float:
-    return row["latency_s"]["median"]
-
-
-def name_of(plan: dict[str, Any]) -> str:
-    ways = "+".join(dict.fromkeys(plan["originals"]))
-    devices = len(plan["devices"])
-    even = "" if len(set(plan["weights"])) == 1 else " uneven"
-    return f"{plan['strategy']} {ways} on {devices}{even}" if devices > 1 else plan["strategy"]
-
-
-def with_spread(spread: dict[str, float], scale: float = 1.0, digits: int = 3) -> str:
-    p10, p50, p90 = (f"{spread[name] * scale:.{digits}f}" for name in ("p10", "median", "p90"))
-    return f"{p50} ({p10}–{p90})"
-
-
-def table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
 # --- latency ----------------------------------------------------------------------------------------------------------
@@ -352,6 +328,7 @@ def exact_text(found: dict[str, Any], arguments: Namespace) -> str:
 WRITERS: dict[str, Callable[[Any, Namespace], str]] = {
     "exact": exact_text,
     "latency": latency_text,
+    "overlap": overlap_text,
     "generation": generation_text,
     "uneven": uneven_text,
     "drop": drop_text,
@@ -360,6 +337,7 @@ WRITERS: dict[str, Callable[[Any, Namespace], str]] = {
 SUMMARIES: dict[str, Callable[[Any], Any]] = {
     "exact": exact_numbers,
     "latency": latency_numbers,
+    "overlap": overlap_numbers,
     "generation": generation_numbers,
     "uneven": uneven_numbers,
     "drop": drop_numbers,

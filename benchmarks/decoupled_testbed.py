@@ -1,5 +1,6 @@
-"""Decoupled models on emulated weak devices: one request by bandwidth, the planner's choices over a grid, tokens,
-uneven devices, links that drop while requests come, and how exact it all is; what is wanted stands beside.
+"""Decoupled models on emulated weak devices: one request by bandwidth, with and without exchanges that overlap with
+computing, the planner's choices over a grid, tokens, uneven devices, links that drop while requests come, and how exact
+it all is; what is wanted stands beside.
 
 Raises testbeds (root, see `isthmus testbed`) and runs ``testbed_device.py`` on their devices. Models have random
 weights, as fast as trained ones: BERT-base (12 layers, hidden 768) and its decoupled form exactly as it was scored (4
@@ -26,8 +27,9 @@ from isthmus.spec.decoupling import proportional_widths
 from isthmus.spec.testbed import DeviceSpec, TestbedSpec
 from isthmus.testbed import Testbed
 
-PARTS = ("exact", "latency", "generation", "uneven", "drop", "grid")
+PARTS = ("exact", "latency", "overlap", "generation", "uneven", "drop", "grid")
 LATENCY_MBIT = (1000, 250, 200, 125, 50, 25)
+OVERLAP_MBIT = (125, 50, 25)
 GRID_MBIT, GRID_TOKENS, GRID_DEVICES = (1000, 250, 125, 50, 25), (1, 16, 128, 512), (2, 3, 4)
 SLOW_MBIT = 50
 """From here down the baselines take seconds, and half as many requests tell as much."""
@@ -69,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quota-ms", type=float, default=1.0)
     parser.add_argument("--tokens", type=int, default=128, help="of all parts but the grid")
     parser.add_argument("--repeats", type=int, help="requests to each plan; without: 10, with --quick 4")
-    parser.add_argument("--bandwidths", help="Mbit/s, of latency and grid, instead of theirs")
+    parser.add_argument("--bandwidths", help="Mbit/s, of latency, overlap and grid, instead of theirs")
     parser.add_argument("--grid-repeats", type=int, default=5, help="least requests to each plan in a cell of the grid")
     parser.add_argument("--cell-seconds", type=float, default=10.0, help="short requests are repeated up to this")
     parser.add_argument(
@@ -162,6 +164,27 @@ class Bench:
                 "refresh": True,
             }
             cells.append({"mbit_per_s": mbit, **self._run(testbed, f"latency/{mbit}-mbit", job)})
+        return cells
+
+    def overlap(self, testbed: Testbed) -> list[dict[str, Any]]:
+        """The fastest plan that exchanges all at once beside the same in portions, in turns. Differences are a few
+        percent, so there are twice as many requests."""
+        cells = []
+        for mbit in self._bandwidths(OVERLAP_MBIT):
+            testbed.set_bandwidth(mbit)
+            job = {
+                "kind": "compare",
+                "overlap": True,
+                "models": self._bert("decoupled"),
+                "decoupled": ["decoupled"],
+                "tokens": [self._arguments.tokens],
+                "codecs": ["fp32", "int8"],
+                "dtypes": ["fp32"],
+                "alone": [],
+                "repeats": 2 * self._repeats,
+                "refresh": True,
+            }
+            cells.append({"mbit_per_s": mbit, **self._run(testbed, f"overlap/{mbit}-mbit", job)})
         return cells
 
     def generation(self, testbed: Testbed) -> dict[str, Any]:

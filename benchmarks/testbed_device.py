@@ -52,8 +52,6 @@ Job = dict[str, Any]
 TIMEOUT_S = 300.0
 DEFAULT_TOKENS = 128
 """That the static planner expects where nothing is said (``open_engine``)."""
-
-
 Planners = tuple[Question, tuple[InferencePlan, ...], RuntimePlanner]
 """What was planned for, the plans that are kept for it, and who chooses among them."""
 
@@ -214,6 +212,8 @@ def _compared(device: Device, profiles: dict[str, ClusterProfile], tokens: int) 
             for codec in job["codecs"]:
                 question = device.question(model, profiles[model], tokens, codecs=(codec,), dtypes=(dtype,))
                 add(f"planned {model} {dtype} {codec}", question, model, choose(question).chosen.plan)
+                for label, plan in _with_and_without(question).items() if job.get("overlap") else ():
+                    add(f"{label} {model} {dtype} {codec}", question, model, plan)
                 placements = _even_placements(question) if model in job.get("even", ()) else {}
                 for placement, plan in placements.items():
                     add(f"{placement} {model} {dtype} {codec}", question, model, plan)
@@ -227,6 +227,13 @@ def _compared(device: Device, profiles: dict[str, ClusterProfile], tokens: int) 
     tensor = InferencePlan.even("tensor", device.group.world_size)
     entries += [Entry(label=name, model="plain", plan=tensor, transport=name) for name in job.get("baselines", ())]
     return entries
+
+
+def _with_and_without(question: Question) -> dict[str, InferencePlan]:
+    """The fastest plan of several devices that exchanges all at once, and the same in portions."""
+    links = tuple(replace(link, overlapping=None) for link in question.profile.links)
+    plain = choose(replace(question, profile=replace(question.profile, links=links), strategies=("block",))).chosen.plan
+    return {"at once": plain, "in portions": replace(plain, overlaps=True)}
 
 
 def _even_placements(question: Question) -> dict[str, InferencePlan]:

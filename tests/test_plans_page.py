@@ -15,7 +15,7 @@ import pytest
 
 from isthmus.planning.exchanges import HEADER_BYTES
 from isthmus.planning.inference import choose, predict
-from isthmus.planning.step_seconds import step_s
+from isthmus.planning.step_seconds import Crew
 from isthmus.planning.steps import Step
 from isthmus.simulation.inference import at_bandwidth, question_of
 from isthmus.simulation.shapes import SHAPES
@@ -69,7 +69,7 @@ def test_what_is_drawn_takes_what_is_predicted(script: Any) -> None:
     ):
         drawn = panels.panel_of(plan, spec, script.PIS, sent, parts=("",) * 4, request=TEXT)
         costs = panels.costs_on(spec, TEXT, script.PIS)
-        seconds = [step_s(step, costs, [0.0] * 4) for step in panels.layer_steps(plan, spec, TEXT)]
+        seconds = [Crew(costs).step_s(step, [0.0] * 4) for step in panels.layer_steps(plan, spec, TEXT)]
         assert drawn.end_s == pytest.approx(sum(seconds))
         own = [*drawn.bands, *(block for block in drawn.blocks if block.device == 1)]
         spans = sorted((each.start_s, each.start_s + each.seconds) for each in own)

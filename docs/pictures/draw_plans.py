@@ -18,7 +18,7 @@ from svg import Band, Block, Panel, Picture, draw, seconds_text
 
 from isthmus.planning.block_layout import block_parts
 from isthmus.planning.shares import divide, divide_layer
-from isthmus.planning.step_seconds import step_s
+from isthmus.planning.step_seconds import Crew
 from isthmus.planning.workload import layer_ranges, workload
 from isthmus.simulation.devices import kind
 from isthmus.simulation.shapes import SHAPES
@@ -182,7 +182,7 @@ def _pipeline() -> Picture:
     """All layers, many texts: another axis."""
     spec = SHAPES["bert-base"]
     costs = costs_on(spec, TEXTS, PIS)
-    blocks, bands, now_s = [], [], 0.0
+    crew, blocks, bands, now_s = Crew(costs), [], [], 0.0
     ticks = [step for step in workload(PIPELINE, spec, TEXTS).after if any(work.mlp_rows for work in step.work)]
     for number, step in enumerate(ticks):
         for device, (cost, work) in enumerate(zip(costs, step.work, strict=True)):
@@ -191,11 +191,11 @@ def _pipeline() -> Picture:
                 blocks.append(Block(device=device, start_s=now_s, seconds=seconds, kind="layers", labels=(text,)))
                 if device + 1 < NUM_DEVICES:
                     bands.append(Band(start_s=now_s + seconds, pattern="next", device=device))
-        now_s += step_s(step, costs, [0.0] * NUM_DEVICES)
+        now_s += crew.step_s(step, [0.0] * NUM_DEVICES)
     sent_bytes = max(step.exchange[0].sent_bytes for step in ticks if step.exchange is not None)
     parts = [f"layers {_span(own)}" for own in layer_ranges(PIPELINE, spec)]
     lanes = lanes_of(PIPELINE, spec, parts, spec.num_layers)
-    alone_s = sum(step_s(step, costs[:1], [0.0]) for step in workload(ONE, spec, TEXTS).steps)
+    alone_s = Crew(costs[:1]).steps_s(workload(ONE, spec, TEXTS).steps)
     return Picture(
         title="Pipeline",
         subtitle="Every device computes some layers of one text after the other, and passes each on "

@@ -12,7 +12,7 @@ from isthmus.planning.block_steps import block_steps
 from isthmus.planning.device_costs import DeviceCosts
 from isthmus.planning.inference import costs_of
 from isthmus.planning.pieces import held_bytes, pieces_of
-from isthmus.planning.step_seconds import step_s
+from isthmus.planning.step_seconds import Crew
 from isthmus.planning.steps import Step, Work
 from isthmus.planning.workload import passes, workload
 from isthmus.simulation.inference import question_of
@@ -147,7 +147,7 @@ class _Track:
 def _exchange_s(step: Step, costs: Sequence[DeviceCosts]) -> float:
     """Of a step, beyond computing."""
     computing_s = max(cost.work_s(work) for cost, work in zip(costs, step.work, strict=True))
-    return step_s(step, costs, [0.0] * len(costs)) - computing_s
+    return Crew(costs).step_s(step, [0.0] * len(costs)) - computing_s
 
 
 def _computing(cost: DeviceCosts, work: Work, layer: int, request: InferenceRequest) -> Iterator[_Part]:

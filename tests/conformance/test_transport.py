@@ -379,6 +379,55 @@ def test_a_started_call_runs_while_the_caller_computes(kind: str) -> None:
     results(kind, 3, body)
 
 
+@pytest.mark.parametrize("codec", [None, "int8"])
+@pytest.mark.parametrize("numel", [70, 100_000])
+def test_started_exchanges_bring_what_blocking_ones_do(kind: str, numel: int, codec: str | None) -> None:
+    """Each has its own when it is waited for, though they share a group's memory."""
+
+    def body(group: Group) -> None:
+        def outputs() -> list[Tensor]:
+            return [torch.empty(numel) for _ in range(3)]
+
+        own = [values(group.rank, numel, seed=seed) for seed in range(3)]
+        wanted, found = [outputs() for _ in own], [outputs() for _ in own]
+        for tensors, tensor in zip(wanted, own, strict=True):
+            group.all_gather(tensors, tensor, codec=codec)
+        handles = [
+            group.start(group.all_gather, tensors, tensor, codec=codec)
+            for tensors, tensor in zip(found[:2], own, strict=False)
+        ]
+        handles.append(group.start(group.all_to_all, found[2], [own[2]] * 3, codec=codec))
+        before = [tensor.clone() for tensor in own]
+        for handle, got, tensors in zip(handles, found, wanted, strict=True):
+            handle.wait()
+            assert all(map(torch.equal, got, tensors))
+        assert all(map(torch.equal, own, before))
+
+    results(kind, 3, body)
+
+
+def test_a_rank_that_leaves_amid_started_exchanges_is_lost_to_who_waits_for_them(kind: str) -> None:
+    """Every one that is waited for raises, the first with what has happened."""
+
+    def body(group: Group) -> None:
+        first, second = ([torch.empty(70) for _ in range(3)] for _ in range(2))
+        handles = [group.start(group.all_gather, first, torch.zeros(70))]
+        handles[0].wait()
+        if group.rank == 1:
+            return
+        handles = [group.start(group.all_gather, outputs, torch.zeros(70)) for outputs in (first, second)]
+        with pytest.raises(PeerLostError) as met:
+            handles[0].wait()
+        with pytest.raises(TransportError):
+            handles[1].wait()
+        raise met.value
+
+    zero, one, two = outcomes(kind, 3, body, timeout_s=10)
+    assert one is None
+    assert isinstance(zero, PeerLostError) and isinstance(two, PeerLostError)
+    assert 1 in zero.ranks + two.ranks
+
+
 def test_a_started_call_raises_where_it_is_waited_for(kind: str) -> None:
     def body(group: Group) -> None:
         handle = group.start(group.all_gather, [torch.zeros(1)], torch.zeros(1))

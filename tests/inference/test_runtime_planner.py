@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 from tests.planning.test_block_steps import decoupled
-from tests.planning.test_residency import MBIT, question
+from tests.planning.test_residency import MBIT, fits_beside, question
 
 from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.planning.device_costs import PROCESS_BYTES
 from isthmus.planning.inference import predict
+from isthmus.planning.pieces import resident_bytes
 from isthmus.planning.residency import plans_to_keep, slowed
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 
 ASKED = question(decoupled())
@@ -94,3 +97,29 @@ def test_the_choice_is_the_fastest_of_those_that_are_there(num_tokens: int, fact
     there = replace(ASKED, request=request, profile=slowed(ASKED.profile, planner.slowdowns()))
     seconds = [predict(there, plan).latency_s for plan in plans]
     assert planner.choose(request) == seconds.index(min(seconds))
+
+
+def test_a_plan_that_does_not_fit_beside_what_is_loaded_is_never_taken() -> None:
+    """On device 1 weights leave room for a request of 128 tokens, not for one of 512."""
+    plans = tuple(
+        InferencePlan(strategy="block", devices=(0, device), weights=(1.0, 1.0), originals=("tokens",) * 4)
+        for device in (1, 2)
+    )
+    resident = resident_bytes(plans, ASKED.spec, 3)
+    asked = replace(ASKED, memory_bytes=(None, PROCESS_BYTES + resident[1] + (30 << 20), None))
+    planner, taken = RuntimePlanner(asked, plans), {}
+    for num_tokens in (128, 512):
+        request = InferenceRequest(num_tokens=num_tokens)
+        weighed = [predict(replace(asked, request=request), plan) for plan in plans]
+        assert weighed[0].latency_s < weighed[1].latency_s
+        taken[num_tokens] = planner.choose(request)
+        assert fits_beside(weighed[taken[num_tokens]], resident)
+    assert taken == {128: 0, 512: 1}
+
+
+def test_a_request_that_nothing_fits_is_told_what_is_missing() -> None:
+    asked = question(decoupled(), 250)
+    planner = RuntimePlanner(asked, plans_to_keep(asked).plans[:1])
+    assert planner.choose(REQUEST) == 0
+    with pytest.raises(IsthmusError, match=r"fits a request of 64 × 512 tokens; .* MiB on rank \d"):
+        planner.choose(InferenceRequest(num_tokens=512, batch=64))

@@ -16,7 +16,7 @@ from isthmus.planning.inference import weigh
 from isthmus.planning.plans import Question
 from isthmus.planning.residency import plans_to_keep
 from isthmus.spec.cluster import ClusterProfile
-from isthmus.spec.inference import InferenceRequest
+from isthmus.spec.inference import InferencePlan, InferenceRequest
 
 MIB = 1 << 20
 REQUEST = InferenceRequest(num_tokens=128)
@@ -93,16 +93,15 @@ def test_few_plans_of_many_devices_are_looked_at_when_some_are_kept(monkeypatch:
     monkeypatch.setattr(residency, "SLOWDOWNS", (1.0, 16.0))
     monkeypatch.setattr(residency, "_MOST_OF_MANY", 3)
     pools: list[int] = []
-    search = residency._Search
+    offers = residency._offers
 
-    class Counted(search):
-        def __init__(self, asked: Question, situations: list[Question], pool: list) -> None:
-            pools.append(len(pool))
-            super().__init__(asked, situations, pool)
+    def counted(pool: list[InferencePlan], weighed: list) -> list:
+        pools.append(len(pool))
+        return offers(pool, weighed)
 
-    monkeypatch.setattr(residency, "_Search", Counted)
+    monkeypatch.setattr(residency, "_offers", counted)
     asked = question(uneven_cluster(4), strategies=("single", "tensor", "sequence"))
     kept = plans_to_keep(asked)
-    num_situations = len(residency.situations(asked))
+    num_situations = len(residency.requests(asked)) * len(residency.SLOWDOWNS)
     assert pools[0] <= 1 + num_situations * residency._MOST_OF_MANY
     assert kept.loss < 1.05

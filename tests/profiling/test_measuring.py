@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.inference.conftest import checkpoint, on_devices  # noqa: F401
+from tests.inference.test_block_parallel import saved  # noqa: F401
 
 from isthmus.inference.profile import measure_cluster
 from isthmus.models.shards import ShardReader
@@ -91,6 +92,21 @@ def test_steady_seconds_are_the_median_windows_and_the_first_run_is_none_of_them
     assert steady_s(task, window_s=7.0) == 2.0
     assert calls[0] == 1 + 3 + 4 + 4
     assert steady_s(task, window_s=0.0) == 2.0 and calls[0] == 12 + 1 + 3
+
+
+def test_what_overlapping_costs_is_measured_for_decoupled_models(
+    saved: Callable[[str, str], Path],  # noqa: F811
+) -> None:
+    directory = saved("bert", "four")
+
+    def work(group: Group) -> ClusterProfile:
+        return measure_cluster(ShardReader(directory), group, num_rows=32)
+
+    first, second = on_devices(2, work, timeout_s=120)
+    assert first.links == second.links
+    for link in first.links:
+        assert link.overlapping is not None
+        assert 0 <= link.overlapping.starting_s < 0.1 and 0 <= link.overlapping.s_per_byte < 1e-5
 
 
 def test_a_group_can_be_used_after_it_was_measured(checkpoint: Callable[[str], Path]) -> None:  # noqa: F811

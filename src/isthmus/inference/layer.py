@@ -134,9 +134,13 @@ class Layer:
 
     def project(self, x_BTH: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """query (B, A, T, D), key and value (B, G, T, D) of this device's heads, positions applied."""
+        return self.separate(self.qkv(x_BTH), rotation)
+
+    def separate(self, product_BTX: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``project``, of what ``qkv`` gives."""
         num_heads, num_kv_heads, size = len(self.share.heads), len(self.kv_heads), self.spec.head_size
         counts = (num_heads, num_kv_heads, num_kv_heads)
-        parts = self.qkv(x_BTH).split([count * size for count in counts], dim=-1)
+        parts = product_BTX.split([count * size for count in counts], dim=-1)
         query, key, value = (
             part.unflatten(-1, (count, size)).transpose(1, 2) for part, count in zip(parts, counts, strict=True)
         )

@@ -132,7 +132,7 @@ class Planner:
         told = from_json(_Told, share_texts(group, to_json(told))[0])
         if told.error:
             raise IsthmusError(told.error)
-        planner = RuntimePlanner(question, told.plans) if group.rank == 0 and len(told.plans) > 1 else None
+        planner = RuntimePlanner(question, told.plans) if group.rank == 0 else None
         return Arrangement(group=group, plans=told.plans, planner=planner)
 
 

@@ -384,4 +384,6 @@ def _alone_s(parts: _Parts, rows: int, group: Group | None) -> float:
 def _measure_link(reader: ShardReader, group: Group, dtype: str, rows: Sequence[int]) -> LinkProfile:
     _, parts = _read_parts(reader, _WIDTHS[-1], dtype)
     num_summed = reader.spec.hidden_size if reader.spec.is_decoder else 0
-    return measure_link(group, (parts.mlp(1), parts.mlp(rows[-1])), num_summed=num_summed)
+    computes = parts.mlp(1), parts.mlp(rows[-1])
+    may_overlap = reader.spec.decoupling is not None
+    return measure_link(group, computes, num_summed=num_summed, may_overlap=may_overlap)

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from isthmus.planning.inference import predict
+from isthmus.planning.inference import Weighed, forecast
+from isthmus.planning.pieces import resident_bytes
 from isthmus.planning.plans import Question
 from isthmus.planning.residency import slowed
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 
 _HALF_LIFE_S = 30.0
@@ -30,6 +32,9 @@ class RuntimePlanner:
         self, question: Question, plans: Sequence[InferencePlan], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._question, self._plans, self._clock = question, tuple(plans), clock
+        num_devices = len(question.profile.devices)
+        self._resident_bytes = resident_bytes(plans, question.spec, num_devices)
+        """Of all the plans' weights, by device."""
         self._slowdowns = [1.0] * len(question.profile.links)
         """Of each device's link, when it was seen last."""
         self._seen_s = [clock()] * len(self._slowdowns)
@@ -62,12 +67,41 @@ class RuntimePlanner:
         return tuple(factors)
 
     def choose(self, request: InferenceRequest) -> int:
-        """The number of the plan that is predicted to be fastest."""
+        """The number of the plan that is predicted to be fastest, of those that fit beside the weights that are there
+        (one device where several gain less than 3 %). Raises ``IsthmusError`` that names the least memory with which
+        one would fit."""
         factors = self.slowdowns()
         key = request, factors
         if key not in self._chosen:
             profile = slowed(self._question.profile, factors)
             question = replace(self._question, request=request, profile=profile)
-            seconds = [predict(question, plan).latency_s for plan in self._plans]
-            self._chosen[key] = seconds.index(min(seconds))
+            weighed = [each for plan in self._plans for each in forecast(question, plan)]
+            fitting = [number for number, each in enumerate(weighed) if self._missing_bytes(each) <= 0]
+            if not fitting:
+                raise self._too_little_memory(request, weighed)
+            self._chosen[key] = min(fitting, key=lambda number: weighed[number].price_s)
         return self._chosen[key]
+
+    def _missing_bytes(self, weighed: Weighed) -> int:
+        """On the device that lacks most; 0 or less where it fits."""
+        return max(
+            self._resident_bytes[rank] + beside - budget
+            for rank, beside, budget in zip(
+                weighed.plan.devices, weighed.beside_bytes, weighed.budget_bytes, strict=True
+            )
+        )
+
+    def _too_little_memory(self, request: InferenceRequest, weighed: Sequence[Weighed]) -> IsthmusError:
+        least = min(weighed, key=self._missing_bytes)
+        plan = least.plan
+        needs = zip(plan.devices, least.beside_bytes, least.budget_bytes, strict=True)
+        rank, beside, budget = max(needs, key=lambda each: self._resident_bytes[each[0]] + each[1] - each[2])
+        asked = f"{request.batch} × {request.num_tokens}"
+        if request.num_new_tokens:
+            asked += f" and {request.num_new_tokens} new"
+        return IsthmusError(
+            f"memory: no plan that is loaded fits a request of {asked} tokens; {plan.strategy} on {len(plan.devices)} "
+            f"devices lacks least, {self._missing_bytes(least) / 2**20:.1f} MiB on rank {rank} (weights take "
+            f"{self._resident_bytes[rank] / 2**20:.1f} MiB, the request {beside / 2**20:.1f}, and there are "
+            f"{budget / 2**20:.1f}): ask for fewer or shorter texts at a time, or give more memory"
+        )

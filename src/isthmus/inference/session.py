@@ -51,7 +51,7 @@ class Arrangement:
     """None: this device is alone."""
     plans: tuple[InferencePlan, ...]
     planner: RuntimePlanner | None = None
-    """The leader's: picks one of the plans for each request; without, it is the first."""
+    """The leader's: picks one of the plans for each request, or says that none fits; without, it is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,16 +192,15 @@ class Session:
     def _begin(
         self, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_new_tokens: int = 0, num_text_bytes: int = 0
     ) -> Execution:
-        """Chooses a plan, and gives its devices the tokens."""
+        """Chooses a plan, and gives its devices the tokens. Raises ``IsthmusError``, asking nobody, where none fits."""
         self._check_goes_on()
         number = 0
-        if len(self.plans) > 1:
-            rates_NN = self._collected()
-            if self._planner is not None:
-                self._planner.observe(rates_NN.tolist())
-                batch, num_tokens = ids_BT.shape
-                asked = InferenceRequest(num_tokens=num_tokens, batch=batch, num_new_tokens=num_new_tokens)
-                number = self._planner.choose(asked)
+        rates_NN = self._collected()
+        if self._planner is not None:
+            self._planner.observe(rates_NN.tolist())
+            batch, num_tokens = ids_BT.shape
+            asked = InferenceRequest(num_tokens=num_tokens, batch=batch, num_new_tokens=num_new_tokens)
+            number = self._planner.choose(asked)
         self.plan, execution = self.plans[number], self._executions[number]
         self._announce(task, ids_BT.shape, num_text_bytes, number)
         assert execution is not None

@@ -22,6 +22,12 @@ PARTS, SLICES, COLUMNS = "parts", "slices", "columns"
 the fastest device and nothing on others; its tokens of its team's slices; all tokens of these; or some units of them.
 Without teams the last three are the same."""
 _NOTHING = Range(start=0, stop=0)
+Portion = tuple[int, int]
+"""(number, of how many): some of a request's tokens, of every device's own as near as may be to as large a part."""
+ALL: Portion = (0, 1)
+LEAST_DIVIDED_TOKENS = 32
+"""Of all sequences. Fewer are computed and exchanged at once, whatever the plan says: products of half as many rows are
+hardly shorter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class Rectangle:
 
     def common(self, other: Rectangle) -> Rectangle:
         """What both have; empty where that is nothing."""
-        return Rectangle(tokens=_common(self.tokens, other.tokens), units=_common(self.units, other.units))
+        return Rectangle(tokens=self.tokens.common(other.tokens), units=self.units.common(other.units))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +79,18 @@ class BlockLayout:
     weights: tuple[float, ...]
     parts: tuple[BlockPart, ...]
     units: tuple[Range, ...]
-    _rectangles: dict[tuple[str, int], list[Rectangle]] = field(default_factory=dict, repr=False, compare=False)
-    _areas: dict[tuple[str, str, int], list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
+    _rectangles: dict[tuple[str, int, Portion], list[Rectangle]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _areas: dict[tuple[str, str, int, Portion], list[list[int]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     """What was asked for before."""
 
     @staticmethod
     def of(plan: InferencePlan, spec: TransformerSpec) -> BlockLayout:
         """Of a decoupled model."""
-        return _layout(plan.weights, spec)
+        return layout_of(plan.weights, spec)
 
     @property
     def teams(self) -> list[Range]:
@@ -96,23 +106,40 @@ class BlockLayout:
         """Which device computes what one computes for all."""
         return self.weights.index(max(self.weights))
 
-    def rectangles(self, state: str, num_tokens: int) -> list[Rectangle]:
-        """What each device has of ``num_tokens`` in one of the states above."""
-        if (state, num_tokens) not in self._rectangles:
-            self._rectangles[state, num_tokens] = self._find_rectangles(state, num_tokens)
-        return self._rectangles[state, num_tokens]
+    def portions(self, *, overlaps: bool, num_tokens: int, batch: int) -> list[Portion]:
+        """What of a request's tokens is computed and exchanged at once: with ``overlaps`` one half after the other,
+        unless devices share sub-blocks, whose layers are full of exchanges that need all tokens."""
+        is_divided = overlaps and batch * num_tokens >= LEAST_DIVIDED_TOKENS and not self.has_teams
+        return [(0, 2), (1, 2)] if is_divided and len(self.parts) > 1 else [ALL]
 
-    def areas(self, has: str, wants: str, num_tokens: int) -> list[list[int]]:
+    def token_ranges(self, num_tokens: int, portion: Portion = ALL) -> list[Range]:
+        """By device: its own tokens where tokens are divided, or those of them that are of ``portion``."""
+        number, num_portions = portion
+        whole = divide(num_tokens, self.weights)
+        return [_shifted(divide(len(own), (1.0,) * num_portions)[number], own.start) for own in whole]
+
+    def rectangles(self, state: str, num_tokens: int, portion: Portion = ALL) -> list[Rectangle]:
+        """What each device has in one of the states above of ``portion`` of ``num_tokens``, counted anew from 0."""
+        key = state, num_tokens, portion
+        if key not in self._rectangles:
+            lengths = [len(own) for own in self.token_ranges(num_tokens, portion)]
+            stops = list(accumulate(lengths))
+            own = [Range(start=stop - length, stop=stop) for length, stop in zip(lengths, stops, strict=True)]
+            self._rectangles[key] = self._find_rectangles(state, own)
+        return self._rectangles[key]
+
+    def areas(self, has: str, wants: str, num_tokens: int, portion: Portion = ALL) -> list[list[int]]:
         """Values of a sequence that device i ``has`` and device j ``wants``: ``[i][j]``."""
-        key = has, wants, num_tokens
+        key = has, wants, num_tokens, portion
         if key not in self._areas:
-            others = self.rectangles(wants, num_tokens)
+            others = self.rectangles(wants, num_tokens, portion)
             self._areas[key] = [
-                [own.common(other).area for other in others] for own in self.rectangles(has, num_tokens)
+                [own.common(other).area for other in others] for own in self.rectangles(has, num_tokens, portion)
             ]
         return self._areas[key]
 
-    def _find_rectangles(self, state: str, num_tokens: int) -> list[Rectangle]:
+    def _find_rectangles(self, state: str, own_tokens: list[Range]) -> list[Rectangle]:
+        num_tokens = own_tokens[-1].stop
         whole, hidden = Range(start=0, stop=num_tokens), Range(start=0, stop=self.units[-1].stop)
         if state == WHOLE:
             return [Rectangle(tokens=whole, units=hidden)] * len(self.units)
@@ -121,7 +148,7 @@ class BlockLayout:
             found[self.fastest] = Rectangle(tokens=whole, units=hidden)
             return found
         if state == TOKENS:
-            return [Rectangle(tokens=part, units=hidden) for part in divide(num_tokens, self.weights)]
+            return [Rectangle(tokens=part, units=hidden) for part in own_tokens]
         if state == SLICES:
             return [Rectangle(tokens=whole, units=units) for units in self.units]
         found = []
@@ -153,7 +180,8 @@ def team_of(plan: InferencePlan, spec: TransformerSpec, rank: int) -> tuple[int,
 
 
 @lru_cache(maxsize=4096)
-def _layout(weights: tuple[float, ...], spec: TransformerSpec) -> BlockLayout:
+def layout_of(weights: tuple[float, ...], spec: TransformerSpec) -> BlockLayout:
+    """Of devices with these parts of the work."""
     assert spec.decoupling is not None
     widths, num_devices = spec.decoupling.widths, len(weights)
     parts: list[BlockPart] = []
@@ -205,11 +233,6 @@ def _teams(weights: Sequence[float], widths: Sequence[int]) -> list[Range]:
 def _of_team(weights: Sequence[float], team: Range) -> list[float]:
     own = list(weights[team.start : team.stop])
     return own if any(own) else [1.0] * len(team)
-
-
-def _common(one: Range, other: Range) -> Range:
-    start = max(one.start, other.start)
-    return Range(start=start, stop=max(start, min(one.stop, other.stop)))
 
 
 def _shifted(part: Range, by: int) -> Range:

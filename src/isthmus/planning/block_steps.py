@@ -6,11 +6,14 @@ What devices hold between layers is one of the states of ``block_layout``; a lay
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
 
 from isthmus.planning.block_layout import (
+    ALL,
     COLUMNS,
     FASTEST,
     PARTS,
@@ -19,7 +22,9 @@ from isthmus.planning.block_layout import (
     WHOLE,
     BlockLayout,
     BlockPart,
+    Portion,
     Rectangle,
+    layout_of,
 )
 from isthmus.planning.exchanges import (
     Exchange,
@@ -30,16 +35,17 @@ from isthmus.planning.exchanges import (
     reduce_scatter,
     token_algorithm,
 )
+from isthmus.planning.portions import begun, in_portions
 from isthmus.planning.shares import divide_layer
 from isthmus.planning.steps import Step, Work
-from isthmus.planning.wire_errors import is_within, squared_error
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
-_START, _END, _DECOUPLED = "start", "end", "decoupled"
-_State = tuple[str, str]
-"""After a layer: how it was computed, and the codec of the last original one."""
+START, END, DECOUPLED = "start", "end", "decoupled"
+State = tuple[str, str]
+"""After a layer: how it was computed (an original one's way, ``DECOUPLED``; ``START`` before the first, ``END`` after
+the last), and the codec of the last original one."""
 
 
 def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]:
@@ -87,11 +93,7 @@ def original_shares(plan: InferencePlan, spec: TransformerSpec) -> list[dict[int
 
 def block_steps(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> tuple[tuple[Step, ...], bool]:
     """(all layers' steps, whether devices end with their tokens: else all of them with everything)."""
-    steps, kinds, codecs = _Steps(plan, spec, request), original_plans(plan, spec), layer_codecs(plan, spec)
-    for number in range(spec.num_layers):
-        steps.layer(kinds.get(number), codecs[number])
-    steps.end()
-    return tuple(steps.done), steps.state == TOKENS
+    return _walk(transitions(plan.weights, spec, request, overlaps=plan.overlaps), plan, spec, layer_codecs(plan, spec))
 
 
 def block_token_steps(
@@ -100,97 +102,87 @@ def block_token_steps(
     """All layers of one more token of each sequence, which sees ``num_keys``. ``algorithm``: how so few values are best
     summed; slices, and teams' sums, are exchanged in FP32."""
     one = InferenceRequest(num_tokens=1, batch=batch)
-    steps = _Steps(plan, spec, one, num_keys=num_keys, algorithm=algorithm, codec="fp32")
+    found = transitions(plan.weights, spec, one, num_keys, algorithm)
+    return _walk(found, plan, spec, ["fp32"] * (spec.num_layers + 1))[0]
+
+
+def _walk(
+    found: Transitions, plan: InferencePlan, spec: TransformerSpec, codecs: Sequence[str]
+) -> tuple[tuple[Step, ...], bool]:
     kinds = original_plans(plan, spec)
-    for number in range(spec.num_layers):
-        steps.layer(kinds.get(number))
-    steps.end()
-    return tuple(steps.done)
+    layers = [(kinds.get(number, DECOUPLED), codecs[number]) for number in range(spec.num_layers)]
+    if plan.overlaps:
+        return found.in_turn(codecs[0], layers)
+    way = [found.find(*pair) for pair in pairwise([(START, codecs[0]), *layers, (END, codecs[-1])])]
+    return tuple(step for each in way for step in each.steps), way[-1].state == TOKENS
 
 
-@dataclass(frozen=True)
-class _Path:
-    """One way to come to the end of some layer."""
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """From one layer to the next one, whose first exchange may follow what the layer before computed last."""
 
-    seconds: float
-    squared: float
-    """Of its error (``wire_errors``)."""
-    chosen: tuple[_State, ...] = ()
-    """For each original layer so far."""
+    before: tuple[Step, ...]
+    """Of the layer before, alone."""
+    both: tuple[Step, ...]
+    steps: tuple[Step, ...]
+    """Of both, what the layer before had not ended, up to what the next one has not."""
+    state: str
+    """What devices have in the end (``block_layout``)."""
 
 
-class OriginalChoice:
-    """How each original layer of a decoupled model is best computed, and in which codec its exchanges are, all else
-    being as in ``plan``: exact where seconds of steps depend on no more than the layer before.
+class Transitions:
+    """From every layer to every next one, each found once: plans that divide sub-blocks alike share their steps."""
 
-    The best ways to end a layer in each state follow from those to end the one before. Under a limit of errors a state
-    has several: each faster than all that are as exact.
-    """
+    def __init__(self, nothing: _Steps) -> None:
+        self._nothing = nothing
+        self._found: dict[tuple[State, State], Transition] = {}
 
-    def __init__(
-        self,
-        plan: InferencePlan,
-        spec: TransformerSpec,
-        request: InferenceRequest,
-        seconds_of: Callable[[Sequence[Step]], float],
-    ) -> None:
-        self._plan, self._spec, self._request, self._seconds_of = plan, spec, request, seconds_of
-        self._costs: dict[tuple[_State, _State], tuple[float, float]] = {}
-
-    def best(self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf) -> InferencePlan | None:
-        """The fastest with one of ``kinds`` and one of ``codecs`` for each original layer whose expected error is at
-        most ``max_error``; None where there is none."""
-        spec, plan = self._spec, replace(self._plan, codec=codecs[0])
-        choices = [(kind, codec) for kind in kinds for codec in codecs]
-        # What is exchanged before the first original layer is in that one's codec.
-        paths: dict[_State, list[_Path]] = {(_START, codec): [_Path(0.0, 0.0)] for codec in codecs}
-        is_first = True
-        for number in range(spec.num_layers):
-            after: dict[_State, list[_Path]] = {}
-            for before, so_far in paths.items():
-                for state in [(_DECOUPLED, before[1])] if spec.is_decoupled(number) else choices:
-                    if not is_first or state[1] == before[1]:
-                        after.setdefault(state, []).extend(self._longer(so_far, before, state))
-            is_first = is_first and spec.is_decoupled(number)
-            paths = {state: _best_paths(found, max_error) for state, found in after.items()}
-        ends = [path for before, so_far in paths.items() for path in self._longer(so_far, before, (_END, before[1]))]
-        found = _best_paths(ends, max_error)
-        if not found:
-            return None
-        chosen = found[0].chosen
-        return replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
-
-    def _longer(self, paths: Sequence[_Path], before: _State, state: _State) -> Iterator[_Path]:
-        """``paths``, which ended in ``before``, and one layer more."""
-        more_s, more = self._cost(before, state)
-        for path in paths:
-            chosen = path.chosen if state[0] in (_DECOUPLED, _END) else (*path.chosen, state)
-            yield _Path(path.seconds + more_s, path.squared + more, chosen)
-
-    def _cost(self, before: _State, state: _State) -> tuple[float, float]:
-        """Seconds and squared error of a layer after another one; an exchange may follow what the other computed."""
-        if (before, state) not in self._costs:
-            is_first = before[0] == _START
-            steps = _Steps(self._plan, self._spec, self._request, WHOLE if is_first else PARTS, codec=before[1])
-            if not is_first:
-                steps.layer(None if before[0] == _DECOUPLED else before[0])
-            before_s, so_far = self._seconds_of(steps.done), squared_error(steps.done)
-            if state[0] == _END:
+    def find(self, before: State, after: State) -> Transition:
+        """From a layer in the state ``before`` to the next one in ``after``."""
+        if (before, after) not in self._found:
+            steps = self._nothing.begin(WHOLE if before[0] == START else PARTS, before[1])
+            if before[0] != START:
+                steps.layer(before[0])
+            alone = tuple(steps.done)
+            if after[0] == END:
                 steps.end()
             else:
-                steps.layer(None if state[0] == _DECOUPLED else state[0], state[1])
-            self._costs[before, state] = self._seconds_of(steps.done) - before_s, squared_error(steps.done) - so_far
-        return self._costs[before, state]
+                steps.layer(*after)
+            both = tuple(steps.done)
+            stop = len(both) if after[0] == END else len(both) - _num_open(both)
+            own = both[len(alone) - _num_open(alone) : stop]
+            self._found[before, after] = Transition(before=alone, both=both, steps=own, state=steps.state)
+        return self._found[before, after]
+
+    def in_turn(self, codec: str, layers: Sequence[State]) -> tuple[tuple[Step, ...], bool]:
+        """As ``block_steps``, of all ``layers``: where exchanges overlap, what a layer has left to compute depends on
+        what comes before and after it. ``codec``: of exchanges before the first."""
+        steps = self._nothing.begin(WHOLE, codec)
+        for layer in layers:
+            steps.layer(*layer)
+        steps.end()
+        return tuple(steps.done), steps.state == TOKENS
 
 
-def _best_paths(paths: Sequence[_Path], max_error: float) -> list[_Path]:
-    """Those within ``max_error`` to which no other is both as fast and as exact, fastest first; one, if errors are not
-    limited."""
-    best: list[_Path] = []
-    for path in sorted(paths, key=lambda path: (path.seconds, path.squared, path.chosen)):
-        if is_within(path.squared, max_error) and not (best and is_within(best[-1].squared, math.sqrt(path.squared))):
-            best.append(path)
-    return best[:1] if math.isinf(max_error) else best
+@lru_cache(maxsize=16)
+def transitions(
+    weights: tuple[float, ...],
+    spec: TransformerSpec,
+    request: InferenceRequest,
+    num_keys: int | None = None,
+    algorithm: str | None = None,
+    *,
+    overlaps: bool = False,
+) -> Transitions:
+    """Of devices with these parts of the work. ``num_keys``: that each token sees, where the request is of one more
+    token; those of the request without. ``algorithm``: of all-reduces that are prepared once; without, they are general
+    ones in two steps. ``overlaps``: as in ``InferencePlan``."""
+    return Transitions(_Steps(weights, spec, request, num_keys, algorithm, overlaps=overlaps))
+
+
+def _num_open(steps: Sequence[Step]) -> int:
+    """1 where what was computed last waits for an exchange that may follow."""
+    return int(bool(steps) and steps[-1].exchange is None)
 
 
 class _Steps:
@@ -198,37 +190,48 @@ class _Steps:
 
     def __init__(
         self,
-        plan: InferencePlan,
+        weights: tuple[float, ...],
         spec: TransformerSpec,
         request: InferenceRequest,
-        state: str = WHOLE,
+        num_keys: int | None,
+        algorithm: str | None,
         *,
-        num_keys: int | None = None,
-        algorithm: str | None = None,
-        codec: str | None = None,
+        overlaps: bool,
     ) -> None:
-        """``num_keys``: that each token sees, where the request is of one more token; those of the request without.
-        ``algorithm``: of all-reduces that are prepared once; without, they are general ones in two steps."""
-        self._plan, self._spec, self._request = plan, spec, request
-        self._num_devices = len(plan.devices)
+        """See ``transitions``."""
+        self._weights, self._spec, self._request = weights, spec, request
+        self._num_devices = len(weights)
         self._is_token = num_keys is not None
         self._num_keys = request.num_tokens if num_keys is None else num_keys
-        self._algorithm, self._codec = algorithm, codec or plan.codec
+        self._algorithm, self._codec = algorithm, "fp32"
         self._all_rows = request.batch * request.num_tokens
-        self._layout = BlockLayout.of(plan, spec)
+        self._layout = layout_of(weights, spec)
         work = [self._sub_block_work(part) for part in self._layout.parts]
         self._decoupled = tuple(work)
         self._halves = (
             tuple(replace(own, block_columns=0.0) for own in work),
             tuple(replace(own, block_heads=0.0, scores=0) for own in work),
         )
-        self.state = state
+        self._portions = [ALL]
+        if not self._is_token:
+            self._portions = self._layout.portions(
+                overlaps=overlaps, num_tokens=request.num_tokens, batch=request.batch
+            )
+        self._begun_rows: list[int] | None = None
+        """By device: what the next layer is begun with while the last exchange goes on."""
+        self.state = WHOLE
         self.done: list[Step] = []
 
-    def layer(self, kind: str | None, codec: str | None = None) -> None:
-        """An original layer, computed so, or with None a decoupled one. ``codec``: of exchanges from now on."""
+    def begin(self, state: str, codec: str) -> _Steps:
+        """As many devices that hold ``state``, and have done nothing."""
+        steps = copy(self)
+        steps.state, steps.done, steps._codec, steps._begun_rows = state, [], codec, None
+        return steps
+
+    def layer(self, kind: str, codec: str | None = None) -> None:
+        """An original layer, computed so, or a decoupled one. ``codec``: of exchanges from now on."""
         self._codec = codec or self._codec
-        if kind is not None:
+        if kind != DECOUPLED:
             self._original(kind)
         elif self._layout.has_teams:
             self._in_teams()
@@ -243,6 +246,9 @@ class _Steps:
             self._become(WHOLE)
 
     def _compute(self, work: tuple[Work, ...]) -> None:
+        if self._begun_rows is not None:
+            self.done[-1], work = begun(self.done[-1], work, self._begun_rows, self._spec)
+            self._begun_rows = None
         self.done.append(Step(work=work, exchange=None))
 
     def _in_teams(self) -> None:
@@ -280,15 +286,14 @@ class _Steps:
         elif kind == "tokens":
             self._become(WHOLE)
             # Queries, keys and values come from one product, of all tokens; it is this share of attention's.
-            spec = self._spec
-            product = (spec.num_heads / 2 + spec.num_kv_heads) / (spec.num_heads + spec.num_kv_heads)
+            product = self._spec.product_share
             self._compute(
                 tuple(
                     replace(
                         self._work(rows, 1.0),
                         attention_rows=round(rows + (self._all_rows - rows) * product),
                     )
-                    for rows in self._own_rows()
+                    for rows in self._rows_of(TOKENS)
                 )
             )
             self.state = TOKENS
@@ -303,30 +308,44 @@ class _Steps:
             if (self.state, wanted) == (PARTS, SLICES):
                 values = self._values_of(PARTS)
                 self._exchange(self._of_teams(lambda team: all_gather(self._codec, values[team.start : team.stop])))
-            elif wanted == WHOLE:
-                # What all of a team have, each of them gives some columns of.
-                self._exchange(
-                    all_gather(self._codec, self._values_of(COLUMNS if self.state == SLICES else self.state))
-                )
+            elif self._portions == [ALL]:
+                self._exchange([self._of_all(wanted, ALL)])
             else:
-                areas = self._layout.areas(self.state, wanted, self._request.num_tokens)
-                values = [[self._request.batch * area for area in row] for row in areas]
-                self._exchange([all_to_all(self._codec, values)])
+                self._exchange_in_portions(wanted)
         self.state = wanted
 
-    def _rectangles(self, state: str) -> list[Rectangle]:
-        return self._layout.rectangles(state, self._request.num_tokens)
+    def _of_all(self, wanted: str, portion: Portion) -> Exchange:
+        if wanted == WHOLE:
+            # What all of a team have, each of them gives some columns of.
+            values = self._values_of(COLUMNS if self.state == SLICES else self.state, portion)
+            return all_gather(self._codec, values)[0]
+        areas = self._layout.areas(self.state, wanted, self._request.num_tokens, portion)
+        return all_to_all(self._codec, [[self._request.batch * area for area in row] for row in areas])
 
-    def _values_of(self, state: str) -> list[int]:
-        return [self._request.batch * own.area for own in self._rectangles(state)]
+    def _exchange_in_portions(self, wanted: str) -> None:
+        if not self.done:
+            self._compute((Work(),) * self._num_devices)
+        first, second = self._portions
+        self.done[-1:] = in_portions(
+            self.done[-1],
+            (self._of_all(wanted, first), self._of_all(wanted, second)),
+            (self._rows_of(self.state, first), self._rows_of(self.state, second)),
+        )
+        self._begun_rows = self._rows_of(wanted, first)
 
-    def _own_rows(self) -> list[int]:
-        return [self._request.batch * len(own.tokens) for own in self._rectangles(TOKENS)]
+    def _rectangles(self, state: str, portion: Portion = ALL) -> list[Rectangle]:
+        return self._layout.rectangles(state, self._request.num_tokens, portion)
+
+    def _values_of(self, state: str, portion: Portion = ALL) -> list[int]:
+        return [self._request.batch * own.area for own in self._rectangles(state, portion)]
+
+    def _rows_of(self, state: str, portion: Portion = ALL) -> list[int]:
+        return [self._request.batch * len(own.tokens) for own in self._rectangles(state, portion)]
 
     def _tensor(self) -> None:
         self._become(WHOLE)
         spec, rows = self._spec, self._all_rows
-        shares = divide_layer(spec, self._plan.weights)
+        shares = divide_layer(spec, self._weights)
         algorithm = self._algorithm or "two_step"
         reduced = all_reduce(self._codec, rows * spec.hidden_size, self._num_devices, algorithm)
         self._compute(
@@ -347,7 +366,7 @@ class _Steps:
 
     def _sequence(self) -> None:
         self._become(TOKENS)
-        spec, own_rows = self._spec, self._own_rows()
+        spec, own_rows = self._spec, self._rows_of(TOKENS)
         kv_values = 2 * spec.num_kv_heads * spec.head_size
         self._compute(
             tuple(replace(self._work(rows, 1.0), copied=kv_values * (rows + self._all_rows)) for rows in own_rows)

@@ -49,7 +49,7 @@ class DeviceCosts:
             layer_s += self._block_s("attention", work.attention_rows, work.attention_share)
         if work.mlp_rows:
             layer_s += self._block_s("mlp", work.mlp_rows, work.mlp_share)
-        if work.block_rows:
+        if work.block_share:
             layer_s += self._sub_blocks_s(work)
         total_s = work.num_layers * layer_s + work.copied * profile.s_per_added_value
         if work.head_rows:  # as long as the MLP's matrices take, value for value
@@ -76,36 +76,47 @@ class DeviceCosts:
         waiting_s = float(np.interp(computed_s, link.waiting.computing_s, link.waiting.seconds)) if computed_s else 0.0
         return link.latency_s + num_messages * link.message_s + waiting_s
 
-    def transfer_s(self, traffic: Traffic, credit_bytes: float) -> float:
-        """What its bytes add. ``credit_bytes``: what is left of the burst that the link lets through after a pause."""
+    def transfer_s(self, traffic: Traffic) -> float:
+        """What its bytes add after a pause."""
         num_bytes, transfer = traffic.most_bytes, self.link.transfer
         key = ("transfer", num_bytes, 0.0)
         if key not in self._seconds:
             curve = Curve(num_tokens=(0, *transfer.num_bytes), seconds=(0.0, *transfer.seconds))
             self._seconds[key] = float(evaluate(curve, num_bytes))
-        return self._seconds[key] + self.missing_s(traffic, credit_bytes)
-
-    def missing_s(self, traffic: Traffic, credit_bytes: float) -> float:
-        """What its bytes take beyond ``transfer``, which was measured after pauses: there, up to the burst they cost
-        next to nothing."""
-        missing_bytes = max(0.0, min(traffic.most_bytes, self.link.burst_bytes) - credit_bytes)
-        return missing_bytes / self.link.bytes_per_s
+        return self._seconds[key]
 
     def airtime_s(self, traffic: Traffic) -> float:
         """What its bytes, out and in, take of a medium that it shares."""
         return (traffic.sent_bytes + traffic.received_bytes) * self.link.airtime_s_per_byte
 
-    def least_work_s(self, work: Work) -> float:
-        """What arithmetic at the best rate ever seen, and reading the weights once, would take."""
+    def sending_s(self, traffic: Traffic) -> float:
+        """By how much longer computing takes while its bytes go out and come in."""
+        return 0.0 if self.link.overlapping is None else traffic.most_bytes * self.link.overlapping.s_per_byte
+
+    @property
+    def starting_s(self) -> float:
+        """What an exchange takes longer for it."""
+        return 0.0 if self.link.overlapping is None else self.link.overlapping.starting_s
+
+    def least_work_s(self, work: Work, *, reads: bool = True) -> float:
+        """What arithmetic at the best rate ever seen, and reading the weights once, would take. ``reads``: whether it
+        is the first that is computed with them."""
         spec = self.spec
         head = spec.vocab_size * spec.hidden_size * work.head_share
         attention, mlp = spec.attention_numel * work.attention_share, spec.mlp_numel * work.mlp_share
         # Sub-blocks with heads of their own have as many times smaller attention matrices.
         parts = spec.decoupling.num_sub_blocks if spec.decoupling and spec.decoupling.heads == "own" else 1
-        blocks = spec.attention_numel / parts * work.block_heads + spec.mlp_numel * work.block_columns
-        blocks *= work.block_share
-        matrices = ((work.attention_rows, attention), (work.mlp_rows, mlp), (work.block_rows, blocks))
-        weights = head + work.num_layers * sum(numel for rows, numel in matrices if rows)
+        block_attention = spec.attention_numel / parts * work.block_heads * work.block_share
+        block_mlp = spec.mlp_numel * work.block_columns * work.block_share
+        matrices = (
+            (work.attention_rows, attention),
+            (work.mlp_rows, mlp),
+            (work.block_rows, block_attention),
+            (work.rows_of_block_mlp, block_mlp),
+        )
+        weights = 0.0
+        if reads:
+            weights = head + work.num_layers * sum(numel for rows, numel in matrices if rows)
         products = sum(rows * numel for rows, numel in matrices)
         flops = work.num_layers * (4.0 * work.scores * spec.head_size + 2.0 * products) + 2.0 * work.head_rows * head
         reading_s = weights * WEIGHT_BYTES[self.dtype] / self.profile.memory_bytes_per_s
@@ -127,9 +138,12 @@ class DeviceCosts:
     def _sub_blocks_s(self, work: Work) -> float:
         """Sub-blocks of one layer, in proportion to the first one. A part of their heads or columns takes as much less
         as it would in a layer that is as wide."""
-        rows, total_s = work.block_rows, 0.0
-        for block, part in (("attention", work.block_heads), ("mlp", work.block_columns)):
-            if part == 0:
+        total_s = 0.0
+        for block, rows, part in (
+            ("attention", work.block_rows, work.block_heads),
+            ("mlp", work.rows_of_block_mlp, work.block_columns),
+        ):
+            if part == 0 or rows == 0:
                 continue
             seconds = self._sub_block_s(block, rows) * work.block_share
             if part < 1:

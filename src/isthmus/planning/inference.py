@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 from isthmus.planning.block_layout import block_parts
 from isthmus.planning.block_steps import original_shares
@@ -14,34 +15,31 @@ from isthmus.planning.device_costs import (
     generation_bytes,
     working_bytes,
 )
-from isthmus.planning.pieces import held_bytes, pieces_of
+from isthmus.planning.pieces import weights_bytes
 from isthmus.planning.plans import Question, plans
 from isthmus.planning.shares import divide_layer
-from isthmus.planning.step_seconds import least_step_s, sharing, simulate, step_s
-from isthmus.planning.steps import Step, Work
+from isthmus.planning.step_seconds import Crew
 from isthmus.planning.subsets import subsets
-from isthmus.planning.workload import Workload, device_shares, passes
+from isthmus.planning.workload import device_shares, passes
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import TransformerSpec
 
+Costs = dict[int, DeviceCosts]
+"""By rank."""
 GAIN = 0.03
 """Several devices must be predicted to be so much faster than one, else one is taken: it depends on nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One plan and what it is predicted to take. Tuples are by device, in the plan's order."""
+class Weighed:
+    """One plan and what it is predicted to take: all that a choice needs. Tuples are by device, in the plan's order."""
 
     plan: InferencePlan
     latency_s: float
     first_token_s: float
     """Of ``latency_s``, where tokens are generated; else all of it."""
-    compute_s: float
-    """Of ``latency_s``; the rest are exchanges, encoding and waiting."""
-    bound_s: float
-    sent_bytes: tuple[int, ...]
-    num_exchanges: int
+    weights_bytes: tuple[int, ...]
     memory_bytes: tuple[int, ...]
     """Weights and what computing takes, beside the process itself."""
     budget_bytes: tuple[int, ...]
@@ -49,6 +47,30 @@ class Candidate:
     @property
     def fits(self) -> bool:
         return all(need <= budget for need, budget in zip(self.memory_bytes, self.budget_bytes, strict=True))
+
+    @property
+    def beside_bytes(self) -> tuple[int, ...]:
+        """``memory_bytes`` without those of the weights."""
+        return tuple(need - own for need, own in zip(self.memory_bytes, self.weights_bytes, strict=True))
+
+    @property
+    def price_s(self) -> float:
+        """``latency_s`` as a choice counts it: several devices must be faster than one by ``GAIN``."""
+        return self.latency_s * (1 - GAIN) if self.plan.strategy == "single" else self.latency_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Weighed):
+    """What is told of a plan beside that."""
+
+    compute_s: float
+    """Of ``latency_s``; the rest are exchanges, encoding and waiting."""
+    bound_s: float
+    sent_bytes: tuple[int, ...]
+    num_exchanges: int
+
+
+_AnyWeighed = TypeVar("_AnyWeighed", bound=Weighed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,98 +86,139 @@ def choose(question: Question) -> Choice:
     """The fastest plan that fits; one device where several gain less than 3 %. Raises ``IsthmusError`` that names the
     least memory with which one would fit."""
     candidates = sorted(weigh(question), key=lambda candidate: candidate.latency_s)
-    if not candidates:
+    chosen, reason = pick(question, candidates)
+    return Choice(chosen=chosen, candidates=tuple(candidates), reason=reason)
+
+
+def pick(question: Question, weighed: Sequence[_AnyWeighed]) -> tuple[_AnyWeighed, str]:
+    """The plan to take, as ``choose``, and why."""
+    if not weighed:
         raise IsthmusError(
             f"strategies: got {', '.join(question.strategies)} for {len(question.profile.devices)} devices, which "
             "leaves nothing to choose from; name 'single' too, or more devices"
         )
-    fitting = [candidate for candidate in candidates if candidate.fits]
+    fitting = [each for each in weighed if each.fits]
     if not fitting:
-        raise _too_little_memory(candidates)
-    chosen = fitting[0]
-    alone = next((candidate for candidate in fitting if candidate.plan.strategy == "single"), None)
-    if alone is None:
+        raise _too_little_memory(weighed)
+    chosen = min(fitting, key=lambda each: each.price_s)
+    alone_s = min((each.latency_s for each in fitting if each.plan.strategy == "single"), default=None)
+    if alone_s is None:
         reason = "the fastest that fits"
-    elif chosen is alone:
-        reason = "several devices are predicted to be no faster than one"
-    elif chosen.latency_s > (1 - GAIN) * alone.latency_s:
-        chosen, reason = alone, f"several devices would gain less than {GAIN:.0%}"
+    elif chosen.plan.strategy != "single":
+        reason = f"predicted {alone_s / chosen.latency_s:.2f} times as fast as one device"
+    elif any(each.latency_s < chosen.latency_s for each in fitting):
+        reason = f"several devices would gain less than {GAIN:.0%}"
     else:
-        reason = f"predicted {alone.latency_s / chosen.latency_s:.2f} times as fast as one device"
-    return Choice(chosen=chosen, candidates=tuple(candidates), reason=reason)
+        reason = "several devices are predicted to be no faster than one"
+    return chosen, reason
 
 
 def weigh(question: Question) -> Iterator[Candidate]:
     """Every candidate, fitting or not: on every set of a few devices, on sensible ones of many (``subsets``)."""
+    for plan, [crew] in _plans_of(question, (1.0,)):
+        yield _candidate(question, plan, crew)
+
+
+def weigh_slowed(question: Question, slowdowns: Sequence[float]) -> list[list[Weighed]]:
+    """Every candidate, for each of ``slowdowns`` of all links: the same plans, the fastest for each among them."""
+    found: list[list[Weighed]] = [[] for _ in slowdowns]
+    for plan, crews in _plans_of(question, slowdowns):
+        for own, each in zip(found, _weighed(question, plan, crews), strict=True):
+            own.append(each)
+    return found
+
+
+def forecast(
+    question: Question, plan: InferencePlan, slowdowns: Sequence[float] = (1.0,), costs: Costs | None = None
+) -> list[Weighed]:
+    """``predict`` what a choice needs, for each of ``slowdowns`` of all links."""
+    crew = _crew_of(question, plan, costs)
+    return _weighed(question, plan, [crew.slowed(slowdown) for slowdown in slowdowns])
+
+
+def predict(question: Question, plan: InferencePlan, costs: Costs | None = None) -> Candidate:
+    """What ``plan`` is predicted to take. ``costs`` by rank, where there are some already."""
+    return _candidate(question, plan, _crew_of(question, plan, costs))
+
+
+def _plans_of(question: Question, slowdowns: Sequence[float]) -> Iterator[tuple[InferencePlan, list[Crew]]]:
+    """Plans, and their devices on links that are slower."""
     for dtype in question.dtypes:
         costs = costs_of(question, dtype)
-        for chosen in subsets(question, costs):
-            for plan in plans(question, chosen, dtype, costs):
-                yield predict(question, plan, costs)
+        sets = dict.fromkeys(ranks for slowdown in slowdowns for ranks in subsets(question, costs, slowdown))
+        for ranks in sets:
+            crew = Crew.of(costs, ranks, len(question.profile.devices))
+            crews = [crew.slowed(slowdown) for slowdown in slowdowns]
+            for plan in plans(question, ranks, dtype, costs, crews):
+                yield plan, crews
 
 
-def predict(question: Question, plan: InferencePlan, costs: dict[int, DeviceCosts] | None = None) -> Candidate:
-    """What ``plan`` is predicted to take. ``costs`` by rank, where there are some already."""
+def _crew_of(question: Question, plan: InferencePlan, costs: Costs | None) -> Crew:
     if costs is None:
         costs = costs_of(question, plan.dtype, plan.devices)
-    devices = [sharing(costs[rank], len(plan.devices), len(question.profile.devices)) for rank in plan.devices]
+    return Crew.of(costs, plan.devices, len(question.profile.devices))
+
+
+def _weighed(question: Question, plan: InferencePlan, crews: Sequence[Crew]) -> list[Weighed]:
     all_passes = passes(plan, question.spec, question.request)
+    weights, memory = _memory_bytes(question.spec, plan, question.request)
+    budgets, found = tuple(question.budget_bytes(rank) for rank in plan.devices), []
+    for crew in crews:
+        seconds = [crew.seconds(load, count) for load, count in all_passes]
+        found.append(
+            Weighed(
+                plan=plan,
+                latency_s=sum(seconds),
+                first_token_s=seconds[0],
+                weights_bytes=weights,
+                memory_bytes=memory,
+                budget_bytes=budgets,
+            )
+        )
+    return found
 
-    def least_s(step: Step, credits_: list[float]) -> float:
-        return least_step_s(step, devices, credits_)
 
-    seconds = [
-        simulate(load, count, lambda step, credits_: step_s(step, devices, credits_), devices)
-        for load, count in all_passes
-    ]
-    shares = device_shares(plan, question.spec)
+def _candidate(question: Question, plan: InferencePlan, crew: Crew) -> Candidate:
+    all_passes = passes(plan, question.spec, question.request)
+    [weighed] = _weighed(question, plan, [crew])
     sent = [[count * num_bytes for num_bytes in load.sent_bytes()] for load, count in all_passes]
     return Candidate(
-        plan=plan,
-        latency_s=sum(seconds),
-        first_token_s=seconds[0],
-        compute_s=sum(count * _computing_s(load, devices) for load, count in all_passes),
-        bound_s=sum(count * simulate(load, 1, least_s, devices) for load, count in all_passes),
+        **{each.name: getattr(weighed, each.name) for each in fields(weighed)},
+        compute_s=sum(count * sum(map(crew.computing_s, load.steps)) for load, count in all_passes),
+        bound_s=sum(count * crew.seconds(load, step_s=crew.least_step_s) for load, count in all_passes),
         sent_bytes=tuple(map(sum, zip(*sent, strict=True))),
         num_exchanges=sum(count * load.num_exchanges() for load, count in all_passes),
-        memory_bytes=tuple(
-            own_bytes + working_bytes(question.spec, share, question.request, len(shares))
-            for share, own_bytes in zip(shares, _held_bytes(question.spec, plan, question.request), strict=True)
-        ),
-        budget_bytes=tuple(question.budget_bytes(rank) for rank in plan.devices),
     )
 
 
-def _held_bytes(spec: TransformerSpec, plan: InferencePlan, request: InferenceRequest) -> list[int]:
-    """Of the weights on each device, and of the cache and the head where tokens are generated."""
-    weights = [held_bytes(spec, pieces) for pieces in pieces_of(plan, spec)]
-    if not request.num_new_tokens:
-        return weights
+def _memory_bytes(
+    spec: TransformerSpec, plan: InferencePlan, request: InferenceRequest
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """By device: of the weights, and of all that ``request`` takes beside the process."""
+    shares, weights = device_shares(plan, spec), tuple(weights_bytes(plan, spec))
+    more = [working_bytes(spec, share, request, len(shares)) for share in shares]
+    if request.num_new_tokens:
+        generating = _generating_bytes(spec, plan, request)
+        more = [working + own for working, own in zip(more, generating, strict=True)]
+    return weights, tuple(own + beside for own, beside in zip(weights, more, strict=True))
+
+
+def _generating_bytes(spec: TransformerSpec, plan: InferencePlan, request: InferenceRequest) -> list[int]:
+    """Of the cache and the head where tokens are generated."""
     if spec.decoupling is None:
-        more = [generation_bytes(spec, share, request, plan.dtype) for share in device_shares(plan, spec)]
-    else:
-        more = []
-        words = [len(share.vocabulary) for share in divide_layer(spec, plan.weights)]
-        for part, shares, num_words in zip(block_parts(plan, spec), original_shares(plan, spec), words, strict=True):
-            own = [share for _, share in part.held(spec)]
-            more.append(block_generation_bytes(spec, own, shares, num_words, request, plan.dtype))
-    return [held + generating for held, generating in zip(weights, more, strict=True)]
-
-
-def _computing_s(load: Workload, devices: Sequence[DeviceCosts]) -> float:
-    """The slowest device of each step."""
-    parts = ((load.before, 1), (load.layer, load.num_layers), (load.after, 1))
-    return sum(count * max(map(_work_s, devices, step.work)) for steps, count in parts for step in steps)
-
-
-def _work_s(device: DeviceCosts, work: Work) -> float:
-    return device.work_s(work)
+        return [generation_bytes(spec, share, request, plan.dtype) for share in device_shares(plan, spec)]
+    found = []
+    words = [len(share.vocabulary) for share in divide_layer(spec, plan.weights)]
+    for part, shares, num_words in zip(block_parts(plan, spec), original_shares(plan, spec), words, strict=True):
+        own = [share for _, share in part.held(spec)]
+        found.append(block_generation_bytes(spec, own, shares, num_words, request, plan.dtype))
+    return found
 
 
 # --- what a plan takes ------------------------------------------------------------------------------------------------
 
 
-def costs_of(question: Question, dtype: str, ranks: Sequence[int] | None = None) -> dict[int, DeviceCosts]:
+def costs_of(question: Question, dtype: str, ranks: Sequence[int] | None = None) -> Costs:
     """By rank (None: all), for ``predict``. They remember what they have evaluated. Raises ``IsthmusError`` where
     ``dtype`` was not measured."""
     profile, found = question.profile, {}
@@ -170,7 +233,7 @@ def costs_of(question: Question, dtype: str, ranks: Sequence[int] | None = None)
     return found
 
 
-def _too_little_memory(candidates: Sequence[Candidate]) -> IsthmusError:
+def _too_little_memory(candidates: Sequence[Weighed]) -> IsthmusError:
     least = min(candidates, key=lambda candidate: max(candidate.memory_bytes))
     need, plan = max(least.memory_bytes), least.plan
     room = ", ".join(f"{budget / 2**20:.0f}" for budget in least.budget_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -63,3 +64,35 @@ def pieces_of(plan: InferencePlan, spec: TransformerSpec) -> list[tuple[Piece, .
 def held_bytes(spec: TransformerSpec, pieces: Iterable[Piece]) -> int:
     """Of all of them, each counted once."""
     return sum(piece.num_bytes(spec) for piece in set(pieces))
+
+
+def weights_bytes(plan: InferencePlan, spec: TransformerSpec) -> list[int]:
+    """``held_bytes`` of ``pieces_of`` each device, in the plan's order, without listing them."""
+    parts = zip(
+        device_shares(plan, spec),
+        layer_ranges(plan, spec),
+        block_parts(plan, spec),
+        original_shares(plan, spec),
+        strict=True,
+    )
+    found = []
+    for share, layers, part, originals in parts:
+        own = [number for number in range(layers.start, layers.stop) if not spec.is_decoupled(number)]
+        shares = Counter(originals.get(number, share) for number in own)
+        total = sum(
+            count * weight_bytes(spec, each, plan.dtype, 1) for each, count in shares.items() if each is not None
+        )
+        if len(own) < len(layers):
+            blocks = (weight_bytes(spec, of_it, plan.dtype, 1, block) for block, of_it in part.held(spec))
+            total += (len(layers) - len(own)) * sum(blocks)
+        found.append(total)
+    return found
+
+
+def resident_bytes(plans: Iterable[InferencePlan], spec: TransformerSpec, num_devices: int) -> list[int]:
+    """Of the weights of all ``plans`` together on each of ``num_devices``, by rank."""
+    held: list[set[Piece]] = [set() for _ in range(num_devices)]
+    for plan in plans:
+        for rank, pieces in zip(plan.devices, pieces_of(plan, spec), strict=True):
+            held[rank].update(pieces)
+    return [held_bytes(spec, pieces) for pieces in held]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from isthmus.planning.block_steps import OriginalChoice
 from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, weight_bytes, working_bytes
+from isthmus.planning.original_choice import OriginalChoice
 from isthmus.planning.shares import divide, micro_batches
-from isthmus.planning.step_seconds import sharing, step_s
-from isthmus.planning.steps import Step, Work
+from isthmus.planning.step_seconds import Crew
+from isthmus.planning.steps import Work
 from isthmus.planning.wire_errors import WIRE_ERRORS, is_within, squared_error
 from isthmus.planning.workload import device_shares, passes
 from isthmus.spec.cluster import ClusterProfile
@@ -71,8 +71,9 @@ def expected_error(plan: InferencePlan, spec: TransformerSpec, request: Inferenc
 
 
 def plans(
-    question: Question, ranks: tuple[int, ...], dtype: str, costs: dict[int, DeviceCosts]
+    question: Question, ranks: tuple[int, ...], dtype: str, costs: Mapping[int, DeviceCosts], crews: Sequence[Crew]
 ) -> Iterator[InferencePlan]:
+    """Each once, in ``dtype``, on the devices ``ranks``, whose ``crews`` differ in how slow links are."""
     if len(ranks) == 1:
         if "single" in question.strategies:
             yield InferencePlan(strategy="single", devices=ranks, weights=(1.0,), dtype=dtype)
@@ -94,7 +95,8 @@ def plans(
             if weights is None or (strategy == "pipeline" and not _gives_layers_to_all(weights, question.spec)):
                 continue
             if strategy == "block":
-                yield from _block_plans(question, replace(even, weights=weights), [costs[rank] for rank in ranks])
+                found = [_block_plans(question, replace(even, weights=weights), crew) for crew in crews]
+                yield from dict.fromkeys(itertools.chain.from_iterable(found))
                 continue
             for codec, algorithm in itertools.product(question.codecs, algorithms):
                 plan = replace(even, weights=weights, codec=codec, algorithm=algorithm)
@@ -108,21 +110,24 @@ def _is_exact_enough(question: Question, plan: InferencePlan) -> bool:
     return is_within(expected_error(plan, question.spec, question.request) ** 2, question.max_error)
 
 
-def _block_plans(question: Question, plan: InferencePlan, devices: Sequence[DeviceCosts]) -> Iterator[InferencePlan]:
-    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest. For
-    each codec or, where errors are limited, with the fastest codec within the limit for each layer."""
-    devices = [sharing(device, len(devices), len(question.profile.devices)) for device in devices]
-
-    def seconds_of(steps: Sequence[Step]) -> float:
-        credits_ = [device.link.burst_bytes for device in devices]
-        return sum(step_s(step, devices, credits_) for step in steps)
-
+def _block_plans(question: Question, plan: InferencePlan, crew: Crew) -> Iterator[InferencePlan]:
+    """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest. Each of
+    them overlaps exchanges with computing where that is faster, and was measured to cost less than it gains. For each
+    codec or, where errors are limited, with the fastest codec within the limit for each layer."""
     kinds = tuple(GENERATING) if question.request.num_new_tokens else ORIGINAL_PLANS
-    choice = OriginalChoice(plan, question.spec, question.request, seconds_of)
+    choices = [
+        OriginalChoice(replace(plan, overlaps=overlaps), question.spec, question.request, crew.steps_s)
+        for overlaps in ((False, True) if crew.can_overlap else (False,))
+    ]
     alone = [(codec,) for codec in question.codecs]
+    chosen: dict[InferencePlan, None] = {}
     for codecs in alone if math.isinf(question.max_error) else [question.codecs]:
-        found = [choice.best(some, codecs, question.max_error) for some in (kinds, *((kind,) for kind in kinds))]
-        yield from dict.fromkeys(best for best in found if best is not None)
+        for some in (kinds, *((kind,) for kind in kinds)):
+            found = [choice.best(some, codecs, question.max_error) for choice in choices]
+            fastest = min((each for each in found if each is not None), key=lambda each: each[0], default=None)
+            if fastest is not None:
+                chosen[fastest[1]] = None
+    yield from chosen
 
 
 def _gives_layers_to_all(weights: Sequence[float], spec: TransformerSpec) -> bool:

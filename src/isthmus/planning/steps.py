@@ -25,6 +25,8 @@ class Work:
     """Of the elements of these sub-blocks' attention matrices, that are this device's."""
     block_columns: float = 1.0
     """Of their MLPs'."""
+    block_mlp_rows: int | None = None
+    """Of their MLPs, where they are not ``block_rows`` too."""
     num_layers: int = 1
     """So many of them; what follows is not of layers."""
     embedded_rows: int = 0
@@ -34,10 +36,14 @@ class Work:
     copied: int = 0
     """Values copied together."""
 
+    @property
+    def rows_of_block_mlp(self) -> int:
+        return self.block_rows if self.block_mlp_rows is None else self.block_mlp_rows
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """All devices compute, then exchange."""
+    """All devices compute, then exchange. Only itself is equal to it, so that what is known of it is found fast."""
 
     work: tuple[Work, ...]
     exchange: Exchange | None
@@ -45,3 +51,7 @@ class Step:
     """Of a sum that is repeated for every token (``transport/repeated``)."""
     overlaps: bool = False
     """The exchange goes on while the next step is computed."""
+    meanwhile: tuple[Work, ...] = ()
+    """What all devices compute while the exchange goes on, and before the next step; none: they wait for it."""
+    is_rest: bool = False
+    """The exchange brings other tokens of what the one before it has brought."""

@@ -14,8 +14,8 @@ ALL_UP_TO = 8
 """Of so many devices every subset is weighed (128 of them), but for those that have more devices than sub-blocks."""
 
 
-def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tuple[int, ...]]:
-    """Ranks, ascending, the leader's always among them; small sets first, each set once.
+def subsets(question: Question, costs: Mapping[int, DeviceCosts], slowdown: float = 1.0) -> Iterator[tuple[int, ...]]:
+    """Ranks, ascending, the leader's always among them; small sets first, each set once. ``slowdown``: of all links.
 
     Of up to ``ALL_UP_TO`` devices every set, of a decoupled model's up to as many as it has sub-blocks. Of more, for
     some sizes (1 to 8, 10, 12, 14, 16, 20, …, and all), the leader with those that are first in an order: by seconds of
@@ -37,7 +37,7 @@ def subsets(question: Question, costs: Mapping[int, DeviceCosts]) -> Iterator[tu
     if not sizes and not team_sizes:
         return
     compute_s = {rank: _layer_s(question, costs[rank]) for rank in others}
-    link_s = {rank: _tokens_s(question, costs[rank]) for rank in others}
+    link_s = {rank: _tokens_s(question, costs[rank], slowdown) for rank in others}
     orders = [
         sorted(others, key=compute_s.__getitem__),
         sorted(others, key=link_s.__getitem__),
@@ -68,7 +68,7 @@ def _layer_s(question: Question, device: DeviceCosts) -> float:
     return device.work_s(Work(attention_rows=rows, attention_share=1.0, mlp_rows=rows, mlp_share=1.0))
 
 
-def _tokens_s(question: Question, device: DeviceCosts) -> float:
+def _tokens_s(question: Question, device: DeviceCosts, slowdown: float) -> float:
     num_bytes = 4 * question.request.batch * question.request.num_tokens * question.spec.hidden_size
     traffic = Traffic(num_sent=1, num_received=1, sent_bytes=num_bytes, received_bytes=num_bytes)
-    return device.messages_s(traffic, 0.0) + device.transfer_s(traffic, device.link.burst_bytes)
+    return device.messages_s(traffic, 0.0) + device.transfer_s(traffic) * slowdown

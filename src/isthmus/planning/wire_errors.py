@@ -21,8 +21,8 @@ _SLACK = 1e-9
 
 
 def squared_error(steps: Iterable[Step]) -> float:
-    """Of what tokens pass through, if it is all of ``steps``."""
-    exchanges = (step.exchange for step in steps if step.exchange is not None)
+    """Of what tokens pass through, if it is all of ``steps``; of an exchange in portions it is one of them."""
+    exchanges = (step.exchange for step in steps if step.exchange is not None and not step.is_rest)
     return sum(max(WIRE_ERRORS[traffic.codec] for traffic in exchange) ** 2 for exchange in exchanges)
 
 

@@ -7,6 +7,7 @@ compares the bytes and the number of exchanges with those of real runs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from isthmus.planning.block_steps import block_steps, block_token_steps
 from isthmus.planning.exchanges import (
@@ -102,20 +103,32 @@ def workload(plan: InferencePlan, spec: TransformerSpec, request: InferenceReque
         own_rows, ticks = [0] * num_devices, _pipeline_ticks(plan, spec, request)
     else:
         layer = _tensor_layer(plan, spec, request, own_rows)
-    embedding = Step(work=tuple(Work(embedded_rows=count) for count in own_rows), exchange=None)
+    embedding = _embedding(tuple(own_rows))
     if num_devices == 1:
         return Workload(before=(embedding, *steps), layer=layer, after=(), num_layers=spec.num_layers)
-    idle = (Work(),) * num_devices
-    asking = (
-        Step(work=idle, exchange=broadcast(8 * _HEADER_VALUES, num_devices)),
-        Step(work=idle, exchange=broadcast(8 * 2 * rows, num_devices)),
-        embedding,
-        *steps,
-    )
+    asking = (*_asked(rows, num_devices), embedding, *steps)
     answering: tuple[Step, ...] = ()
     if is_scattered or plan.strategy == "pipeline":
-        answering = (Step(work=idle, exchange=gather([request.batch * spec.hidden_size] * num_devices)),)
+        answering = (_answering(request.batch * spec.hidden_size, num_devices),)
     return Workload(before=asking, layer=layer, after=(*ticks, *answering), num_layers=spec.num_layers)
+
+
+@lru_cache(maxsize=64)
+def _answering(num_values: int, num_devices: int) -> Step:
+    """The leader gets everybody's sum."""
+    return Step(work=(Work(),) * num_devices, exchange=gather([num_values] * num_devices))
+
+
+@lru_cache(maxsize=64)
+def _embedding(rows: tuple[int, ...]) -> Step:
+    return Step(work=tuple(Work(embedded_rows=count) for count in rows), exchange=None)
+
+
+@lru_cache(maxsize=64)
+def _asked(rows: int, num_devices: int) -> tuple[Step, ...]:
+    """Everybody learns what comes, and the tokens."""
+    idle = (Work(),) * num_devices
+    return tuple(Step(work=idle, exchange=broadcast(8 * count, num_devices)) for count in (_HEADER_VALUES, 2 * rows))
 
 
 def passes(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> list[tuple[Workload, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from isthmus.profiling.steady import mean_s, steady_s
-from isthmus.spec.cluster import LinkProfile, Transfer, Waiting
+from isthmus.spec.cluster import LinkProfile, Overlapping, Transfer, Waiting
 from isthmus.transport.base import Group
 
 _ROUND_TRIPS = 30
@@ -27,6 +27,7 @@ _LONGEST_S = 0.12
 _BEYOND_BURST_BYTES = 1 << 17
 _PAUSE_S = 0.03
 _REPEATS = 5
+_OVERLAPS = 3
 _SAME = 0.85
 _CHECK_S = 0.01
 _SIMILAR = 1.4
@@ -42,10 +43,12 @@ def share_texts(group: Group, text: str) -> list[str]:
     return [bytes(part.numpy()).decode() for part in texts]
 
 
-def measure_link(group: Group, computes: Sequence[Callable[[], object]], *, num_summed: int = 0) -> LinkProfile:
+def measure_link(
+    group: Group, computes: Sequence[Callable[[], object]], *, num_summed: int = 0, may_overlap: bool = False
+) -> LinkProfile:
     """This rank's link. ``computes``: little and much of what the device computes between exchanges, such as one layer
-    of a token and of a text. ``num_summed``: the values of a repeated sum after the little. Blocks for two or three
-    seconds."""
+    of a token and of a text. ``num_summed``: the values of a repeated sum after the little. ``may_overlap``: whether
+    exchanges may go on while devices compute. Blocks for two to five seconds."""
     peers = group.world_size - 1
     round_trip_s = _round_trip_s(group)
     idle_s = _idle_exchange_s(group)
@@ -61,6 +64,7 @@ def measure_link(group: Group, computes: Sequence[Callable[[], object]], *, num_
         transfer=transfer,
         bytes_per_s=bytes_per_s,
         burst_bytes=burst_bytes,
+        overlapping=_overlapping(group, computes[-1], transfer) if may_overlap else None,
     )
 
 
@@ -134,6 +138,30 @@ def _sum_step_s(group: Group, compute: Callable[[], object], num_values: int) ->
 
     start(group)
     return max(0.0, _mean(group, _timed(both, _SUMS)) - own_s) / num_exchanges
+
+
+def _overlapping(group: Group, compute: Callable[[], object], transfer: Transfer) -> Overlapping:
+    """Of this device. Computing lasts longer than the exchange that goes on meanwhile, whose cost is so all in it."""
+    smallest = _exchange(group, 4)
+    more_s = [
+        _timed(lambda: group.start(smallest).wait(), _ROUNDS) - _timed(smallest, _ROUNDS) for _ in range(_OVERLAPS)
+    ]
+    starting_s = _mean(group, max(0.0, statistics.median(more_s)))
+    num_bytes, lasting_s = transfer.num_bytes[-1], 1.5 * transfer.seconds[-1] + _PAUSE_S
+    exchange = _exchange(group, num_bytes)
+    exchange()
+    found = []
+    for _ in range(_OVERLAPS):
+        start(group)
+        own_s = mean_s(compute, lasting_s)
+        start(group)
+        handle, count, start_s = group.start(exchange), 0, time.perf_counter()
+        while not handle.is_done() or time.perf_counter() - start_s < lasting_s:
+            compute()
+            count += 1
+        found.append(time.perf_counter() - start_s - count * own_s)
+        handle.wait()
+    return Overlapping(starting_s=starting_s, s_per_byte=max(0.0, statistics.median(found)) / num_bytes)
 
 
 def _most(group: Group, seconds: float) -> float:

@@ -149,6 +149,16 @@ class Waiting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overlapping:
+    """What it costs that a device computes while an exchange goes on. ``starting_s``: seconds by which the smallest
+    exchange takes longer on a thread of its own. ``s_per_byte``: seconds by which computing takes longer for every byte
+    (of the busier direction) that goes out and comes in meanwhile."""
+
+    starting_s: float
+    s_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinkProfile:
     """One device's link, measured with the real transport.
 
@@ -169,6 +179,8 @@ class LinkProfile:
     """For long."""
     burst_bytes: float = 0.0
     """So much is let through at once after a pause (token buckets, buffers of switches)."""
+    overlapping: Overlapping | None = None
+    """None: not measured, and nothing is computed while an exchange between layers goes on."""
     airtime_s_per_byte: float = 0.0
     """On a medium that links share (Wi-Fi): seconds for which each byte sent or received occupies it. What all devices
     send and receive in an exchange then takes at least the sum."""

@@ -62,6 +62,9 @@ class InferencePlan:
     it, and the one that brings its result back to slices or, after the last, to the whole; and those of devices that
     share a sub-block until the next one (before the first one: as the first one's). Empty: ``codec`` for all; where all
     are alike it becomes that."""
+    overlaps: bool = False
+    """With ``block``: what is exchanged between layers goes in two portions of the tokens. The first is on its way
+    while the second one's MLP is computed, the second while queries, keys and values of the first are."""
 
     def __post_init__(self) -> None:
         choices = (("strategy", STRATEGIES), ("codec", CODECS), ("dtype", DTYPES), ("algorithm", ALGORITHMS))
@@ -75,6 +78,8 @@ class InferencePlan:
             raise ValueError(
                 f"codecs: got {len(self.codecs)} for strategy {self.strategy!r}, wanted none; name one codec"
             )
+        if self.overlaps and self.strategy != "block":
+            raise ValueError(f"overlaps: got true for strategy {self.strategy!r}, wanted false; it is for block")
         if len(set(self.codecs)) == 1:  # one plan has one form
             object.__setattr__(self, "codec", self.codecs[0])
             object.__setattr__(self, "codecs", ())
@@ -94,7 +99,8 @@ class InferencePlan:
         decoupled model are computed."""
         if self.strategy == "tensor":
             return self.algorithm
-        return "+".join(dict.fromkeys(self.originals)) if self.strategy == "block" else ""
+        ways = "+".join(dict.fromkeys(self.originals)) if self.strategy == "block" else ""
+        return f"{ways} overlapped".strip() if self.overlaps else ways
 
     @property
     def wire(self) -> str:

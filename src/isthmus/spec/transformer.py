@@ -87,6 +87,11 @@ class TransformerSpec:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def product_share(self) -> float:
+        """Of attention's matrix elements: those of queries, keys and values, which come from one product."""
+        return (self.num_heads / 2 + self.num_kv_heads) / (self.num_heads + self.num_kv_heads)
+
+    @property
     def attention_numel(self) -> int:
         """Matrix elements of one layer's attention: q, k, v, o."""
         return self.hidden_size * self.head_size * 2 * (self.num_heads + self.num_kv_heads)
@@ -128,6 +133,11 @@ class Range:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def common(self, other: Range) -> Range:
+        """What both have; empty where that is nothing."""
+        start = max(self.start, other.start)
+        return Range(start=start, stop=max(start, min(self.stop, other.stop)))
 
 
 @dataclass(frozen=True, kw_only=True)

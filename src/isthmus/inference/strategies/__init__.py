@@ -54,6 +54,7 @@ def make_strategy(
             mates=mates,
             originals=plan.originals,
             codecs=codecs,
+            overlaps=plan.overlaps,
         )
     if group is None:
         return TensorParallel(model, None)

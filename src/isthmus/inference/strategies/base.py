@@ -82,12 +82,15 @@ class Strategy(ABC):
         self, hidden_BTH: Tensor, norm: Norm, compute: Callable[[Tensor], Tensor], bias: Tensor | None
     ) -> Tensor:
         """One residual block. ``compute`` gives the sum over all devices, without its bias."""
-        norm_first = self.model.spec.norm_first
-        total_BTH = compute(norm(hidden_BTH) if norm_first else hidden_BTH)
+        total_BTH = compute(norm(hidden_BTH) if self.model.spec.norm_first else hidden_BTH)
+        return self._add(hidden_BTH, total_BTH, norm, bias)
+
+    def _add(self, hidden_BTH: Tensor, total_BTH: Tensor, norm: Norm, bias: Tensor | None) -> Tensor:
+        """How a residual block ends."""
         if bias is not None:
             total_BTH = total_BTH + bias
         hidden_BTH = hidden_BTH + total_BTH
-        return hidden_BTH if norm_first else norm(hidden_BTH)
+        return hidden_BTH if self.model.spec.norm_first else norm(hidden_BTH)
 
     def _layer(
         self,
