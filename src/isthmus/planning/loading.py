@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, IntEnum
+from functools import cache
 
 from isthmus.spec.model import UnitKey
 
@@ -83,6 +84,12 @@ class LoadQueues:
         return False
 
 
+@cache
+def unit_key(layer: int, expert: int) -> UnitKey:
+    """The one object for this key: dictionaries find it without comparing."""
+    return UnitKey(layer, expert)
+
+
 def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
     """Experts of all layers of a stage, the most popular rank of each layer first (APTMoE, section 4.2).
 
@@ -91,5 +98,5 @@ def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
     ranked = {layer: sorted(range(len(c)), key=lambda e, c=c: (-c[e], e)) for layer, c in counts_LE.items()}
     deepest = max((len(order) for order in ranked.values()), default=0)
     return [
-        UnitKey(layer, order[rank]) for rank in range(deepest) for layer, order in ranked.items() if rank < len(order)
+        unit_key(layer, order[rank]) for rank in range(deepest) for layer, order in ranked.items() if rank < len(order)
     ]

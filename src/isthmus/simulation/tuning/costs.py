@@ -57,7 +57,7 @@ class TuneJob:
             raise IsthmusError(f"dtype: got {self.dtype!r}, wanted one of {', '.join(BYTES_PER_VALUE)}")
         if self.num_micro_batches > self.batch:
             raise IsthmusError(
-                f"micro_batches: got {self.num_micro_batches} of {self.batch} sequences, wanted one sequence or more in "
+                f"micro_batches: got {self.num_micro_batches} of {self.batch} sequences, wanted one or more in "
                 "each; raise --batch or lower --micro-batches"
             )
         if not 0 <= self.predictor_accuracy <= 1:

@@ -238,7 +238,7 @@ class Device:
         if known is not None and self._num_there[key] == len(there):
             return known
         on, urgent = self._policy.divide(layer, is_backward, there)
-        division = Division(self._work.tables[layer], on, is_backward)
+        division = Division(layer, self._work.tables[layer], on, is_backward)
         self._divisions[key], self._num_there[key] = division, len(there)
         if urgent or again:
             following = run.layers[position + 1] if position + 1 < len(run.layers) else None
@@ -281,8 +281,9 @@ class Device:
         there is something else to do."""
         layer = run.layers[position]
         there = self.loader.there
-        keys = self._work.expert_keys(layer, division.on)
-        missing = [key for key in keys if key not in there]
+        keys = division.keys
+        missing = [] if division.is_there else [key for key in keys if key not in there]
+        division.is_there = not missing
         kind = "expert_backward" if run.is_backward else "expert_forward"
         name = f"L{layer} mb{micro_batch}"
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from isthmus.planning.loading import unit_key
 from isthmus.simulation.tuning.costs import Costs, LayerCosts
-from isthmus.spec.model import UnitKey
+from isthmus.spec.model import DENSE, UnitKey
 from isthmus.spec.plan import Stage
 
 FORWARD, BACKWARD = False, True
@@ -25,14 +28,17 @@ class Run:
 class Division:
     """Where the experts of a layer run, for one micro-batch of one pass."""
 
-    __slots__ = ("accelerator_s", "cpu_rows", "cpu_s", "num_rows", "on", "work")
+    __slots__ = ("accelerator_s", "cpu_rows", "cpu_s", "is_there", "keys", "num_rows", "on", "work")
 
-    def __init__(self, tables: LayerTables, on: Iterable[int], is_backward: bool) -> None:
+    def __init__(self, layer: int, tables: LayerTables, on: Iterable[int], is_backward: bool) -> None:
         """``on``: experts on the accelerator; those without tokens may be among them."""
         work, cpu, tokens = tables.accelerator_s[is_backward], tables.cpu_s[is_backward], tables.tokens
         chosen = frozenset(on)
         self.on = [e for e in tables.by_work if e in chosen and tokens[e]]
+        self.keys = [unit_key(layer, e) for e in self.on]
         self.work = [work[e] for e in self.on]
+        self.is_there = False
+        """All of ``keys`` have landed; set when it is found."""
         self.accelerator_s = sum(self.work)
         others = [e for e in tables.by_work if e not in chosen and tokens[e]]
         self.cpu_s = sum([cpu[e] for e in others])
@@ -51,8 +57,6 @@ class LayerTables:
         self.tokens = [count / costs.num_parts for count in self.counts]
         self.num_rows = sum(self.tokens)
         self.by_work = sorted(range(len(self.tokens)), key=lambda e: (-self.tokens[e], e))
-        import numpy as np
-
         tokens = np.array(self.tokens)
         self.accelerator_s = tuple(
             costs.accelerator_s(tokens, is_backward=backward).tolist() for backward in (False, True)
@@ -80,19 +84,17 @@ class StepWork:
             for number, stage in enumerate(stages)
             for layer in range(stage.first_layer, stage.last_layer + 1)
         }
-        self.tables = {
-            layer: LayerTables(costs.layer(self.layer_device[layer], layer), counts_E)
-            for layer, counts_E in counts.items()
-        }
+        self._costs_of = {layer: costs.layer(device, layer) for layer, device in self.layer_device.items()}
+        self.tables = {layer: LayerTables(self._costs_of[layer], counts_E) for layer, counts_E in counts.items()}
 
     def layer_costs(self, layer: int) -> LayerCosts:
-        return self.costs.layer(self.layer_device[layer], layer)
+        return self._costs_of[layer]
 
     def dense_key(self, layer: int) -> UnitKey:
-        return UnitKey(layer, -1)
+        return unit_key(layer, DENSE)
 
     def expert_keys(self, layer: int, experts: Iterable[int]) -> list[UnitKey]:
-        return [UnitKey(layer, expert) for expert in experts]
+        return [unit_key(layer, expert) for expert in experts]
 
 
 def runs_of(stages: Sequence[Stage], device_of: Sequence[int], num_devices: int) -> list[list[Run]]:
