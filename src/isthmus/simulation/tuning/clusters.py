@@ -19,6 +19,7 @@ from isthmus.spec.tune_cluster import MeasuredExperts, TuneAccelerator, TuneClus
 
 PEAK_SHARE = 0.8
 NUM_CORES = 28
+TABLE_NUM_CORES = 28
 H2D_BYTES_PER_S = 10.5e9
 D2H_BYTES_PER_S = 10.5e9
 ROOT_BYTES_PER_S = 12e9
@@ -65,7 +66,7 @@ def a800(num_accelerators: int, num_devices: int = DEFAULT_NUM_DEVICES) -> TuneC
     experts = {
         shape: MeasuredExperts(
             cpu_forward=Curve(num_tokens=_COUNTS, seconds=seconds),
-            num_cores=NUM_CORES,
+            num_cores=TABLE_NUM_CORES,
             load_s=load_s,
             dense_load_s=dense_load_s,
         )
