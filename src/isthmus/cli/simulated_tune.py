@@ -77,7 +77,7 @@ def simulate_tune(
         cluster=cluster,
         num_stages=len(found.stages),
         skewness=found.skewness,
-        rows=tuple(row_of(outcome, found, job.batch) for outcome in found.outcomes.values()),
+        rows=tuple(row_of(outcome, job.batch) for outcome in found.outcomes.values()),
     )
     title = (
         f"{options.model}, {cluster.num_accelerators} accelerators of {cluster.name}, {len(found.stages)} stages, "
@@ -153,7 +153,7 @@ def _popularity(options: SimulateTuneOptions, spec: ModelSpec) -> Callable[[], P
     return lambda: TracedPopularity(spec, trace)
 
 
-def row_of(outcome: Outcome, found: Simulated, batch: int) -> SimulateTuneRow:
+def row_of(outcome: Outcome, batch: int) -> SimulateTuneRow:
     """A policy's row of the report."""
     if not outcome.seconds:
         return SimulateTuneRow(policy=outcome.policy, step_s=None, note=outcome.note)
@@ -162,8 +162,10 @@ def row_of(outcome: Outcome, found: Simulated, batch: int) -> SimulateTuneRow:
         policy=outcome.policy,
         step_s=Spread(median=median, p10=p10, p90=p90),
         sequences_per_s=batch / median,
-        bound_s=found.bound_s,
-        bound_share=found.bound_s / median,
+        num_stages=outcome.num_stages,
+        bound_s=outcome.bound_s * outcome.bubble_factor,
+        bubble_factor=outcome.bubble_factor,
+        bound_share=outcome.bound_s * outcome.bubble_factor / median,
         note=outcome.note,
     )
     last = outcome.last

@@ -17,9 +17,13 @@ class SimulateTuneRow:
     step_s: Spread | None
     """Over steps, the first left out, which has no history of popularity. None: it does not fit, see ``note``."""
     sequences_per_s: float = 0.0
+    num_stages: int = 0
+    """All policies have the report's, but ours, which chooses."""
     bound_s: float = 0.0
-    """No schedule of this kind ends a step sooner: the busiest device's resources without a pause, times the
-    pipeline's bubble factor."""
+    """What the busiest device needs if none of its resources ever pauses (no step is faster), times
+    ``bubble_factor``."""
+    bubble_factor: float = 1.0
+    """What a pipeline's beginning and end add."""
     bound_share: float = 0.0
     accelerator_share: float = 0.0
     cpu_experts_share: float = 0.0

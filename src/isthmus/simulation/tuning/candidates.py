@@ -2,8 +2,9 @@
 played through at the counts that are expected, and the fastest is taken.
 
 A layer's split depends on what a second of link time is worth: little where loads hide behind other stages' work, much
-where the link is what all wait for (``planning/affinity.py``). One factor per pass is searched over a grid, then
-factors of single rounds over the devices are tried. Mobius' and the published rule's schedules are always among the
+where the link is what all wait for (``planning/affinity.py``). So is how many stages go round the devices: many keep the devices'
+bubbles short and make what must be there before a stage begins small, few make fewer hand-overs. Mappings are compared
+first, then one factor for all is searched over a grid, then factors of single rounds and passes are tried. Mobius' and the published rule's schedules are always among the
 candidates, so for the counts it was made for a plan is never slower than either.
 """
 
@@ -17,15 +18,22 @@ from isthmus.simulation.tuning.costs import LayerCosts
 from isthmus.simulation.tuning.pipeline import simulate_step
 from isthmus.simulation.tuning.policies import Aptmoe, Counts, Mobius, Planned, StepPolicy
 from isthmus.simulation.tuning.work import BACKWARD, FORWARD, StepWork
+from isthmus.spec.plan import Stage
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
 """What a second of link time counts for; 0: everything is loaded unless the accelerator is what all wait for."""
 STEPS = (0.6, 1.6)
 """By which factors are multiplied when single ones are tried."""
 MAX_ROUNDS = 2
+MAX_GROUPS = 10
+LEAST = 0.2
+"""A factor of 0 is taken for this where it is multiplied."""
+MAPPING_FACTORS = (0.5, 1.5)
+"""With which mappings are compared."""
 
 Factors = dict[tuple[int, bool], float]
 """By (round over the devices, is_backward)."""
+Make = Callable[[StepWork, Counts], StepPolicy]
 PlanOf = dict[tuple[int, bool], list[int]]
 
 
@@ -33,10 +41,42 @@ PlanOf = dict[tuple[int, bool], list[int]]
 class Choice:
     """The fastest candidate. ``make``: the policy for a step's real work."""
 
-    make: Callable[[StepWork, Counts], StepPolicy]
+    make: Make
+    stages: Sequence[Stage]
     name: str
     predicted_s: float
     num_tried: int
+
+
+def choose(work: StepWork, mappings: Sequence[Sequence[Stage]] = ()) -> Choice:
+    """``work``: a step with the expected counts and the stages that other policies have; ``mappings``: others that may
+    be taken instead."""
+    search = _Search(Choice(Mobius, work.stages, "mobius", float("inf"), 0))
+    for make, name in ((Mobius, "mobius"), (Aptmoe, "aptmoe")):
+        search.offer(work, make, name)
+    planners = [Planner(work)]
+    planners += [Planner(StepWork(work.costs, stages, work.order, work.counts)) for stages in mappings]
+    if len(planners) > 1:
+        seconds = [min(planner.seconds(search, factor) for factor in MAPPING_FACTORS) for planner in planners]
+        planners = [planners[seconds.index(min(seconds))]]
+    planners[0].search(search)
+    return replace(search.best, num_tried=search.num_tried)
+
+
+class _Search:
+    """The best so far."""
+
+    def __init__(self, best: Choice) -> None:
+        self.best = best
+        self.num_tried = 0
+
+    def offer(self, work: StepWork, make: Make, name: str) -> float:
+        """Seconds of a candidate, which is taken if it is better than the best so far."""
+        self.num_tried += 1
+        seconds = simulate_step(work, make(work, work.counts)).seconds
+        if seconds < self.best.predicted_s * (1 - 1e-9):
+            self.best = Choice(make, work.stages, name, seconds, 0)
+        return seconds
 
 
 class Planner:
@@ -54,53 +94,43 @@ class Planner:
             for layer in range(stage.first_layer, stage.last_layer + 1)
         }
         self._num_rounds = -(-len(work.stages) // num_devices)
-        self._num_tried = 0
 
-    def choose(self) -> Choice:
-        counts = self._work.counts
-        best = Choice(Mobius, "mobius", self._seconds(Mobius(self._work, counts)), 1)
-        best = self._better(best, Aptmoe, "aptmoe")
-        found: Factors = {}
-        for common in FACTORS:
-            factors = {(number, backward): common for number in range(self._num_rounds) for backward in (False, True)}
-            tried = self._offer(best, factors)
-            if tried is not best or not found:
-                best, found = tried, factors
-        return self._refine(best, found)
+    def seconds(self, search: _Search, common: float) -> float:
+        """With one factor for all."""
+        return self._offer(search, self._all(common))
 
-    def _refine(self, best: Choice, found: Factors) -> Choice:
-        """A pass at a time, then a round of a pass at a time."""
+    def search(self, search: _Search) -> None:
+        """Grid, then moves: a pass at a time, then a round of a pass at a time."""
+        tried = [(self.seconds(search, common), common) for common in FACTORS]
+        best_s, common = min(tried)
+        found = self._all(common)
         groups = [[key for key in found if key[1] == backward] for backward in (BACKWARD, FORWARD)]
         groups += [[key] for key in found] if self._num_rounds > 1 else []
         for _ in range(MAX_ROUNDS):
-            before = best
-            for group in groups:
+            before_s = best_s
+            for group in groups[:MAX_GROUPS]:
                 for step in STEPS:
-                    moved = found | {key: max(found[key], 0.2) * step for key in group}
-                    tried = self._offer(best, moved)
-                    if tried is not best:
-                        best, found = tried, moved
+                    moved = found | {key: max(found[key], LEAST) * step for key in group}
+                    seconds = self._offer(search, moved)
+                    if seconds < best_s * (1 - 1e-9):
+                        best_s, found = seconds, moved
                         break
-            if best is before:
+            if best_s == before_s:
                 break
-        return replace(best, num_tried=self._num_tried)
 
-    def _better(self, best: Choice, make: Callable[[StepWork, Counts], StepPolicy], name: str) -> Choice:
-        seconds = self._seconds(make(self._work, self._work.counts))
-        return Choice(make, name, seconds, 0) if seconds < best.predicted_s * (1 - 1e-9) else best
+    def _all(self, common: float) -> Factors:
+        return {(number, backward): common for number in range(self._num_rounds) for backward in (False, True)}
 
-    def _offer(self, best: Choice, factors: Factors) -> Choice:
+    def _offer(self, search: _Search, factors: Factors) -> float:
         plan = self.plan(factors)
         typical = sorted(factors.values())[len(factors) // 2]
 
         def make(work: StepWork, expected: Counts) -> StepPolicy:
             return Planned(work, expected, plan, typical)
 
-        return self._better(best, make, "split " + ", ".join(f"{factor:.2g}" for factor in factors.values()))
-
-    def _seconds(self, policy: StepPolicy) -> float:
-        self._num_tried += 1
-        return simulate_step(self._work, policy).seconds
+        values = sorted(set(factors.values()))
+        between = f"{values[0]:.2g}" if len(values) == 1 else f"{values[0]:.2g} to {values[-1]:.2g}"
+        return search.offer(self._work, make, f"{len(self._work.stages)} stages, link seconds count {between}")
 
     def plan(self, factors: Factors) -> PlanOf:
         """Experts on the accelerator, most work first. What forward leaves there costs backward no load."""

@@ -65,6 +65,18 @@ def stages_for(costs: Costs, num_stages: int | None) -> tuple[Stage, ...]:
     )
 
 
+def other_mappings(costs: Costs, stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
+    """What may be taken instead of ``stages``: 1, 2, 4, … stages for each device, as far as two fit one together."""
+    found: list[tuple[Stage, ...]] = []
+    number = costs.num_devices
+    while number <= costs.spec.num_layers:
+        mapped = map_stages(costs.spec, num_slots=0, num_stages=number)
+        if mapped != tuple(stages) and _short_bytes(costs, mapped) <= 0:
+            found.append(mapped)
+        number *= 2
+    return found
+
+
 def _short_bytes(costs: Costs, stages: Sequence[Stage]) -> int:
     """What the device that has least is short of: two stages' weights, the gradients of one layer, activations."""
     num_devices = costs.num_devices

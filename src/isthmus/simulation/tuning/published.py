@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
-from isthmus.simulation.tuning.candidates import Planner
+from isthmus.simulation.tuning.candidates import choose
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.mapping import device_order, stages_for
+from isthmus.simulation.tuning.mapping import device_order, other_mappings, stages_for
 from isthmus.simulation.tuning.pipeline import simulate_step
 from isthmus.simulation.tuning.policies import Aptmoe, GPipeOffload, Mobius
 from isthmus.simulation.tuning.popularity import DrawnPopularity
@@ -107,14 +107,15 @@ def simulate_cell(cell: Cell, cluster: TuneCluster) -> CellSeconds:
     stages, order = stages_for(costs, None), device_order(costs.seats)
     work = StepWork(costs, stages, order, counts)
     seconds = [simulate_step(work, policy(work, counts)).seconds for policy in (GPipeOffload, Mobius, Aptmoe)]
-    choice = Planner(work).choose()
+    choice = choose(work, other_mappings(costs, stages))
+    ours = StepWork(costs, choice.stages, order, counts)
     return CellSeconds(
         gpipe_offload_s=seconds[0],
         mobius_s=seconds[1],
         aptmoe_s=seconds[2],
-        affinity_s=simulate_step(work, choice.make(work, counts)).seconds,
-        bound_s=step_bound_s(work),
-        bubble_factor=bubble_factor(job.num_micro_batches, len(stages), len(order)),
+        affinity_s=simulate_step(ours, choice.make(ours, counts)).seconds,
+        bound_s=step_bound_s(ours),
+        bubble_factor=bubble_factor(job.num_micro_batches, len(choice.stages), len(order)),
         plan=choice.name,
     )
 

@@ -10,9 +10,15 @@ import numpy as np
 
 from isthmus.planning.popularity import skewness
 from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
-from isthmus.simulation.tuning.candidates import Choice, Planner
+from isthmus.simulation.tuning.candidates import Choice, choose
 from isthmus.simulation.tuning.costs import Costs
-from isthmus.simulation.tuning.mapping import check_hosts, device_order, resident_short_bytes, stages_for
+from isthmus.simulation.tuning.mapping import (
+    check_hosts,
+    device_order,
+    other_mappings,
+    resident_short_bytes,
+    stages_for,
+)
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import Aptmoe, Counts, GPipe, GPipeOffload, History, Mobius, StepPolicy
 from isthmus.simulation.tuning.popularity import Floats
@@ -46,6 +52,10 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     last: StepResult | None = None
     note: str = ""
+    num_stages: int = 0
+    bound_s: float = 0.0
+    """Of the last step, without the bubble factor."""
+    bubble_factor: float = 1.0
 
     @property
     def counted(self) -> list[float]:
@@ -63,10 +73,8 @@ class Simulated:
 
     outcomes: dict[str, Outcome]
     stages: tuple[Stage, ...]
-    bound_s: float
-    """Of the last step, times ``bubble_factor``."""
-    bubble_factor: float
     skewness: float
+    """Of the last step's counts."""
 
 
 def simulate_tuning(
@@ -99,16 +107,16 @@ def simulate_tuning(
             is_last = number == num_steps - 1
             outcome.seconds.append(runner.step(counts, keeps_spans=keeps_spans and is_last))
             tell(policy, number + 1)
-        outcome.last, outcome.note, work = runner.last, runner.note, runner.work
+        work = runner.work
+        outcome.last, outcome.note, outcome.num_stages = runner.last, runner.note, len(work.stages)
+        outcome.bound_s = step_bound_s(work)
+        outcome.bubble_factor = bubble_factor(costs.job.num_micro_batches, len(work.stages), len(order))
     if work is None:
         steps = popularity().steps(costs.job.num_tokens)
         work = StepWork(costs, stages, order, {layer: c.tolist() for layer, c in next(steps).items()})
-    bubble = bubble_factor(costs.job.num_micro_batches, len(stages), len(order))
     return Simulated(
         outcomes=outcomes,
         stages=stages,
-        bound_s=step_bound_s(work) * bubble,
-        bubble_factor=bubble,
         skewness=skewness([np.asarray(counts) for counts in work.counts.values()]),
     )
 
@@ -122,6 +130,8 @@ class _Runner:
         self._costs, self._stages, self._order, self._policy = costs, stages, order, policy
         self.work = StepWork(costs, stages, order, {})
         self._history = History()
+        is_free = policy == "affinity" and costs.job.num_stages is None
+        self._mappings = other_mappings(costs, stages) if is_free else []
         self._choice: Choice | None = None
         self._seen: tuple[Counts, Counts] | None = None
         self._seconds = 0.0
@@ -132,14 +142,14 @@ class _Runner:
         self._num_steps += 1
         is_new = self._seen != (counts, expected)
         if is_new or keeps_spans:
-            if is_new:
-                self.work = StepWork(self._costs, self._stages, self._order, counts)
             self._seen = (counts, expected)
-            self._play(expected, is_new, keeps_spans)
+            self._play(counts, expected, is_new, keeps_spans)
         self._history.learn(counts)
         return self._seconds
 
-    def _play(self, expected: Counts, is_new: bool, keeps_spans: bool) -> None:
+    def _play(self, counts: Counts, expected: Counts, is_new: bool, keeps_spans: bool) -> None:
+        if is_new:
+            self.work = StepWork(self._costs, self._stages, self._order, counts)
         if self._policy == "zero3":
             self._seconds = zero3_step_s(self.work)
             self.note = "cost model"
@@ -147,8 +157,11 @@ class _Runner:
         if self._policy == "affinity":
             # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
             if self._choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
-                self._choice = Planner(StepWork(self._costs, self._stages, self._order, expected)).choose()
+                likely = StepWork(self._costs, self._stages, self._order, expected)
+                self._choice = choose(likely, self._mappings)
                 self.note = f"{self._choice.name} ({self._choice.num_tried} schedules compared)"
+            if is_new:
+                self.work = StepWork(self._costs, self._choice.stages, self._order, counts)
             policy = self._choice.make(self.work, expected)
         else:
             policy = FIXED[self._policy](self.work, expected)
