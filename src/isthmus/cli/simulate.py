@@ -67,7 +67,7 @@ Policies = Annotated[
 
 NumAccelerators = Annotated[int | None, typer.Option(min=1, help="Accelerators of a named cluster. Left out: 4.")]
 NumStages = Annotated[
-    int | None, typer.Option(min=1, help="Left out: four for each accelerator, more if memory needs it.")
+    int | None, typer.Option(min=1, help="Left out: two for each accelerator, more if memory needs it.")
 ]
 MicroBatches = Annotated[int | None, typer.Option(min=1, help="Parts of a batch. Left out: one for each accelerator.")]
 Steps = Annotated[

@@ -85,7 +85,7 @@ def write_trace(trace: PopularityTrace, path: Path) -> None:
 def read_trace(path: Path) -> PopularityTrace:
     """What ``write_trace`` wrote. Raises ``IsthmusError`` that names the file and the field."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             if missing := [name for name in _FIELDS if name not in file]:
                 raise IsthmusError(f"popularity: {path} has no {', '.join(missing)}; wanted a trace")
             version = int(file["schema_version"])

@@ -1,11 +1,12 @@
 """Our policy in the simulator: plans are made by the runtime's split rule for several worths of link time, every one is
 played through at the counts that are expected, and the fastest is taken.
 
-A layer's split depends on what a second of link time is worth: little where loads hide behind other stages' work, much
-where the link is what all wait for (``planning/affinity.py``). So is how many stages go round the devices: many keep the devices'
-bubbles short and make what must be there before a stage begins small, few make fewer hand-overs. Mappings are compared
-first, then one factor for all is searched over a grid, then factors of single rounds and passes are tried. Mobius' and the published rule's schedules are always among the
-candidates, so for the counts it was made for a plan is never slower than either.
+A layer's split depends on what a second of link time is worth: little where loads hide behind other stages' work,
+much where the link is what all wait for (``planning/affinity.py``). How many stages go round the devices counts too:
+many keep bubbles short and make what must be there before a stage begins small, few make fewer hand-overs. Mappings
+are compared first, then one factor for all is searched over a grid, then factors of single rounds and passes are
+tried. Mobius' and the published rule's schedules are always among the candidates, so for the counts it was made for a
+plan is never slower than either.
 """
 
 from __future__ import annotations

@@ -10,9 +10,8 @@ from isthmus.simulation.tuning.costs import Costs, Seat
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
 
-DEFAULT_ROUNDS = 4
-"""Stages of every device where their number is not given and memory allows: what may be loaded while one runs is a
-quarter of what the device computes."""
+DEFAULT_ROUNDS = 2
+"""Stages of every device where their number is not given and memory allows."""
 RESIDENT_FP32 = 3
 """Gradient and Adam's two moments beside the weights where everything stays on the accelerators."""
 

@@ -18,25 +18,21 @@ Floats = NDArray[np.float64]
 NUM_BISECTIONS = 60
 
 
-def shares_with_skewness(num_experts: int, top_k: int, target_g: float) -> Floats:
-    """(E,) shares that fall geometrically from the first expert on and have Σ p² = ``target_g``.
-
-    Where a token's k choices are different experts none has more than 1 ÷ k of them, so G is at most 1 ÷ k. More can be
-    asked for, as published figures do (their simulator draws shares, not choices); then one expert has most. Raises
-    ``IsthmusError`` for what is out of reach.
-    """
+def shares_with_skewness(num_experts: int, most: float, target_g: float) -> Floats:
+    """(E,) shares with Σ p² = ``target_g`` that fall as a power of the rank, as a language's words do, none above
+    ``most``. Raises ``IsthmusError`` for what is out of reach."""
     lowest = 1 / num_experts
-    if not lowest <= target_g < 1:
+    if not lowest <= target_g <= most or target_g == 1:
         raise IsthmusError(
-            f"popularity: got gini={target_g:g}, wanted {lowest:.4f}, all {num_experts} experts equally popular, or "
-            f"more, below 1 (above {1 / top_k:.4f} one expert has more tokens than {top_k} different choices allow)"
+            f"popularity: got gini={target_g:g}, wanted {lowest:.4f}, all {num_experts} experts equally popular, to "
+            f"{most:.4f}, all tokens with as few as can be"
         )
-    highest = 1 / top_k if target_g <= 1 / top_k else 1.0
     low, high = 0.0, 60.0
+    ranks = np.log(np.arange(1, num_experts + 1))
     shares = np.full(num_experts, lowest)
     for _ in range(NUM_BISECTIONS):
         middle = (low + high) / 2
-        shares = _capped(np.exp(-middle * np.arange(num_experts)), highest)
+        shares = _capped(np.exp(-middle * ranks), most)
         low, high = (middle, high) if np.square(shares).sum() < target_g else (low, middle)
     return shares
 
@@ -58,15 +54,20 @@ class DrawnPopularity:
     """The same skewness in every layer, each with its own order of experts. ``drift``: from one step to the next every
     expert is, with this probability, among those that exchange their popularity."""
 
-    def __init__(self, spec: ModelSpec, target_g: float | None, *, drift: float = 0.0, seed: int = 0) -> None:
-        """``target_g`` None: all experts are equally popular."""
+    def __init__(
+        self, spec: ModelSpec, target_g: float | None, *, drift: float = 0.0, seed: int = 0, is_capped: bool = True
+    ) -> None:
+        """``target_g`` None: all experts are equally popular. ``is_capped``: a token's k choices are different experts,
+        so none has more than 1 ÷ k of them; published figures come from a simulator that did not know that."""
         if not 0 <= drift <= 1:
             raise IsthmusError(f"drift: got {drift}, wanted 0 (the same in every step) to 1 (all exchanged)")
         self._spec = spec
         self._drift = drift
         self._random = np.random.default_rng(seed)
         self._ranked = {
-            layer: shares_with_skewness(expert.num_experts, expert.top_k, target_g or 1 / expert.num_experts)
+            layer: shares_with_skewness(
+                expert.num_experts, 1 / expert.top_k if is_capped else 1.0, target_g or 1 / expert.num_experts
+            )
             for layer in spec.moe_layers
             if (expert := spec.layers[layer]) is not None
         }
