@@ -32,15 +32,13 @@ def test_shares_have_the_wanted_skewness(num_experts: int, top_k: int, at: float
 
 @pytest.mark.parametrize("wanted", [0.1, 0.6])
 def test_skewness_out_of_reach_is_refused(wanted: float) -> None:
-    with pytest.raises(
-        IsthmusError, match=r"popularity: got gini=.*, wanted 0\.2500, all 4 .*, to 0\.5000, all tokens"
-    ):
+    with pytest.raises(IsthmusError, match=r"popularity: got gini=.*, wanted 0\.2500, all 4 .*, to 0\.5000, all"):
         shares_with_skewness(4, 0.5, wanted)
 
 
 def test_a_popularity_that_no_router_has_must_be_asked_for() -> None:
     spec = tiny.model(1, 8)
-    with pytest.raises(IsthmusError, match="popularity: got gini=0.8"):
+    with pytest.raises(IsthmusError, match=r"popularity: got gini=0\.8"):
         DrawnPopularity(spec, 0.8)
     counts = next(DrawnPopularity(spec, 0.8, is_capped=False).steps(1000))
     assert skewness([counts[0]]) == pytest.approx(0.8, abs=0.01)

@@ -1,9 +1,9 @@
 """A lower bound on a simulated step, whatever decides where experts run.
 
-Of every device the linear program of ``planning/bound.py``: forward, then backward with the optimizer (the flush parts
-them), experts divided in any fraction, no resource ever pausing. No
-step is faster than its busiest device. With the pipeline's bubble factor, as APTMoE's facts have it, the bound is that
-of steps whose devices begin and end one after the other.
+Of every device the linear program of ``planning/bound.py``: forward, then backward with the optimizer (the flush
+parts them), experts divided in any fraction, no resource ever pausing, every micro-batch computing its experts by
+itself. No step is faster than its busiest device. With the pipeline's bubble factor, as APTMoE's facts have it, the
+bound is that of steps whose devices begin and end one after the other.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ def _pass_s(work: StepWork, layers: list[int], is_backward: bool, num_kept: int,
         load = np.full_like(tokens, costs.load_s)
         unload = np.full_like(tokens, costs.unload_s) if is_backward else zero
         down = tokens * costs.row_d2h_s * (2 if is_backward else 1)
-        # Which is less depends on the curve: all at once, or micro-batch by micro-batch.
-        parted = costs.num_parts * costs.cpu_s(tokens / costs.num_parts, is_backward=is_backward)
-        cpu_s = np.minimum(costs.cpu_s(tokens, is_backward=is_backward), parted)
+        part = tokens / costs.num_parts
+        cpu_s, accelerator_s = (
+            costs.num_parts * of(part, is_backward=is_backward) for of in (costs.cpu_s, costs.accelerator_s)
+        )
         on_cpu = [cpu_s, tokens * costs.row_h2d_s, down, zero]
-        on_accelerator = [zero, load, unload, costs.accelerator_s(tokens, is_backward=is_backward)]
+        on_accelerator = [zero, load, unload, accelerator_s]
         parts.append(np.stack([np.stack(on_cpu, axis=-1), np.stack(on_accelerator, axis=-1)], axis=1))
         loads.append(load)
     seconds = np.concatenate(parts) if parts else np.zeros((0, 2, 4))

@@ -21,11 +21,11 @@ from isthmus.simulation.tuning.policies import Aptmoe, Counts, Mobius, Planned, 
 from isthmus.simulation.tuning.work import BACKWARD, FORWARD, StepWork
 from isthmus.spec.plan import Stage
 
-FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.5)
 """What a second of link time counts for; 0: everything is loaded unless the accelerator is what all wait for."""
 STEPS = (0.6, 1.6)
 """By which factors are multiplied when single ones are tried."""
-MAX_ROUNDS = 2
+MAX_ROUNDS = 1
 MAX_GROUPS = 10
 LEAST = 0.2
 """A factor of 0 is taken for this where it is multiplied."""
@@ -88,6 +88,7 @@ class Planner:
         """``work``: a step with the expected counts."""
         self._work = work
         self._splits: dict[object, frozenset[int]] = {}
+        self._seconds_of: dict[tuple[float, ...], float] = {}
         num_devices = len(work.order)
         self._round_of = {
             layer: number // num_devices
@@ -123,6 +124,9 @@ class Planner:
         return {(number, backward): common for number in range(self._num_rounds) for backward in (False, True)}
 
     def _offer(self, search: _Search, factors: Factors) -> float:
+        seen = tuple(factors.values())
+        if seen in self._seconds_of:
+            return self._seconds_of[seen]
         plan = self.plan(factors)
         typical = sorted(factors.values())[len(factors) // 2]
 
@@ -131,7 +135,9 @@ class Planner:
 
         values = sorted(set(factors.values()))
         between = f"{values[0]:.2g}" if len(values) == 1 else f"{values[0]:.2g} to {values[-1]:.2g}"
-        return search.offer(self._work, make, f"{len(self._work.stages)} stages, link seconds count {between}")
+        name = f"{len(self._work.stages)} stages, link seconds count {between}"
+        seconds = self._seconds_of[seen] = search.offer(self._work, make, name)
+        return seconds
 
     def plan(self, factors: Factors) -> PlanOf:
         """Experts on the accelerator, most work first. What forward leaves there costs backward no load."""
