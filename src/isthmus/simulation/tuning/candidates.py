@@ -5,8 +5,8 @@ A layer's split depends on what a second of link time is worth: little where loa
 much where the link is what all wait for (``planning/affinity.py``). How many stages go round the devices counts too:
 many keep bubbles short and make what must be there before a stage begins small, few make fewer hand-overs. Mappings
 are compared first, then one factor for all is searched over a grid, then factors of single rounds and passes are
-tried. Mobius' and the published rule's schedules are always among the candidates, so for the counts it was made for a
-plan is never slower than either.
+tried. Mobius' and the published rule's schedules are among the candidates of every mapping, so for the counts it was
+made for a plan is never slower than either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from isthmus.planning.affinity import affinity
 from isthmus.simulation.tuning.costs import LayerCosts
 from isthmus.simulation.tuning.pipeline import simulate_step
-from isthmus.simulation.tuning.policies import Aptmoe, Counts, Mobius, Planned, StepPolicy
+from isthmus.simulation.tuning.policies import Aptmoe, Counts, Mobius, Overtaking, Planned, StepPolicy
 from isthmus.simulation.tuning.work import BACKWARD, FORWARD, StepWork
 from isthmus.spec.plan import Stage
 
@@ -53,14 +53,10 @@ def choose(work: StepWork, mappings: Sequence[Sequence[Stage]] = ()) -> Choice:
     """``work``: a step with the expected counts and the stages that other policies have; ``mappings``: others that may
     be taken instead."""
     search = _Search(Choice(Mobius, work.stages, "mobius", float("inf"), 0))
-    for make, name in ((Mobius, "mobius"), (Aptmoe, "aptmoe")):
-        search.offer(work, make, name)
     planners = [Planner(work)]
     planners += [Planner(StepWork(work.costs, stages, work.order, work.counts)) for stages in mappings]
-    if len(planners) > 1:
-        seconds = [min(planner.seconds(search, factor) for factor in MAPPING_FACTORS) for planner in planners]
-        planners = [planners[seconds.index(min(seconds))]]
-    planners[0].search(search)
+    seconds = [planner.best_s(search) for planner in planners]
+    planners[seconds.index(min(seconds))].search(search)
     return replace(search.best, num_tried=search.num_tried)
 
 
@@ -96,6 +92,12 @@ class Planner:
             for layer in range(stage.first_layer, stage.last_layer + 1)
         }
         self._num_rounds = -(-len(work.stages) // num_devices)
+
+    def best_s(self, search: _Search) -> float:
+        """Of a few candidates: is the mapping worth a search?"""
+        rules = ((Mobius, "mobius"), (Aptmoe, "rule"), (Overtaking, "rule, micro-batches overtake"))
+        named = [search.offer(self._work, make, f"{len(self._work.stages)} stages, {name}") for make, name in rules]
+        return min(*named, *(self.seconds(search, factor) for factor in MAPPING_FACTORS))
 
     def seconds(self, search: _Search, common: float) -> float:
         """With one factor for all."""

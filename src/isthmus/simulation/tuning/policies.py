@@ -154,6 +154,12 @@ class Aptmoe(StepPolicy):
         return sorted(chosen, key=lambda expert: (-counts[expert], expert))
 
 
+class Overtaking(Aptmoe):
+    """The published rule where a device goes on with another micro-batch while one waits for the CPU."""
+
+    interleaves = True
+
+
 class Planned(StepPolicy):
     """As a plan says, made for the expected counts; where counts turn out otherwise, the runtime's split rule decides
     given what is there."""
