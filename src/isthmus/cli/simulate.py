@@ -36,6 +36,52 @@ Report = Annotated[
 ]
 
 
+TuneModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A published shape ([b]S-8, S-16, S-64, M-8, M-16, L-8[/]), or a directory of which only config.json is "
+        "read.",
+    ),
+]
+TuneCluster = Annotated[
+    str,
+    typer.Option(
+        "--cluster",
+        help="[b]a800-c1g1, a800-c1g2, a800-c1g4[/] (accelerators at one processor of 28 cores), or a JSON file, see "
+        "README.",
+    ),
+]
+Popularity = Annotated[
+    str,
+    typer.Option(
+        help="How unevenly tokens choose experts: [b]uniform[/], [b]gini=G[/] (G = mean over layers of the sum of "
+        "squared shares), or a recorded trace (.npz).",
+        metavar="gini=G|FILE",
+    ),
+]
+Policies = Annotated[
+    str,
+    typer.Option(help="Of [b]gpipe,gpipe-offload,mobius,aptmoe,affinity,zero3[/], with commas, or [b]all[/]."),
+]
+
+NumAccelerators = Annotated[int | None, typer.Option(min=1, help="Accelerators of a named cluster. Left out: 4.")]
+NumStages = Annotated[
+    int | None, typer.Option(min=1, help="Left out: two for each accelerator, more if memory needs it.")
+]
+MicroBatches = Annotated[int | None, typer.Option(min=1, help="Parts of a batch. Left out: one for each accelerator.")]
+Steps = Annotated[
+    int, typer.Option(min=1, help="The first has no history of popularity and counts only if it is alone.")
+]
+TimelineFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write the last step of every policy and device: NAME-policy-device.json for Perfetto, and a picture.",
+        metavar="FILE",
+    ),
+]
+
+
 @app.callback()
 def simulate() -> None:
     """How long it would take on hardware that is not here."""
@@ -89,3 +135,53 @@ def infer(
         heads=heads,
     )
     simulate_infer(options, report=report)
+
+
+@app.command()
+def tune(
+    model: TuneModel,
+    cluster: TuneCluster,
+    popularity: Popularity = "uniform",
+    policies: Policies = "all",
+    num_devices: NumAccelerators = None,
+    num_stages: NumStages = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 128,
+    micro_batches: MicroBatches = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 128,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of weights and computation.")] = "fp32",
+    steps: Steps = 2,
+    drift: Annotated[float, typer.Option(help="Share of experts that exchange their popularity each step.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the drawn popularity.")] = 0,
+    predictor_accuracy: Annotated[float, typer.Option(help="Share of tokens predicted right a layer ahead.")] = 0.85,
+    report: Report = None,
+    timeline: TimelineFile = None,
+) -> None:
+    """Predict fine-tuning of a Mixture-of-Experts model on accelerators that are described, event by event.
+
+    Every policy runs the same looped pipeline: stages go round the accelerators, each loads its next stage while one
+    runs. [b]gpipe[/] keeps all on the accelerators, [b]gpipe-offload[/] loads a stage when it starts, [b]mobius[/] one
+    ahead, [b]aptmoe[/] follows the published rule (unpopular experts on the CPU), [b]affinity[/] is isthmus' own,
+    [b]zero3[/] gathers every layer on every device (a cost model). What limits a step is the fullest column.
+
+    isthmus simulate tune --model S-16 --cluster a800-c1g2 --popularity gini=0.4
+    isthmus simulate tune --model ./mixtral --cluster cluster.json --popularity trace.npz --report out.json
+    """
+    from isthmus.cli.simulated_tune import SimulateTuneOptions, simulate_tune
+
+    options = SimulateTuneOptions(
+        model=model,
+        cluster=cluster,
+        popularity=popularity,
+        policies=policies,
+        num_devices=num_devices,
+        num_stages=num_stages,
+        batch=batch,
+        micro_batches=micro_batches,
+        seq_len=seq_len,
+        dtype=dtype,
+        steps=steps,
+        drift=drift,
+        seed=seed,
+        predictor_accuracy=predictor_accuracy,
+    )
+    simulate_tune(options, report=report, timeline=timeline)

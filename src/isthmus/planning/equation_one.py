@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from isthmus.planning.makespan import columns
 from isthmus.planning.problem import LayerProblem
+from isthmus.spec.plan import LayerSplit
 
 
 def equation_one_experts(problem: LayerProblem) -> frozenset[int]:
@@ -26,3 +28,19 @@ def equation_one_experts(problem: LayerProblem) -> frozenset[int]:
         if cpu_s >= problem.dense_load_s + (len(walk) - position) * problem.load_s:
             return frozenset(walk[position:])
     return frozenset()
+
+
+def equation_one_split(problem: LayerProblem, *, at_most: int | None = None) -> LayerSplit:
+    """Equation 1 as the published runtime applies it: what it gives to the accelerator is loaded if need be, and what
+    lies there already is computed there too. ``at_most``: the most popular so many (None: all)."""
+    chosen = equation_one_experts(problem)
+    counts = problem.counts
+    here = {expert for expert in problem.resident if counts[expert]}
+    by_popularity = sorted(chosen | here, key=lambda expert: (-counts[expert], expert))
+    taken = set(by_popularity[:at_most])
+    by_work = columns(problem).experts_M.tolist()
+    return LayerSplit(
+        on_accelerator=tuple(sorted(taken)),
+        on_cpu=tuple(expert for expert in range(problem.num_experts) if expert not in taken),
+        load_order=tuple(e for e in by_work if e in chosen and e in taken and problem.is_absent(e)),
+    )

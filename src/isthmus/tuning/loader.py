@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from isthmus.planning.loading import LoadQueues, Phase, Verdict
 from isthmus.spec.model import UnitKey
 from isthmus.tuning.accelerator.base import Accelerator, Event
-from isthmus.tuning.loading import Flights, HostLoader, LoaderStats, NoSlotError, NotLoadableError, Phase, Source
+from isthmus.tuning.loading import Flights, HostLoader, LoaderStats, NoSlotError, NotLoadableError, Source
 from isthmus.tuning.slots import Slot, SlotTable
 
 __all__ = ["ExpertLoader", "HostLoader", "LoaderStats", "NoSlotError", "NotLoadableError", "Phase"]
@@ -65,7 +65,7 @@ class ExpertLoader:
         """(num_slots, slot_numel): to be read where the caller has acquired what is in a slot, and nowhere else."""
         self._table = SlotTable(self.buffer, next_use)
         self._changed = threading.Condition()
-        self._queues: dict[Phase, OrderedDict[UnitKey, None]] = {phase: OrderedDict() for phase in Phase}
+        self._queues = LoadQueues()
         self._flights = Flights()
         self._demanded: UnitKey | None = None
         """What the computing thread blocks on in ``acquire``."""
@@ -84,9 +84,7 @@ class ExpertLoader:
         """
         with self._changed:
             self._check_open()
-            kept = dict.fromkeys(keys)
-            self._count(num_dropped=sum(key not in kept for key in self._queues[phase]))
-            self._queues[phase] = OrderedDict(kept)
+            self._count(num_dropped=self._queues.replace(phase, keys))
             self._refill()
 
     def clear(self, phase: Phase) -> None:
@@ -94,12 +92,11 @@ class ExpertLoader:
         with self._changed:
             if phase is Phase.EXPERT:
                 self._table.nothing_is_urgent()
-            self._count(num_dropped=len(self._queues[phase]))
-            self._queues[phase].clear()
+            self._count(num_dropped=self._queues.clear(phase))
             self._refill()
 
     def queued(self, phase: Phase) -> list[UnitKey]:
-        return list(self._queues[phase])
+        return self._queues.waiting(phase)
 
     # --- what is where ---------------------------------------------------------------------------------------------
 
@@ -252,8 +249,7 @@ class ExpertLoader:
             if self._is_closed:
                 return
             self._is_closed = True
-            for queue in self._queues.values():
-                queue.clear()
+            self._queues.clear()
             while self._flights:
                 self._changed.wait()
         self._accelerator.free(self.buffer)
@@ -290,22 +286,17 @@ class ExpertLoader:
         self._check_open()
         if self._source(key) is None:
             raise NotLoadableError(f"key: {key} has no weights to load at present, wanted one that the source knows.")
-        phases = [phase for phase, queue in self._queues.items() if key in queue]
-        for phase in phases:
-            del self._queues[phase][key]
-        if not phases:
+        if not self._queues.demand(key):
             self._count(num_demand_loads=1)
-        self._queues[Phase.EXPERT][key] = None
-        self._queues[Phase.EXPERT].move_to_end(key, last=False)
         self._refill()
 
     def _refill(self) -> None:
         """Launches copies up to the window and wakes who waits."""
         is_open = self._error is None and not self._is_closed and not self._is_slot_awaited
-        while is_open and len(self._flights) < self.window and self._launch_next():
+        while is_open and len(self._flights) < self.window and self._queues.take(self._try_launch):
             pass
         now_s = time.perf_counter()
-        if self._flights or not any(self._queues.values()):
+        if self._flights or not self._queues:
             if self._idle_since_s is not None:
                 self._count(idle_s=now_s - self._idle_since_s)
             self._idle_since_s = None
@@ -313,26 +304,19 @@ class ExpertLoader:
             self._idle_since_s = now_s
         self._changed.notify_all()
 
-    def _launch_next(self) -> bool:
-        """Launches the most urgent load for which a slot is to be had. Returns whether there was one."""
-        for phase, queue in self._queues.items():
-            while queue:
-                key = next(iter(queue))
-                if self._table.of(key) is not None:
-                    del queue[key]
-                    continue
-                weights = self._source(key)
-                if weights is None:
-                    del queue[key]
-                    self._count(num_dropped=1)
-                    continue
-                slot = self._find_slot(phase, key)
-                if slot is None:
-                    break
-                del queue[key]
-                self._launch(phase, key, slot, weights)
-                return True
-        return False
+    def _try_launch(self, phase: Phase, key: UnitKey) -> Verdict:
+        """Launches the load of a queue's first if there is something to load and a slot to be had."""
+        if self._table.of(key) is not None:
+            return Verdict.SKIP
+        weights = self._source(key)
+        if weights is None:
+            self._count(num_dropped=1)
+            return Verdict.SKIP
+        slot = self._find_slot(phase, key)
+        if slot is None:
+            return Verdict.WAIT
+        self._launch(phase, key, slot, weights)
+        return Verdict.TAKE
 
     def _find_slot(self, phase: Phase, key: UnitKey | None) -> Slot | None:
         """A slot for ``key`` (None: for the caller), made free if need be; None: all are held or wanted sooner."""

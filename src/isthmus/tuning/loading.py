@@ -1,14 +1,14 @@
-"""What loaders have in common: phases, errors and statistics; and the loader for where nothing has to be loaded."""
+"""What loaders have in common: errors and statistics; and the loader for where nothing has to be loaded."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 from torch import Tensor
 
+from isthmus.planning.loading import Phase
 from isthmus.spec.model import UnitKey
 from isthmus.tuning.accelerator.base import Event
 from isthmus.tuning.slots import Slot
@@ -18,17 +18,6 @@ _FORGETTING = 0.9
 
 Source = Callable[[UnitKey], Tensor | None]
 """The flat host weights of an expert, (numel,); None: there are none to load at present."""
-
-
-class Phase(IntEnum):
-    """Why an expert is queued; the lower, the more urgent."""
-
-    EXPERT = 0
-    """The present layer's router has chosen it."""
-    LAYER = 1
-    """The next layer's router is predicted to choose it."""
-    STAGE = 2
-    """The next stage has often chosen it."""
 
 
 class NotLoadableError(KeyError):

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from isthmus.planning.horizon import PassPlan, plan_pass
+from isthmus.planning.loading import Phase
 from isthmus.planning.problem import LayerProblem
 from isthmus.planning.split import split_rule
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
-from isthmus.tuning.loader import Phase
 from isthmus.tuning.policies.base import PolicySetup, StagedPolicy
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from isthmus.planning.loading import Phase
 from isthmus.planning.popularity import blend_history
 from isthmus.planning.problem import CostModel, LayerProblem
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.model import ModelSpec, UnitKey
 from isthmus.spec.plan import LayerSplit, Plan
-from isthmus.tuning.loader import ExpertLoader, Phase
+from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.predictor import PopularityPredictor
 from isthmus.tuning.protocols import Policy
 

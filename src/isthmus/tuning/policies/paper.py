@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from isthmus.planning.split import split_rule
+from isthmus.planning.equation_one import equation_one_split
+from isthmus.planning.loading import Phase, by_rank
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
-from isthmus.tuning.loader import Phase
 from isthmus.tuning.policies.base import StagedPolicy
 
 
@@ -21,26 +21,11 @@ class Paper(StagedPolicy):
         """Experts of all layers of the stage, the most popular rank of each layer first (section 4.2)."""
         layers = self.stages[stage][::-1] if self._is_backward else self.stages[stage]
         counts = {layer: self.counts[layer] if self._is_backward else self.expected_counts(layer) for layer in layers}
-        ranked = {layer: sorted(range(len(c)), key=lambda e, c=c: (-c[e], e)) for layer, c in counts.items()}
-        deepest = max((len(order) for order in ranked.values()), default=0)
-        return [
-            UnitKey(layer, ranked[layer][rank])
-            for rank in range(deepest)
-            for layer in layers
-            if rank < len(ranked[layer])
-        ]
+        return by_rank(counts)
 
     def _equation_1(self, layer: int, counts_E: list[int], *, is_backward: bool) -> LayerSplit:
-        split = split_rule("paper")(self.problem(layer, counts_E, is_backward=is_backward))
-        here = {expert for expert in split.on_cpu if self.loader.is_resident(UnitKey(layer, expert))}
-        most = self.most_in_backward(layer) if is_backward else len(counts_E)
-        by_popularity = sorted((*split.on_accelerator, *here), key=lambda expert: (-counts_E[expert], expert))
-        taken = set(by_popularity[:most])
-        return LayerSplit(
-            on_accelerator=tuple(sorted(taken)),
-            on_cpu=tuple(expert for expert in range(len(counts_E)) if expert not in taken),
-            load_order=tuple(expert for expert in split.load_order if expert in taken),
-        )
+        most = self.most_in_backward(layer) if is_backward else None
+        return equation_one_split(self.problem(layer, counts_E, is_backward=is_backward), at_most=most)
 
     def plan_forward(self) -> None:
         self.want(self._by_rank(0))

@@ -1,0 +1,115 @@
+"""APTMoE's published figures beside the same simulated, and our policy beside the published rule.
+
+    ISTHMUS_SHARED=DIR python benchmarks/simulate_tune.py [--only S-16]
+
+Experts' seconds are those of the published table in DIR/data/a800_xeon6348_expert_profile.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from isthmus.planning.curves import monotone
+from isthmus.simulation.tuning.clusters import TABLE_NUM_CORES, a800
+from isthmus.simulation.tuning.published import CELLS, FIGURES, Cell, CellSeconds, simulate_cell, simulated_ratio
+from isthmus.spec.profile import Curve
+from isthmus.spec.tune_cluster import MeasuredExperts, TuneCluster
+
+TABLE = "data/a800_xeon6348_expert_profile.json"
+SHAPES = {"S": "h1024-i4096-mlp", "M": "h2048-i8192-mlp", "L": "h4096-i14336-mlp"}
+NEIGHBOURS = 3
+"""Rows to either side whose median stands for a count: single rows jump by a factor of two."""
+
+
+def measured_experts(path: Path) -> dict[str, MeasuredExperts]:
+    """The table on a geometric grid, never falling."""
+    found = {}
+    for size, model in json.loads(path.read_text())["models"].items():
+        seconds = np.array(model["cpu_expert_forward_s"])
+        counts = sorted({round(2 ** (step / 2)) for step in range(2 * int(np.log2(len(seconds) - 1)) + 1)})
+        medians = [float(np.median(seconds[max(1, n - NEIGHBOURS) : n + NEIGHBOURS + 1])) for n in counts]
+        found[SHAPES[size]] = MeasuredExperts(
+            cpu_forward=monotone(Curve(num_tokens=tuple(counts), seconds=tuple(medians))),
+            num_cores=TABLE_NUM_CORES,
+            load_s=model["load_expert_s"],
+            dense_load_s=model["load_attention_s"] + model["load_gate_s"]["16"],
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="configurations of this model only")
+    arguments = parser.parse_args()
+    shared = os.environ.get("ISTHMUS_SHARED")
+    if shared is None or not (Path(shared) / TABLE).is_file():
+        sys.exit(f"ISTHMUS_SHARED: got {shared}, wanted a directory with {TABLE}")
+    experts = measured_experts(Path(shared) / TABLE)
+
+    def cluster(cell: Cell) -> TuneCluster:
+        return replace(a800(cell.at_one_processor, cell.num_devices), experts=experts)
+
+    chosen = [cell for cell in CELLS if arguments.only in (None, cell.model)]
+    cells: dict[Cell, CellSeconds] = {}
+    for number, cell in enumerate(chosen):
+        began_s = time.perf_counter()
+        cells[cell] = simulate_cell(cell, cluster(cell))
+        took_s = time.perf_counter() - began_s
+        print(f"{number + 1} of {len(chosen)}: {cell.name}, {took_s:.0f} s", file=sys.stderr, flush=True)
+    print_figures(cells)
+    print_ours(cells)
+
+
+def print_figures(cells: dict[Cell, CellSeconds]) -> None:
+    print("| figure | configuration | published | simulated | deviation |\n|---|---|---:|---:|---:|")
+    for figure in FIGURES:
+        if figure.cell in cells:
+            simulated = simulated_ratio(figure, cells)
+            deviation = simulated / figure.published - 1
+            print(
+                f"| {figure.what} | {figure.cell.name} | {figure.published:.3f} | {simulated:.3f} | {deviation:+.0%} |"
+            )
+
+
+def print_ours(cells: dict[Cell, CellSeconds]) -> None:
+    print(
+        "\n| configuration | bound, s | gpipe-offload | mobius | rule | ours | ours ÷ rule | ours ÷ mobius | of bound |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    by_rule, by_mobius, shares, strict = [], [], [], []
+    for cell, s in cells.items():
+        by_rule.append(s.aptmoe_s / s.affinity_s)
+        by_mobius.append(s.mobius_s / s.affinity_s)
+        shares.append(s.bound_s * s.bubble_factor / s.affinity_s)
+        strict.append(s.bound_s / s.affinity_s)
+        print(
+            f"| {cell.name} | {s.bound_s:.2f} | {s.gpipe_offload_s:.2f} | {s.mobius_s:.2f} | {s.aptmoe_s:.2f} | "
+            f"{s.affinity_s:.2f} | {by_rule[-1]:.2f} | {by_mobius[-1]:.2f} | {shares[-1]:.0%} |"
+        )
+    figures = [figure for figure in FIGURES if figure.cell in cells]
+    logs = [float(np.log(simulated_ratio(figure, cells) / figure.published)) for figure in figures]
+    print(
+        json.dumps(
+            {
+                "figures": len(logs),
+                "figures_within_10_percent": int(sum(abs(value) <= np.log(1.1) for value in logs)),
+                "rms_log_deviation": round(float(np.sqrt(np.mean(np.square(logs)))), 4),
+                "ours_by_rule_geometric_mean": round(float(np.exp(np.mean(np.log(by_rule)))), 4),
+                "ours_by_mobius_least": round(min(by_mobius), 4),
+                "bound_share_with_bubble_mean": round(float(np.mean(shares)), 4),
+                "bound_share_mean": round(float(np.mean(strict)), 4),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

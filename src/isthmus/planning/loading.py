@@ -1,0 +1,102 @@
+"""What is to be loaded, by phase and urgency (APTMoE, sections 4.2 and 4.3): the queues of a loader and their order.
+
+Runtime and simulator share this: a loader decides only when there is room for one more copy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, IntEnum
+from functools import cache
+
+from isthmus.spec.model import UnitKey
+
+
+class Phase(IntEnum):
+    """Why an expert is queued; the lower, the more urgent."""
+
+    EXPERT = 0
+    """The present layer's router has chosen it."""
+    LAYER = 1
+    """The next layer's router is predicted to choose it."""
+    STAGE = 2
+    """The next stage has often chosen it."""
+
+
+class Verdict(Enum):
+    """What becomes of the first of a queue."""
+
+    TAKE = "take"
+    SKIP = "skip"
+    """It leaves its queue: it is there already, or there is nothing to load."""
+    WAIT = "wait"
+    """It stays, with all behind it: there is no room for it now."""
+
+
+class LoadQueues:
+    """One queue per phase. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Phase, OrderedDict[UnitKey, None]] = {phase: OrderedDict() for phase in Phase}
+
+    def __bool__(self) -> bool:
+        return any(self._queues.values())
+
+    def replace(self, phase: Phase, keys: Sequence[UnitKey]) -> int:
+        """Replaces what is still waiting, most urgent first. Returns how many entries are gone."""
+        kept = OrderedDict.fromkeys(keys)
+        num_dropped = sum(key not in kept for key in self._queues[phase])
+        self._queues[phase] = kept
+        return num_dropped
+
+    def clear(self, phase: Phase | None = None) -> int:
+        """Drops what is waiting (None: in every phase). Returns how many entries are gone."""
+        queues = self._queues.values() if phase is None else (self._queues[phase],)
+        num_dropped = sum(map(len, queues))
+        for queue in queues:
+            queue.clear()
+        return num_dropped
+
+    def waiting(self, phase: Phase) -> list[UnitKey]:
+        return list(self._queues[phase])
+
+    def demand(self, key: UnitKey) -> bool:
+        """Puts ``key`` ahead of everything. Returns whether it was queued before."""
+        phases = [phase for phase, queue in self._queues.items() if key in queue]
+        for phase in phases:
+            del self._queues[phase][key]
+        self._queues[Phase.EXPERT][key] = None
+        self._queues[Phase.EXPERT].move_to_end(key, last=False)
+        return bool(phases)
+
+    def take(self, ask: Callable[[Phase, UnitKey], Verdict]) -> bool:
+        """Asks for the first of each queue, the most urgent phase first, until one is taken. Whether one was."""
+        for phase, queue in self._queues.items():
+            while queue:
+                key = next(iter(queue))
+                verdict = ask(phase, key)
+                if verdict is Verdict.WAIT:
+                    break
+                queue.pop(key, None)
+                if verdict is Verdict.TAKE:
+                    return True
+        return False
+
+
+@cache
+def unit_key(layer: int, expert: int) -> UnitKey:
+    """The one object for this key: dictionaries find it without comparing."""
+    return UnitKey(layer, expert)
+
+
+def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
+    """Experts of all layers of a stage, the most popular rank of each layer first (APTMoE, section 4.2).
+
+    ``counts_LE``: tokens or shares of every expert by layer, the layers in the order of the pass.
+    """
+    ranked = {layer: sorted(range(len(c)), key=lambda e, c=c: (-c[e], e)) for layer, c in counts_LE.items()}
+    deepest = max((len(order) for order in ranked.values()), default=0)
+    return [
+        unit_key(layer, order[rank]) for rank in range(deepest) for layer, order in ranked.items() if rank < len(order)
+    ]

@@ -1,0 +1,148 @@
+"""The clock of a simulation, and the resources that serve one piece of work at a time.
+
+Everything happens in the order of time, of equal times in the order in which it was asked for: the same input gives the
+same schedule, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Any
+
+from isthmus.spec.timeline import Span
+
+
+class Events:
+    """What happens when. ``now_s``: seconds since the step began."""
+
+    __slots__ = ("_count", "_heap", "now_s", "num_events")
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.num_events = 0
+        self._count = 0
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+
+    def at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        """``action(*arguments)`` at ``time_s``, which is not before ``now_s``."""
+        self._count += 1
+        heappush(self._heap, (time_s, self._count, action, arguments))
+
+    def run(self) -> None:
+        """Until nothing is left to happen."""
+        heap = self._heap
+        while heap:
+            self.now_s, _, action, arguments = heappop(heap)
+            self.num_events += 1
+            action(*arguments)
+
+
+class Record:
+    """The spans of one device's lanes, where somebody wants to see them; busy seconds by lane in any case."""
+
+    __slots__ = ("busy_s", "num_bytes", "spans")
+
+    def __init__(self, keeps_spans: bool) -> None:
+        self.spans: list[Span] | None = [] if keeps_spans else None
+        self.busy_s: dict[str, float] = {}
+        self.num_bytes: dict[str, int] = {}
+
+    def add(
+        self, lane: str, kind: str, name: str, start_s: float, end_s: float, num_bytes: int = 0, num_tokens: int = 0
+    ) -> None:
+        self.busy_s[lane] = self.busy_s.get(lane, 0.0) + end_s - start_s
+        if num_bytes:
+            self.num_bytes[lane] = self.num_bytes.get(lane, 0) + num_bytes
+        if self.spans is not None and end_s > start_s:
+            span = Span(
+                lane=lane,
+                kind=kind,
+                name=name,
+                start_s=start_s,
+                end_s=end_s,
+                num_bytes=num_bytes,
+                num_tokens=num_tokens,
+            )
+            self.spans.append(span)
+
+    def wait(self, lane: str, name: str, start_s: float, end_s: float) -> None:
+        """Nothing was done meanwhile: not busy."""
+        if self.spans is not None and end_s > start_s:
+            self.spans.append(Span(lane=lane, kind="wait", name=name, start_s=start_s, end_s=end_s))
+
+
+class CpuPool:
+    """The cores of one process, all on one expert at a time, first come first served. The optimizer's steps are
+    interrupted whenever an expert comes, and go on where they were."""
+
+    __slots__ = ("_background", "_events", "_is_busy", "_queue", "_record", "_running", "_version")
+
+    def __init__(self, events: Events, record: Record) -> None:
+        self._events = events
+        self._record = record
+        self._queue: deque[tuple[float, Callable[[], None], str, str, int]] = deque()
+        self._background: deque[tuple[float, Callable[[], None], str]] = deque()
+        self._is_busy = False
+        self._running: tuple[float, float, Callable[[], None], str] | None = None
+        """The optimizer's step that runs: (began, seconds left then, what follows, name)."""
+        self._version = 0
+
+    def compute(self, seconds: float, then: Callable[[], None], *, kind: str, name: str, num_tokens: int) -> None:
+        self._queue.append((seconds, then, kind, name, num_tokens))
+        self._next()
+
+    def step(self, seconds: float, then: Callable[[], None], *, name: str) -> None:
+        """An optimizer's step."""
+        self._background.append((seconds, then, name))
+        self._next()
+
+    def _next(self) -> None:
+        if self._is_busy:
+            return
+        now_s = self._events.now_s
+        if self._queue:
+            if self._running is not None:
+                began_s, left_s, then, name = self._running
+                self._background.appendleft((left_s - (now_s - began_s), then, name))
+                self._record.add("optimizer", "optimizer", name, began_s, now_s)
+                self._running = None
+                self._version += 1
+            seconds, then, kind, name, num_tokens = self._queue.popleft()
+            self._is_busy = True
+            self._record.add("cpu_experts", kind, name, now_s, now_s + seconds, num_tokens=num_tokens)
+            self._events.at(now_s + seconds, self._computed, then)
+        elif self._running is None and self._background:
+            seconds, then, name = self._background.popleft()
+            self._running = (now_s, seconds, then, name)
+            self._events.at(now_s + seconds, self._stepped, self._version)
+
+    def _computed(self, then: Callable[[], None]) -> None:
+        self._is_busy = False
+        then()
+        self._next()
+
+    def _stepped(self, version: int) -> None:
+        if version != self._version or self._running is None:
+            return
+        began_s, _, then, name = self._running
+        self._record.add("optimizer", "optimizer", name, began_s, self._events.now_s)
+        self._running = None
+        self._version += 1
+        then()
+        self._next()
+
+
+class Server:
+    """A resource that is taken in the order of asking, such as one direction of a host's network."""
+
+    __slots__ = ("_events", "_free_s")
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._free_s = 0.0
+
+    def serve(self, seconds: float, then: Callable[[], None]) -> None:
+        self._free_s = max(self._free_s, self._events.now_s) + seconds
+        self._events.at(self._free_s, then)

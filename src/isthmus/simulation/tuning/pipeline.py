@@ -1,0 +1,133 @@
+"""One step of a looped pipeline, event by event (APTMoE, section 3): every device runs its stages in turn, all
+micro-batches forward, then all backward (GPipe's flush), and loads its next stage meanwhile.
+
+A micro-batch passes all layers of a stage before it goes to the next stage's device. Its experts run on the accelerator
+and on the CPU at once; a layer ends when both are done. A layer's gradients leave when its last micro-batch has left
+it, and its optimizer step follows on the CPU. The step begins with nothing on the accelerators and ends when all is
+done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isthmus.simulation.tuning.device import Device
+from isthmus.simulation.tuning.events import Events, Record, Server
+from isthmus.simulation.tuning.links import Copy, Medium
+from isthmus.simulation.tuning.policies import StepPolicy
+from isthmus.simulation.tuning.work import StepWork
+from isthmus.spec.timeline import Timeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step took. Sequences are by device."""
+
+    seconds: float
+    busy_s: tuple[dict[str, float], ...]
+    num_bytes: tuple[dict[str, int], ...]
+    cpu_rows: float
+    """(token, expert) pairs computed on CPUs, forward and backward, of ``num_rows``."""
+    num_rows: float
+    num_loads: int
+    num_events: int
+    timelines: tuple[Timeline, ...] = ()
+
+
+def simulate_step(work: StepWork, policy: StepPolicy, *, keeps_spans: bool = False) -> StepResult:
+    """Plays the step through. Deterministic; changes nothing but ``policy``'s memory of what it decided."""
+    pipeline = Pipeline(work, policy, keeps_spans)
+    pipeline.run()
+    devices = pipeline.devices
+    seconds = pipeline.events.now_s
+    timelines: Sequence[Timeline] = ()
+    if keeps_spans:
+        timelines = [
+            Timeline(
+                spans=tuple(sorted(d.record.spans or [], key=lambda s: (s.start_s, s.lane))), steps=((0, 0.0, seconds),)
+            )
+            for d in devices
+        ]
+    return StepResult(
+        seconds=seconds,
+        busy_s=tuple(device.record.busy_s for device in devices),
+        num_bytes=tuple(device.record.num_bytes for device in devices),
+        cpu_rows=sum(device.cpu_rows for device in devices),
+        num_rows=sum(device.num_rows for device in devices),
+        num_loads=sum(device.num_loads for device in devices),
+        num_events=pipeline.events.num_events,
+        timelines=tuple(timelines),
+    )
+
+
+class Pipeline:
+    """The devices of a step and what they share."""
+
+    def __init__(self, work: StepWork, policy: StepPolicy, keeps_spans: bool) -> None:
+        self.work = work
+        self.policy = policy
+        self.events = Events()
+        costs = work.costs
+        roots: dict[tuple[int, str], Medium] = {}
+        memories: dict[int, Medium] = {}
+        self._networks = {seat.host_number: Server(self.events) for seat in costs.seats}
+        self.devices: list[Device] = []
+        for seat in costs.seats:
+            host, card = seat.host, seat.host.accelerator
+            rates = {"h2d": card.h2d_bytes_per_s, "d2h": card.d2h_bytes_per_s}
+            media: dict[str, tuple[Medium, ...]] = {}
+            for lane, rate in rates.items():
+                shared: list[Medium] = []
+                # What all together cannot fill is left out: it would change nothing.
+                if host.accelerators_per_root * rate > host.root_bytes_per_s:
+                    shared.append(roots.setdefault((seat.root, lane), Medium(host.root_bytes_per_s / rate)))
+                if host.num_accelerators * sum(rates.values()) > host.memory_bytes_per_s:
+                    most = 2 * host.memory_bytes_per_s / sum(rates.values())
+                    shared.append(memories.setdefault(seat.host_number, Medium(most)))
+                media[lane] = tuple(shared)
+            record = Record(keeps_spans)
+            self.devices.append(Device(seat, work, policy, self.events, media, record, self.leave))
+
+    def run(self) -> None:
+        for device in self.devices:
+            device.enter(0)
+        first = self.devices[self.work.device_of[0]]
+        for number in range(self.work.num_micro_batches):
+            first.arrive(0, False, number)
+        self.events.run()
+        for device in self.devices:
+            device.check_done()
+
+    def leave(self, stage: int, is_backward: bool, micro_batch: int) -> None:
+        """A micro-batch has left a stage and goes to the one after it."""
+        after = stage - 1 if is_backward else stage + 1
+        if after < 0:
+            return
+        if after == len(self.work.stages):
+            self.devices[self.work.device_of[stage]].arrive(stage, True, micro_batch)
+            return
+        source, target = (self.devices[self.work.device_of[number]] for number in (stage, after))
+        if source is target:
+            target.arrive(after, is_backward, micro_batch)
+            return
+        layer = self.work.layer_costs(self.work.stages[stage].first_layer)
+        num_bytes = int(layer.num_tokens * layer.row_bytes)
+        name = f"micro-batch {micro_batch}"
+
+        def received() -> None:
+            seconds = target.copy_s + num_bytes / target.seat.host.accelerator.h2d_bytes_per_s
+            target.loader.send(
+                Copy(seconds, lambda: target.arrive(after, is_backward, micro_batch), "tokens", name, num_bytes)
+            )
+
+        def sent() -> None:
+            host = source.seat.host
+            if source.seat.host_number == target.seat.host_number:
+                received()
+            else:
+                rate = min(host.network_bytes_per_s, target.seat.host.network_bytes_per_s)
+                self._networks[source.seat.host_number].serve(host.network_s + num_bytes / rate, received)
+
+        seconds = source.copy_s + num_bytes / source.seat.host.accelerator.d2h_bytes_per_s
+        source.unloader.send(Copy(seconds, sent, "tokens", name, num_bytes))

@@ -1,0 +1,120 @@
+"""Which share of a layer's tokens every expert gets, step by step: drawn for a wanted skewness, or from a trace.
+
+Legend: ``L`` MoE layers, ``E`` experts of a layer, ``k`` choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.planning.popularity_trace import PopularityTrace
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.model import ModelSpec
+
+Floats = NDArray[np.float64]
+NUM_BISECTIONS = 60
+
+
+def shares_with_skewness(num_experts: int, most: float, target_g: float) -> Floats:
+    """(E,) shares with Σ p² = ``target_g`` that fall as a power of the rank, as a language's words do, none above
+    ``most``. Raises ``IsthmusError`` for what is out of reach."""
+    lowest = 1 / num_experts
+    if not lowest <= target_g <= most or target_g == 1:
+        raise IsthmusError(
+            f"popularity: got gini={target_g:g}, wanted {lowest:.4f}, all {num_experts} experts equally popular, to "
+            f"{most:.4f}, all tokens with as few as can be"
+        )
+    low, high = 0.0, 60.0
+    ranks = np.log(np.arange(1, num_experts + 1))
+    shares = np.full(num_experts, lowest)
+    for _ in range(NUM_BISECTIONS):
+        middle = (low + high) / 2
+        shares = _capped(np.exp(-middle * ranks), most)
+        low, high = (middle, high) if np.square(shares).sum() < target_g else (low, middle)
+    return shares
+
+
+def _capped(weights: Floats, most: float) -> Floats:
+    """Shares in proportion to ``weights`` (falling), none above ``most``."""
+    shares = weights / weights.sum()
+    for number in range(len(weights)):
+        if shares[number] <= most:
+            break
+        rest = weights[number + 1 :].sum()
+        shares[number] = most
+        if rest > 0:
+            shares[number + 1 :] = weights[number + 1 :] * max(0.0, 1 - most * (number + 1)) / rest
+    return shares
+
+
+class DrawnPopularity:
+    """The same skewness in every layer, each with its own order of experts. ``drift``: from one step to the next every
+    expert is, with this probability, among those that exchange their popularity."""
+
+    def __init__(
+        self, spec: ModelSpec, target_g: float | None, *, drift: float = 0.0, seed: int = 0, is_capped: bool = True
+    ) -> None:
+        """``target_g`` None: all experts are equally popular. ``is_capped``: a token's k choices are different experts,
+        so none has more than 1 ÷ k of them; published figures come from a simulator that did not know that."""
+        if not 0 <= drift <= 1:
+            raise IsthmusError(f"drift: got {drift}, wanted 0 (the same in every step) to 1 (all exchanged)")
+        self._spec = spec
+        self._drift = drift
+        self._random = np.random.default_rng(seed)
+        self._ranked = {
+            layer: shares_with_skewness(
+                expert.num_experts, 1 / expert.top_k if is_capped else 1.0, target_g or 1 / expert.num_experts
+            )
+            for layer in spec.moe_layers
+            if (expert := spec.layers[layer]) is not None
+        }
+
+    def steps(self, num_tokens: int) -> Iterator[dict[int, Floats]]:
+        """Tokens (E,) of every MoE layer's experts, all k choices together, step after step without end."""
+        shares = {layer: self._random.permutation(ranked) for layer, ranked in self._ranked.items()}
+        while True:
+            yield {layer: whole_counts(share, self._pairs(layer, num_tokens)) for layer, share in shares.items()}
+            if self._drift:
+                for share in shares.values():
+                    moving = np.flatnonzero(self._random.random(len(share)) < self._drift)
+                    share[moving] = share[self._random.permutation(moving)]
+
+    def _pairs(self, layer: int, num_tokens: int) -> int:
+        expert = self._spec.layers[layer]
+        assert expert is not None
+        return num_tokens * expert.top_k
+
+
+class TracedPopularity:
+    """As recorded, scaled to a step's tokens; from the start again after the last recorded step."""
+
+    def __init__(self, spec: ModelSpec, trace: PopularityTrace) -> None:
+        """Raises ``IsthmusError`` for a trace of another model."""
+        trace.check(spec)
+        self._spec = spec
+        self._trace = trace
+
+    def steps(self, num_tokens: int) -> Iterator[dict[int, Floats]]:
+        while True:
+            for counts_LE in self._trace.counts:
+                found: dict[int, Floats] = {}
+                for row, layer in zip(counts_LE, self._spec.moe_layers, strict=True):
+                    expert = self._spec.layers[layer]
+                    assert expert is not None
+                    counts = row[: expert.num_experts].astype(np.float64)
+                    share = counts / counts.sum() if counts.sum() else np.full(len(counts), 1 / len(counts))
+                    found[layer] = whole_counts(share, num_tokens * expert.top_k)
+                yield found
+
+
+def whole_counts(shares_E: Sequence[float] | Floats, num_pairs: int) -> Floats:
+    """Whole tokens (E,) in these shares that sum to ``num_pairs``: the largest remainders are rounded up."""
+    exact = np.asarray(shares_E, dtype=np.float64) * num_pairs
+    counts = np.floor(exact)
+    missing = round(num_pairs - counts.sum())
+    if missing > 0:
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts

@@ -1,0 +1,169 @@
+"""Steps one after the other under each policy, on one cluster with one popularity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from isthmus.planning.popularity import skewness
+from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
+from isthmus.simulation.tuning.candidates import Choice, choose
+from isthmus.simulation.tuning.costs import Costs
+from isthmus.simulation.tuning.mapping import (
+    check_hosts,
+    device_order,
+    other_mappings,
+    resident_short_bytes,
+    stages_for,
+)
+from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
+from isthmus.simulation.tuning.policies import Aptmoe, Counts, GPipe, GPipeOffload, History, Mobius, StepPolicy
+from isthmus.simulation.tuning.popularity import Floats
+from isthmus.simulation.tuning.work import StepWork
+from isthmus.simulation.tuning.zero3 import zero3_step_s
+from isthmus.spec.plan import Stage
+from isthmus.spec.timeline import Timeline
+
+FIXED: dict[str, type[StepPolicy]] = {
+    "gpipe": GPipe,
+    "gpipe-offload": GPipeOffload,
+    "mobius": Mobius,
+    "aptmoe": Aptmoe,
+}
+POLICIES = (*FIXED, "affinity", "zero3")
+Tell = Callable[[str, int], None]
+"""(policy, steps done)"""
+
+
+class Popularity(Protocol):
+    """``DrawnPopularity`` or ``TracedPopularity``."""
+
+    def steps(self, num_tokens: int) -> Iterator[dict[int, Floats]]: ...
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """A policy's steps. ``seconds``: of each. ``timelines``: of the last, by device."""
+
+    policy: str
+    seconds: list[float] = field(default_factory=list)
+    last: StepResult | None = None
+    note: str = ""
+    num_stages: int = 0
+    bound_s: float = 0.0
+    """Of the last step, without the bubble factor."""
+    bubble_factor: float = 1.0
+
+    @property
+    def counted(self) -> list[float]:
+        """The first step knows no popularity, so it does not count if there are others."""
+        return self.seconds[1:] or self.seconds
+
+    @property
+    def timelines(self) -> tuple[Timeline, ...]:
+        return self.last.timelines if self.last is not None else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """Outcomes by policy, and what is the same for all."""
+
+    outcomes: dict[str, Outcome]
+    stages: tuple[Stage, ...]
+    skewness: float
+    """Of the last step's counts."""
+
+
+def simulate_tuning(
+    costs: Costs,
+    popularity: Callable[[], Popularity],
+    *,
+    policies: Sequence[str] = POLICIES,
+    num_steps: int = 2,
+    keeps_spans: bool = False,
+    tell: Tell = lambda policy, steps: None,
+) -> Simulated:
+    """``popularity()`` gives every policy the same counts anew. With ``keeps_spans`` the last step has its timelines.
+
+    Raises ``IsthmusError`` for what does not fit.
+    """
+    check_hosts(costs)
+    stages = stages_for(costs, costs.job.num_stages)
+    order = device_order(costs.seats)
+    outcomes: dict[str, Outcome] = {}
+    work: StepWork | None = None
+    for policy in policies:
+        outcome = outcomes[policy] = Outcome(policy=policy)
+        if policy == "gpipe" and (short := resident_short_bytes(costs, stages)) > 0:
+            outcome.note = f"does not fit: {short / 2**30:.0f} GiB are missing on an accelerator"
+            continue
+        runner = _Runner(costs, stages, order, policy)
+        steps = popularity().steps(costs.job.num_tokens)
+        for number in range(num_steps):
+            counts = {layer: counts_E.tolist() for layer, counts_E in next(steps).items()}
+            is_last = number == num_steps - 1
+            outcome.seconds.append(runner.step(counts, keeps_spans=keeps_spans and is_last))
+            tell(policy, number + 1)
+        work = runner.work
+        outcome.last, outcome.note, outcome.num_stages = runner.last, runner.note, len(work.stages)
+        outcome.bound_s = step_bound_s(work)
+        outcome.bubble_factor = bubble_factor(costs.job.num_micro_batches, len(work.stages), len(order))
+    if work is None:
+        steps = popularity().steps(costs.job.num_tokens)
+        work = StepWork(costs, stages, order, {layer: c.tolist() for layer, c in next(steps).items()})
+    return Simulated(
+        outcomes=outcomes,
+        stages=stages,
+        skewness=skewness([np.asarray(counts) for counts in work.counts.values()]),
+    )
+
+
+class _Runner:
+    """One policy, step after step. A step that is like the one before is not played through again."""
+
+    def __init__(self, costs: Costs, stages: Sequence[Stage], order: Sequence[int], policy: str) -> None:
+        self.last: StepResult | None = None
+        self.note = ""
+        self._costs, self._stages, self._order, self._policy = costs, stages, order, policy
+        self.work = StepWork(costs, stages, order, {})
+        self._history = History()
+        is_free = policy == "affinity" and costs.job.num_stages is None
+        self._mappings = other_mappings(costs, stages) if is_free else []
+        self._choice: Choice | None = None
+        self._seen: tuple[Counts, Counts] | None = None
+        self._seconds = 0.0
+        self._num_steps = 0
+
+    def step(self, counts: Counts, *, keeps_spans: bool) -> float:
+        expected = self._history.expected(counts)
+        self._num_steps += 1
+        is_new = self._seen != (counts, expected)
+        if is_new or keeps_spans:
+            self._seen = (counts, expected)
+            self._play(counts, expected, is_new, keeps_spans)
+        self._history.learn(counts)
+        return self._seconds
+
+    def _play(self, counts: Counts, expected: Counts, is_new: bool, keeps_spans: bool) -> None:
+        if is_new:
+            self.work = StepWork(self._costs, self._stages, self._order, counts)
+        if self._policy == "zero3":
+            self._seconds = zero3_step_s(self.work)
+            self.note = "cost model"
+            return
+        if self._policy == "affinity":
+            # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
+            if self._choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
+                likely = StepWork(self._costs, self._stages, self._order, expected)
+                self._choice = choose(likely, self._mappings)
+                self.note = f"{self._choice.name} ({self._choice.num_tried} schedules compared)"
+            if is_new:
+                self.work = StepWork(self._costs, self._choice.stages, self._order, counts)
+            policy = self._choice.make(self.work, expected)
+        else:
+            policy = FIXED[self._policy](self.work, expected)
+        self.last = simulate_step(self.work, policy, keeps_spans=keeps_spans)
+        self._seconds = self.last.seconds

@@ -1,0 +1,176 @@
+"""A simulated step: tiny schedules computed by hand, and what holds for every one."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.simulation.tuning import tiny
+
+from isthmus.simulation.tuning.bound import step_bound_s
+from isthmus.simulation.tuning.candidates import Make, choose
+from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
+from isthmus.simulation.tuning.policies import Aptmoe, Counts, GPipe, GPipeOffload, Mobius, Planned, StepPolicy
+from isthmus.simulation.tuning.work import StepWork
+from isthmus.spec.timeline import LANES
+
+
+def scattered(work: StepWork, expected: Counts) -> StepPolicy:
+    """Every other expert on the CPU, whatever it costs; micro-batches overtake one another."""
+    plan = {
+        (layer, backward): [expert for expert in tables.by_work if expert % 2]
+        for layer, tables in work.tables.items()
+        for backward in (False, True)
+    }
+    return Planned(work, expected, plan, 1.0)
+
+
+POLICIES: tuple[Make, ...] = (GPipe, GPipeOffload, Mobius, Aptmoe, scattered)
+
+
+def play(work: StepWork, policy: Make, *, keeps_spans: bool = False) -> StepResult:
+    return simulate_step(work, policy(work, work.counts), keeps_spans=keeps_spans)
+
+
+def test_one_layer_is_loaded_computed_and_stepped_in_turn() -> None:
+    """Loads 0.5 + 1 + 1; forward 1 + 2 · 5/3; backward three times that; gradients 2.5; 500 parameters stepped."""
+    work = tiny.work(tiny.model(), tiny.cluster(), {0: [1.0, 1.0]})
+    forward_s = 1 + 10 / 3
+    assert play(work, Mobius).seconds == pytest.approx(2.5 + 4 * forward_s + 2.5 + 0.5)
+    # Nothing is loaded or unloaded; the accelerator steps, its memory being fast.
+    assert play(work, GPipe).seconds == pytest.approx(4 * forward_s, rel=1e-6)
+
+
+def test_mobius_loads_the_next_stage_while_one_runs_and_offload_after_it() -> None:
+    """Two stages of one layer on one device. Forward takes 13/3 s a stage, a load 2.5 s: hidden, or not."""
+    work = tiny.work(tiny.model(2), tiny.cluster(), {0: [1.0, 1.0], 1: [1.0, 1.0]}, num_stages=2)
+    # The first gradients leave while the other layer's backward runs; the last 2.5 s of them and a step come after.
+    end_s = 2 * 3 * 13 / 3 + 2.5 + 0.5
+    assert play(work, Mobius).seconds == pytest.approx(2.5 + 2 * 13 / 3 + end_s)
+    # Two loads more are waited for: of stage 1 in forward, and of stage 0 again in backward.
+    assert play(work, GPipeOffload).seconds == pytest.approx(2.5 + 2 * 13 / 3 + end_s + 2 * 2.5)
+
+
+def test_rule_leaves_an_unpopular_expert_on_the_cpu() -> None:
+    """Expert 1 has no tokens, expert 2 one: Equation 1 has 2 s on the CPU against 0.5 + 2 s of loads."""
+    work = tiny.work(tiny.model(1, 3), tiny.cluster(), {0: [5.0, 0.0, 1.0]})
+    policy = Aptmoe(work, {0: [6.0, 0.0, 0.0]})
+    on, urgent = policy.divide(0, False, [])
+    assert set(on) == {0} and list(urgent) == [0]
+    # What has landed is computed where it is.
+    assert set(policy.divide(0, False, [2])[0]) == {0, 2}
+
+
+def test_cores_are_divided_between_the_processes_of_a_host() -> None:
+    spec, counts = tiny.model(2), {0: [1.0, 1.0], 1: [1.0, 1.0]}
+    alone = tiny.work(spec, tiny.cluster(1, 2, num_cores=4, memory_bytes_per_s=1e9), counts)
+    together = tiny.work(spec, tiny.cluster(2, 1, num_cores=4, memory_bytes_per_s=1e9), counts)
+    assert together.tables[0].cpu_s[0][0] == pytest.approx(2 * alone.tables[0].cpu_s[0][0])
+
+
+def test_accelerators_at_one_root_wait_for_one_another() -> None:
+    spec, counts = tiny.model(2), {0: [1.0, 1.0], 1: [1.0, 1.0]}
+    apart = play(tiny.work(spec, tiny.cluster(2), counts), Mobius)
+    shared = play(tiny.work(spec, tiny.cluster(2, accelerators_per_root=2), counts), Mobius)
+    # Both load 2.5 s at once, at half the rate.
+    assert shared.seconds >= apart.seconds + 2.5 - 1e-9
+
+
+def counts_of(draw: st.DrawFn, num_layers: int, num_experts: int, tokens: int) -> dict[int, list[float]]:
+    counts = {}
+    for layer in range(num_layers):
+        cuts = sorted(draw(st.lists(st.integers(0, 2 * tokens), min_size=num_experts - 1, max_size=num_experts - 1)))
+        counts[layer] = [float(b - a) for a, b in pairwise([0, *cuts, 2 * tokens])]
+    return counts
+
+
+@st.composite
+def works(draw: st.DrawFn) -> StepWork:
+    num_devices = draw(st.integers(1, 3))
+    num_layers = draw(st.integers(num_devices, 6))
+    num_experts = draw(st.integers(2, 4))
+    micro_batches = draw(st.integers(1, 3))
+    tokens = micro_batches * draw(st.integers(1, 3))
+    hosts = draw(st.sampled_from([(num_devices, 1), (1, num_devices)]))
+    root = draw(st.sampled_from([800.0, 1000.0, 4000.0]))
+    per_root = draw(st.sampled_from([1, hosts[0]]))
+    memory = draw(st.sampled_from([1000.0, 28e3]))
+    on = tiny.cluster(*hosts, root_bytes_per_s=root, accelerators_per_root=per_root, memory_bytes_per_s=memory)
+    return tiny.work(
+        tiny.model(num_layers, num_experts),
+        on,
+        counts_of(draw, num_layers, num_experts, tokens),
+        num_stages=draw(st.integers(num_devices, num_layers)),
+        micro_batches=micro_batches,
+        batch=tokens,
+    )
+
+
+@settings(max_examples=25)
+@given(works(), st.sampled_from(POLICIES))
+def test_no_resource_is_used_twice_at_once(work: StepWork, policy: Make) -> None:
+    result = play(work, policy, keeps_spans=True)
+    for timeline in result.timelines:
+        cores = [span for span in timeline.spans if span.lane in ("cpu_experts", "optimizer")]
+        for spans in (
+            cores,
+            *([s for s in timeline.spans if s.lane == lane] for lane in ("accelerator", "h2d", "d2h")),
+        ):
+            spans = sorted(spans, key=lambda span: (span.start_s, span.end_s))
+            assert all(after.start_s >= before.end_s - 1e-9 for before, after in pairwise(spans))
+            assert all(
+                span.lane in LANES and 0 <= span.start_s <= span.end_s <= result.seconds + 1e-9 for span in spans
+            )
+
+
+@settings(max_examples=25)
+@given(works(), st.sampled_from(POLICIES))
+def test_work_and_bytes_are_conserved(work: StepWork, policy: Make) -> None:
+    result = play(work, policy, keeps_spans=True)
+    assert result.num_rows == pytest.approx(2 * sum(map(sum, work.counts.values())))
+    assert 0 <= result.cpu_rows <= result.num_rows
+    spans = [span for timeline in result.timelines for span in timeline.spans]
+    gradients = sum(span.num_bytes for span in spans if span.kind == "gradient")
+    num_layers = work.costs.spec.num_layers
+    if policy is GPipe:
+        assert gradients == result.num_loads == 0
+    if policy in (Mobius, GPipeOffload):
+        used = sum(bool(count) for counts in work.counts.values() for count in counts)
+        assert result.cpu_rows == 0 and gradients == 400 * num_layers + 800 * used
+        loaded = sum(span.num_bytes for span in spans if span.kind in ("load_expert", "load_dense"))
+        num_units = sum(len(counts) for counts in work.counts.values())
+        # Forward loads everything once; backward once more but for what forward has left there.
+        assert 400 * num_layers + 800 * num_units <= loaded <= 2 * (400 * num_layers + 800 * num_units)
+    stepped = sum(span.end_s - span.start_s for span in spans if span.lane == "optimizer")
+    wanted = sum(work.layer_costs(layer).optimizer_s for layer in range(num_layers))
+    assert stepped == pytest.approx(0.0 if policy is GPipe else wanted)
+
+
+@settings(max_examples=10)
+@given(works(), st.sampled_from(POLICIES))
+def test_the_same_step_has_the_same_schedule(work: StepWork, policy: Make) -> None:
+    assert play(work, policy, keeps_spans=True) == play(work, policy, keeps_spans=True)
+
+
+@settings(max_examples=15)
+@given(works())
+def test_ours_is_never_slower_than_mobius_or_the_rule_and_never_faster_than_the_bound(work: StepWork) -> None:
+    choice = choose(work)
+    ours = simulate_step(work, choice.make(work, work.counts)).seconds
+    assert ours == pytest.approx(choice.predicted_s)
+    assert ours <= min(play(work, Mobius).seconds, play(work, Aptmoe).seconds) * (1 + 1e-9)
+    bound_s = step_bound_s(work)
+    for policy in (GPipeOffload, Mobius, Aptmoe, scattered):
+        assert play(work, policy).seconds >= bound_s * (1 - 1e-6)
+    assert ours >= bound_s * (1 - 1e-6)
+
+
+@settings(max_examples=10)
+@given(works())
+def test_a_plan_for_other_counts_still_computes_everything(work: StepWork) -> None:
+    expected = {layer: list(reversed(counts)) for layer, counts in work.counts.items()}
+    plan = choose(StepWork(work.costs, work.stages, work.order, expected))
+    result = simulate_step(work, plan.make(work, expected))
+    assert result.num_rows == pytest.approx(2 * sum(map(sum, work.counts.values())))

@@ -1,0 +1,71 @@
+"""Links that share a medium, cores that an expert takes from the optimizer: schedules computed by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from isthmus.planning.loading import Phase, unit_key
+from isthmus.simulation.tuning.events import CpuPool, Events, Record, Server
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Medium
+
+
+def test_copies_share_a_medium_and_go_on_alone() -> None:
+    """One begins at 0 s, another at 0.5 s, each of 1 s alone: the first ends at 1.5 s, the second at 2 s."""
+    events, medium, ended = Events(), Medium(1.0), []
+    engines = [CopyEngine(events, Record(False), "h2d", (medium,), 2) for _ in range(2)]
+    for number, start_s in enumerate((0.0, 0.5)):
+        copy = Copy(1.0, lambda number=number: ended.append((number, events.now_s)), "tokens", "", 1)
+        events.at(start_s, engines[number].send, copy)
+    events.run()
+    assert ended == [(0, pytest.approx(1.5)), (1, pytest.approx(2.0))]
+
+
+def test_an_expert_interrupts_the_optimizer_which_goes_on_where_it_was() -> None:
+    events, ended = Events(), {}
+    pool = CpuPool(events, Record(True))
+    events.at(0.0, lambda: pool.step(2.0, lambda: ended.update(step=events.now_s), name="L0"))
+    events.at(
+        0.5,
+        lambda: pool.compute(
+            1.0, lambda: ended.update(expert=events.now_s), kind="expert_forward", name="", num_tokens=1
+        ),
+    )
+    events.run()
+    assert ended == {"expert": pytest.approx(1.5), "step": pytest.approx(3.0)}
+
+
+def test_a_server_takes_work_in_the_order_of_asking() -> None:
+    events, ended = Events(), []
+    server = Server(events)
+    for seconds in (2.0, 1.0):
+        events.at(0.0, server.serve, seconds, lambda: ended.append(events.now_s))
+    events.run()
+    assert ended == [2.0, 3.0]
+
+
+def test_an_urgent_expert_waits_for_the_window_only() -> None:
+    events, landed = Events(), []
+    loader = Loader(events, Record(False), (), 2, lambda key: (1.0, 1), lambda key: landed.append(key.expert))
+
+    def begin() -> None:
+        loader.queues.replace(Phase.STAGE, [unit_key(0, expert) for expert in range(5)])
+        loader.refill()
+
+    def hurry() -> None:
+        loader.queues.replace(Phase.EXPERT, [unit_key(0, 4)])
+        loader.refill()
+
+    events.at(0.0, begin)
+    events.at(0.5, hurry)
+    events.run()
+    assert landed == [0, 1, 4, 2, 3]
+
+
+def test_what_left_the_accelerator_while_it_was_on_its_way_is_not_there() -> None:
+    events, landed = Events(), []
+    loader = Loader(events, Record(False), (), 1, lambda key: (1.0, 1), lambda key: landed.append(key))
+    loader.queues.replace(Phase.STAGE, [unit_key(0, 0), unit_key(1, 0)])
+    loader.refill()
+    events.at(0.5, loader.forget, {1})
+    events.run()
+    assert landed == [unit_key(1, 0)] and list(loader.there) == landed
