@@ -27,8 +27,8 @@ from isthmus.inference.strategies import make_strategy
 from isthmus.inference.strategies.base import Tokens
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_layout import block_parts, team_of
-from isthmus.planning.block_steps import original_shares
 from isthmus.planning.device_costs import block_generation_bytes
+from isthmus.planning.original_ways import original_shares
 from isthmus.planning.plans import expected_error
 from isthmus.planning.workload import passes
 from isthmus.spec.inference import CODECS, GENERATING, ORIGINAL_PLANS, InferencePlan, InferenceRequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,17 +94,14 @@ def evaluate(
     logging.disable_progress_bar()
     candidates = [_candidate(model) for model in models]
     opened = [open_task(task, train, max_train=max_train) for task in tasks]
-    if save is not None:
-        _check_save(Path(save), [each.directory.name for each in candidates], [task.name for task in opened])
+    save = _checked_save(save, [each.directory.name for each in candidates], [task.name for task in opened])
     texts = list(_texts(text))
     chosen = _methods(methods, opened, texts, candidates)
     place = Place(_device(device), dtype)
     rows: list[EvaluateRow] = []
     with _telling(console) as say:
-        for task in opened:
-            for candidate in candidates:
-                kept = None if save is None else Path(save) / candidate.directory.name
-                rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, say, kept)
+        for task, candidate in itertools.product(opened, candidates):
+            rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, say, save)
         if "fidelity" in chosen:
             rows += _fidelities(candidates, texts or opened[0].development_texts, place, say)
         if "perplexity" in chosen:
@@ -152,13 +150,16 @@ def _candidate(model: str | Path) -> Candidate:
     )
 
 
-def _check_save(save: Path, models: Sequence[str], tasks: Sequence[str]) -> None:
+def _checked_save(save: str | Path | None, models: Sequence[str], tasks: Sequence[str]) -> Path | None:
+    if save is None:
+        return None
     for names, what in ((models, "models"), (tasks, "tasks")):
         if len(set(names)) < len(names):
             raise IsthmusError(f"save: got {what} {', '.join(names)}, wanted each name once, to keep them apart")
     for name in models:
-        if (save / name).exists():
-            raise IsthmusError(f"save: {save / name} is there already; remove it or name another directory")
+        if (Path(save) / name).exists():
+            raise IsthmusError(f"save: {Path(save) / name} is there already; remove it or name another directory")
+    return Path(save)
 
 
 def _methods(
@@ -219,7 +220,7 @@ def _scores(
         def progress(share: float, seed: int = seed) -> None:
             say(f"{candidate.name}: {task.name}, seed {seed}", share)
 
-        kept = None if save is None else save / f"{task.name}-seed-{seed}"
+        kept = None if save is None else save / candidate.directory.name / f"{task.name}-seed-{seed}"
         options = {"seed": seed, "place": place, "progress": progress, "save": kept}
         if task.is_questions:
             scores = answer(str(candidate.directory), tokenizer, task, recipe, **options)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from isthmus.planning.block_layout import block_parts
-from isthmus.planning.block_steps import original_shares
 from isthmus.planning.device_costs import (
     PROCESS_BYTES,
     DeviceCosts,
@@ -15,6 +14,7 @@ from isthmus.planning.device_costs import (
     generation_bytes,
     working_bytes,
 )
+from isthmus.planning.original_ways import original_shares
 from isthmus.planning.pieces import weights_bytes
 from isthmus.planning.plans import Question, plans
 from isthmus.planning.shares import divide_layer

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from isthmus.planning.block_layout import block_parts
-from isthmus.planning.block_steps import original_shares
 from isthmus.planning.device_costs import weight_bytes
+from isthmus.planning.original_ways import original_shares
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.transformer import LayerShare, Range, SubBlock, TransformerSpec

@@ -14,7 +14,7 @@ from isthmus.inference.strategies.sequence_parallel import SequenceParallel
 from isthmus.inference.strategies.tensor_parallel import TensorParallel
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_layout import BlockLayout, block_parts
-from isthmus.planning.block_steps import layer_codecs, original_shares
+from isthmus.planning.original_ways import layer_codecs, original_shares
 from isthmus.planning.pieces import Piece
 from isthmus.planning.workload import device_shares, layer_ranges
 from isthmus.spec.inference import InferencePlan
