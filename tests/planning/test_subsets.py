@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.planning.clusters import BERT, cluster, device, even_cluster, link
 
@@ -68,6 +68,7 @@ def test_devices_that_are_alike_make_one_set_of_each_size() -> None:
     free=st.lists(st.sampled_from([200 * MIB, 600 * MIB]), min_size=5, max_size=5),
     tokens=st.sampled_from([16, 128]),
 )
+@example(speeds=[1e9, 4e10, 4e9], rates=[1e6] * 5, free=[200 * MIB, 600 * MIB, 600 * MIB, 0, 0], tokens=16)
 def test_the_best_of_the_sensible_sets_is_near_the_best_of_all(
     speeds: list[float], rates: list[float], free: list[int], tokens: int
 ) -> None:

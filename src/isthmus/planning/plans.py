@@ -91,12 +91,13 @@ def plans(
         algorithms = ("two_step",)
         if strategy == "tensor":
             algorithms = ("two_step", "mesh") if question.request.num_new_tokens else ("two_step", "mesh", "scatter")
-        for weights in dict.fromkeys((even.weights, balanced, _within_memory(question, even, balanced))):
-            if weights is None or (strategy == "pipeline" and not _gives_layers_to_all(weights, question.spec)):
-                continue
+        found = [weights for weights in (even.weights, balanced, _within_memory(question, even, balanced)) if weights]
+        if strategy == "pipeline":
+            found = [_with_a_layer_each(weights, question.spec.num_layers) for weights in found]
+        for weights in dict.fromkeys(found):
             if strategy == "block":
-                found = [_block_plans(question, replace(even, weights=weights), crew) for crew in crews]
-                yield from dict.fromkeys(itertools.chain.from_iterable(found))
+                by_crew = [_block_plans(question, replace(even, weights=weights), crew) for crew in crews]
+                yield from dict.fromkeys(itertools.chain.from_iterable(by_crew))
                 continue
             for codec, algorithm in itertools.product(question.codecs, algorithms):
                 plan = replace(even, weights=weights, codec=codec, algorithm=algorithm)
@@ -130,8 +131,16 @@ def _block_plans(question: Question, plan: InferencePlan, crew: Crew) -> Iterato
     yield from chosen
 
 
-def _gives_layers_to_all(weights: Sequence[float], spec: TransformerSpec) -> bool:
-    return all(len(part) for part in divide(spec.num_layers, weights))
+def _with_a_layer_each(weights: tuple[float, ...], num_layers: int) -> tuple[float, ...]:
+    """``weights`` where they give every device of a pipeline a layer; else numbers of layers, those that are missing
+    taken from who has most."""
+    counts = [len(part) for part in divide(num_layers, weights)]
+    if all(counts):
+        return weights
+    while 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
+    return tuple(map(float, counts))
 
 
 def _balanced(question: Question, even: InferencePlan, devices: Sequence[DeviceCosts]) -> tuple[float, ...]:
