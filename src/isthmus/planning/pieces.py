@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from isthmus.planning.block_layout import block_parts
+from isthmus.planning.block_layout import BlockPart, block_parts
 from isthmus.planning.device_costs import weight_bytes
 from isthmus.planning.original_ways import original_shares
 from isthmus.planning.workload import device_shares, layer_ranges
@@ -39,17 +39,23 @@ class Piece:
         return weight_bytes(spec, share, self.dtype, 1, self.sub_block)
 
 
-def pieces_of(plan: InferencePlan, spec: TransformerSpec) -> list[tuple[Piece, ...]]:
-    """By device, in the plan's order."""
-    parts = zip(
+def _by_device(
+    plan: InferencePlan, spec: TransformerSpec
+) -> Iterator[tuple[LayerShare, Range, BlockPart, dict[int, LayerShare | None]]]:
+    """Its share of layers that are not decoupled, its layers, its sub-blocks, and what is other in original layers."""
+    return zip(
         device_shares(plan, spec),
         layer_ranges(plan, spec),
         block_parts(plan, spec),
         original_shares(plan, spec),
         strict=True,
     )
+
+
+def pieces_of(plan: InferencePlan, spec: TransformerSpec) -> list[tuple[Piece, ...]]:
+    """By device, in the plan's order."""
     found = []
-    for share, layers, part, originals in parts:
+    for share, layers, part, originals in _by_device(plan, spec):
         blocks = part.held(spec)
         pieces: list[Piece] = []
         for layer in range(layers.start, layers.stop):
@@ -68,15 +74,8 @@ def held_bytes(spec: TransformerSpec, pieces: Iterable[Piece]) -> int:
 
 def weights_bytes(plan: InferencePlan, spec: TransformerSpec) -> list[int]:
     """``held_bytes`` of ``pieces_of`` each device, in the plan's order, without listing them."""
-    parts = zip(
-        device_shares(plan, spec),
-        layer_ranges(plan, spec),
-        block_parts(plan, spec),
-        original_shares(plan, spec),
-        strict=True,
-    )
     found = []
-    for share, layers, part, originals in parts:
+    for share, layers, part, originals in _by_device(plan, spec):
         own = [number for number in range(layers.start, layers.stop) if not spec.is_decoupled(number)]
         shares = Counter(originals.get(number, share) for number in own)
         total = sum(
