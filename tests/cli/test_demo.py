@@ -178,8 +178,9 @@ def test_a_device_that_dies_ends_the_demo_which_says_where_to_look(
         assert process.stdout is not None
         while "measuring them" not in process.stdout.readline():
             assert process.poll() is None
+        device = device_of(process, rank=3)
         children = children_of(process, at_least=4)
-        children[-1].kill()
+        device.kill()
         text, _ = process.communicate(timeout=END_TIMEOUT_S)
         assert process.returncode == 2
     assert f"exit code 137; look at what the devices said in {tmp_path}" in unwrapped(text)
@@ -197,6 +198,19 @@ def children_of(process: subprocess.Popen[str], at_least: int) -> list[psutil.Pr
         assert time.monotonic() < ends_at
         time.sleep(0.05)
     return children
+
+
+def device_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The device itself, once it is there: not what enters its namespace, nor what it starts for a moment, such as a
+    compiler."""
+    ends_at = time.monotonic() + END_TIMEOUT_S
+    while time.monotonic() < ends_at:
+        for child in psutil.Process(process.pid).children(recursive=True):  # parents come first
+            with contextlib.suppress(psutil.Error):
+                if "python" in Path(child.exe()).name and child.environ().get("RANK") == str(rank):
+                    return child
+        time.sleep(0.05)
+    raise AssertionError(f"no device of rank {rank} after {END_TIMEOUT_S} s")
 
 
 def test_a_device_that_fails_ends_the_others_and_gives_its_exit_code(tmp_path: Path) -> None:
