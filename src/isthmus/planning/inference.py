@@ -20,7 +20,7 @@ from isthmus.planning.plans import Question, plans
 from isthmus.planning.shares import divide_layer
 from isthmus.planning.step_seconds import Crew
 from isthmus.planning.subsets import subsets
-from isthmus.planning.workload import device_shares, passes
+from isthmus.planning.workload import Workload, device_shares, passes
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import TransformerSpec
@@ -123,7 +123,9 @@ def weigh_slowed(question: Question, slowdowns: Sequence[float]) -> list[list[We
     """Every candidate, for each of ``slowdowns`` of all links: the same plans, the fastest for each among them."""
     found: list[list[Weighed]] = [[] for _ in slowdowns]
     for plan, crews in _plans_of(question, slowdowns):
-        for own, each in zip(found, _weighed(question, plan, crews), strict=True):
+        for own, each in zip(
+            found, _weighed(question, plan, crews, passes(plan, question.spec, question.request)), strict=True
+        ):
             own.append(each)
     return found
 
@@ -133,7 +135,8 @@ def forecast(
 ) -> list[Weighed]:
     """``predict`` what a choice needs, for each of ``slowdowns`` of all links."""
     crew = _crew_of(question, plan, costs)
-    return _weighed(question, plan, [crew.slowed(slowdown) for slowdown in slowdowns])
+    crews = [crew.slowed(slowdown) for slowdown in slowdowns]
+    return _weighed(question, plan, crews, passes(plan, question.spec, question.request))
 
 
 def predict(question: Question, plan: InferencePlan, costs: Costs | None = None) -> Candidate:
@@ -159,8 +162,9 @@ def _crew_of(question: Question, plan: InferencePlan, costs: Costs | None) -> Cr
     return Crew.of(costs, plan.devices, len(question.profile.devices))
 
 
-def _weighed(question: Question, plan: InferencePlan, crews: Sequence[Crew]) -> list[Weighed]:
-    all_passes = passes(plan, question.spec, question.request)
+def _weighed(
+    question: Question, plan: InferencePlan, crews: Sequence[Crew], all_passes: Sequence[tuple[Workload, int]]
+) -> list[Weighed]:
     weights, memory = _memory_bytes(question.spec, plan, question.request)
     budgets, found = tuple(question.budget_bytes(rank) for rank in plan.devices), []
     for crew in crews:
@@ -180,7 +184,7 @@ def _weighed(question: Question, plan: InferencePlan, crews: Sequence[Crew]) -> 
 
 def _candidate(question: Question, plan: InferencePlan, crew: Crew) -> Candidate:
     all_passes = passes(plan, question.spec, question.request)
-    [weighed] = _weighed(question, plan, [crew])
+    [weighed] = _weighed(question, plan, [crew], all_passes)
     sent = [[count * num_bytes for num_bytes in load.sent_bytes()] for load, count in all_passes]
     return Candidate(
         **{each.name: getattr(weighed, each.name) for each in fields(weighed)},
