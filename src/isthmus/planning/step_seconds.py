@@ -1,7 +1,6 @@
 """Seconds of steps on some devices: all compute, the last one starts the exchange, the slowest link ends it.
 
 Of what is computed while an exchange goes on only the longer counts, and computing takes longer by what sending needs.
-Of what is computed while an exchange goes on only the longer counts, and computing takes longer by what sending needs.
 A link that lets a burst through after a pause (``LinkProfile``) has a credit, which fills while devices compute. Links
 that share a medium take turns on it.
 """
