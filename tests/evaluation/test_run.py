@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tests.decoupling.conftest import WORDS, decoder, encoder, sentences, text, tokenizer
 from torch.nn import functional as F
 from transformers import (
@@ -183,8 +185,10 @@ def test_fine_tuned_models_are_kept_and_answer_as_they_did(
     encoder: Path, decoupled: Path, task: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"tasks": [str(task)], "methods": ["finetune"], "max_train": 64, **FAST, "num_seeds": 1}
-    report = evaluate([encoder, decoupled], save=tmp_path / "kept", **options)
+    said = io.StringIO()
+    report = evaluate([encoder, decoupled], save=tmp_path / "kept", console=Console(file=said), **options)
     for row in report.rows:
+        assert f"{row.model}: sst2, seed 0: accuracy {row.mean:.4f}\n" in said.getvalue()
         directory = tmp_path / "kept" / Path(row.model).name / "sst2-seed-0"
         model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
         lines = [line.split("\t") for line in (task / "dev.tsv").read_text().splitlines()[1:]]

@@ -85,6 +85,15 @@ def test_time_left_counts_from_the_first_step_of_a_resumed_run(clock: Clock) -> 
     assert "left" not in first and second.endswith("16 min 30 s left")
 
 
+def test_a_long_plain_phase_says_every_ten_seconds_how_far_it_is(clock: Clock) -> None:
+    file = io.StringIO()
+    with TrainingProgress(0, console=Console(file=file), plain=True) as progress:
+        for done in range(11):
+            progress.phase("loading", done / 10)
+            clock.now_s += 4
+    assert file.getvalue().splitlines() == ["loading …", "loading  30%", "loading  60%", "loading  90%"]
+
+
 def test_plain_phases_evaluations_and_messages_keep_their_order(clock: Clock) -> None:
     file = io.StringIO()
     with TrainingProgress(9, console=Console(file=file), plain=True) as progress:

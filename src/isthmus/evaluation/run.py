@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -30,6 +29,7 @@ from isthmus.models.attention import use_blocked_attention
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.transformer_families import read_config
 from isthmus.reporting.environment import environment
+from isthmus.reporting.progress import TrainingProgress
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import EvaluateReport, EvaluateRow
@@ -99,9 +99,10 @@ def evaluate(
     chosen = _methods(methods, opened, texts, candidates)
     place = Place(_device(device), dtype)
     rows: list[EvaluateRow] = []
-    with _telling(console) as say:
+    with TrainingProgress(0, title="isthmus evaluate", console=console) as progress:
+        say = progress.phase
         for task, candidate in itertools.product(opened, candidates):
-            rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, say, save)
+            rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, progress, save)
         if "fidelity" in chosen:
             rows += _fidelities(candidates, texts or opened[0].development_texts, place, say)
         if "perplexity" in chosen:
@@ -124,15 +125,6 @@ def evaluate(
     if report is not None:
         atomic_write(report, to_json(result))
     return result
-
-
-@contextmanager
-def _telling(console: Console | None) -> Iterator[Say]:
-    """A bar on stderr that says what goes on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console or Console(stderr=True), transient=True) as shown:
-        bar = shown.add_task("", total=1.0)
-        yield lambda what, share: shown.update(bar, description=what, completed=share)
 
 
 def _candidate(model: str | Path) -> Candidate:
@@ -203,7 +195,7 @@ def _scores(
     recipe: Recipe,
     seeds: Sequence[int],
     place: Place,
-    say: Say,
+    progress: TrainingProgress,
     save: Path | None,
 ) -> list[EvaluateRow]:
     tokenizer = load_tokenizer(candidate.directory)
@@ -211,17 +203,18 @@ def _scores(
     numbers = {label: index for index, label in enumerate(task.labels)}
     wanted = np.array([numbers[example.label] for example in task.development])
     if "probe" in methods and not task.is_questions:
-        rows.append(candidate.row(task.name, "probe accuracy", [_probe_accuracy(candidate, task, wanted, place, say)]))
+        rows.append(
+            candidate.row(
+                task.name, "probe accuracy", [_probe_accuracy(candidate, task, wanted, place, progress.phase)]
+            )
+        )
     if "finetune" not in methods:
         return rows
     values: dict[str, list[float]] = {}
     for seed in seeds:
-
-        def progress(share: float, seed: int = seed) -> None:
-            say(f"{candidate.name}: {task.name}, seed {seed}", share)
-
+        what = f"{candidate.name}: {task.name}, seed {seed}"
         kept = None if save is None else save / candidate.directory.name / f"{task.name}-seed-{seed}"
-        options = {"seed": seed, "place": place, "progress": progress, "save": kept}
+        options = {"seed": seed, "place": place, "progress": partial(progress.phase, what), "save": kept}
         if task.is_questions:
             scores = answer(str(candidate.directory), tokenizer, task, recipe, **options)
             found = dict(zip(("exact_match", "f1"), scores, strict=True))
@@ -229,6 +222,7 @@ def _scores(
             predicted = classify(str(candidate.directory), tokenizer, task, recipe, **options)
             names = dict.fromkeys((task.metric, "accuracy"))
             found = {name: METRICS[name](predicted, wanted) for name in names}
+        progress.message(f"{what}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
         for name, value in found.items():
             values.setdefault(name, []).append(value)
     return rows + [candidate.row(task.name, name, scores) for name, scores in values.items()]

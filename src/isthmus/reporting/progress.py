@@ -20,6 +20,7 @@ from rich.text import Text
 from isthmus.reporting.human import human_memory, human_s
 
 _PLAIN_EVERY_S = 2.0
+_PLAIN_PHASE_EVERY_S = 10.0
 
 
 class View(Protocol):
@@ -127,6 +128,7 @@ class TrainingProgress:
         self._first_step: tuple[int, float] | None = None
         self._left = ""
         self._last_line_s = float("-inf")
+        self._last_phase_s = float("-inf")
         self._unsaid: View | None = None
 
     def __enter__(self) -> TrainingProgress:
@@ -147,12 +149,20 @@ class TrainingProgress:
     def phase(self, text: str, fraction: float | None = None) -> None:
         """Says what goes on outside steps (loading, profiling, saving), ``fraction`` of it done (0 … 1, None: unknown).
 
-        Lasts until the next phase or step. Plain form: a line when the text changes.
+        Lasts until the next phase or step. Plain form: a line when the text changes, and how far it is every ten
+        seconds.
         """
-        if self._is_plain and (self._phase is None or self._phase[0] != text):
-            self._say_last_step()
-            self._line(f"{text} …")
+        if self._is_plain:
+            self._plain_phase(text, fraction)
         self._phase = (text, fraction)
+
+    def _plain_phase(self, text: str, fraction: float | None) -> None:
+        now_s, is_new = time.monotonic(), self._phase is None or self._phase[0] != text
+        if not is_new and (fraction is None or now_s - self._last_phase_s < _PLAIN_PHASE_EVERY_S):
+            return
+        self._say_last_step()
+        self._line(f"{text} …" if is_new else f"{text}  {fraction:.0%}")
+        self._last_phase_s = now_s
 
     def step(self, view: View) -> None:
         """Shows a step that has ended. The time left is estimated from the steps of this context only, for resumed
