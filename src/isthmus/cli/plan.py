@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from isthmus.cli.sharing import Refresh, Timeout
+from isthmus.cli.tune import Dtype, MicroBatches, MicroBatchSize, NumLayers, SeqLen
 
 app = typer.Typer(no_args_is_help=True)
 Profile = Annotated[
@@ -84,3 +85,75 @@ def infer(
         timeout_s=timeout,
     )
     plan_infer(options, num_rows=rows, output=output, report=report)
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hugging Face id or directory of a Mixture-of-Experts model; only config.json is read."),
+    ],
+    cluster: Annotated[
+        str,
+        typer.Option(
+            help="Hosts and accelerators: a JSON file, see README, or [b]a800-c1g1, a800-c1g2, a800-c1g4[/].",
+            metavar="FILE|NAME",
+        ),
+    ],
+    seq_len: SeqLen = 512,
+    micro_batch_size: MicroBatchSize = 1,
+    micro_batches: MicroBatches = 4,
+    dtype: Dtype = "bf16",
+    method: Annotated[Literal["full"], typer.Option(help="What is trained: all parameters.")] = "full",
+    num_layers: NumLayers = None,
+    num_stages: Annotated[
+        int | None, typer.Option(min=1, help="Stages that go round the accelerators. Left out: chosen.", metavar="N")
+    ] = None,
+    num_devices: Annotated[
+        int | None, typer.Option(min=1, help="Accelerators of a cluster that is known by name.", metavar="N")
+    ] = None,
+    policy: Annotated[
+        Literal["affinity", "paper", "mobius", "gpipe-offload"],
+        typer.Option(help="Who computes which expert, as in `isthmus tune`.", metavar="POLICY"),
+    ] = "affinity",
+    popularity: Annotated[
+        str,
+        typer.Option(
+            help="How unevenly tokens choose experts: [b]uniform[/], [b]gini=0.4[/], or what `isthmus trace` recorded.",
+            metavar="FILE|gini=G",
+        ),
+    ] = "uniform",
+    accelerator_memory: Annotated[
+        str | None, typer.Option(help="Of each accelerator only so much, such as [b]16GiB[/].", metavar="SIZE")
+    ] = None,
+    changes: Annotated[bool, typer.Option(help="Look for what would help most; takes most of the time.")] = True,
+    report: Report = None,
+) -> None:
+    """Say before anything is downloaded, bought or reserved whether fine-tuning fits, and how fast it should be.
+
+    Memory is that of `isthmus tune`, counted from the model's configuration: weights, master weights, gradients and
+    moments on every host; dense parts, activations and slots for experts on every accelerator. A step is simulated
+    event by event (`isthmus simulate tune` compares policies), and so is every change that might help.
+
+        isthmus plan tune ./my-model --cluster cluster.json --seq-len 512 --micro-batches 8
+        isthmus plan tune allenai/OLMoE-1B-7B-0924 --cluster a800-c1g2 --dtype fp32 --popularity popularity.npz
+    """
+    from isthmus.tuning.preflight.run import PlanTuneOptions, plan_tune
+
+    options = PlanTuneOptions(
+        model=model,
+        cluster=cluster,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        micro_batches=micro_batches,
+        dtype=dtype,
+        method=method,
+        num_layers=num_layers,
+        num_stages=num_stages,
+        num_devices=num_devices,
+        policy=policy,
+        popularity=popularity,
+        accelerator_memory=accelerator_memory,
+        has_changes=changes,
+    )
+    plan_tune(options, report=report)

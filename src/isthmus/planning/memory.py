@@ -195,7 +195,12 @@ def activation_bytes(part: Footprint, num_micro_batches: int) -> int:
 def minimum_bytes(part: Footprint, num_micro_batches: int, policy: str) -> int:
     """The least budget with which a step runs, the layers' dense parts passing through a few buffers."""
     slots = min(least_slots(part.spec, policy), part.num_experts + most_experts(part)) * part.slot_bytes
-    return dense_bytes(part.layouts, _num_buffers(part)) + activation_bytes(part, num_micro_batches) + slots
+    return least_dense_bytes(part) + activation_bytes(part, num_micro_batches) + slots
+
+
+def least_dense_bytes(part: Footprint) -> int:
+    """Of dense parts that pass through as few buffers as can be."""
+    return dense_bytes(part.layouts, _num_buffers(part))
 
 
 def _num_buffers(part: Footprint) -> int:
@@ -234,7 +239,7 @@ def accelerator_memory(part: Footprint, num_micro_batches: int, policy: str, bud
     minimum = minimum_bytes(part, num_micro_batches, policy)
     raise IsthmusError(
         f"accelerator_memory: got {_mib(budget_bytes)}, wanted at least {_mib(minimum)}: dense weights and gradients "
-        f"{_mib(dense_bytes(part.layouts, _num_buffers(part)))}, activations {_mib(activations)}, experts "
+        f"{_mib(least_dense_bytes(part))}, activations {_mib(activations)}, experts "
         f"{_mib(least_bytes)}. Raise it to the minimum, or lower the sequence length, the micro-batch size or their "
         "number."
     )

@@ -93,7 +93,7 @@ def trace(
     """
     options = TraceOptions(**{name: value for name, value in locals().items() if name != "plain"})
     options.check()
-    with TrainingProgress(steps, plain=plain) as progress:
+    with TrainingProgress(steps, title="isthmus trace", plain=plain) as progress:
         path = resolve_checkpoint(model)
         config = load_config(path, num_layers=num_layers)
         for file in checkpoint_files(path):
