@@ -22,6 +22,7 @@ ALIGNMENT_BYTES = 64
 LAYERS_IN_FLIGHT = 3
 """Layers whose weight gradients a CPU may have yet to compute: they come after the next layer's inputs' gradients."""
 MIN_BUFFER_NUMEL = 1024
+HOST_KINDS = ("weight", "master", "gradient", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +252,7 @@ def accelerator_memory(part: Footprint, num_micro_batches: int, policy: str, bud
 def host_bytes(layouts: Iterable[UnitLayout]) -> dict[str, int]:
     """Host bytes by kind for full fine-tuning with Adam: ``weight``, ``master``, ``gradient``, ``exp_avg``,
     ``exp_avg_sq``, every unit's range padded. An FP32 weight is its own master."""
-    totals = dict.fromkeys(("weight", "master", "gradient", "exp_avg", "exp_avg_sq"), 0)
+    totals: dict[str, int] = dict.fromkeys(HOST_KINDS, 0)
     for layout in layouts:
         value_bytes = BYTES_PER_VALUE[layout.dtype]
         step = ALIGNMENT_BYTES // value_bytes

@@ -67,8 +67,9 @@ def _entering(saved: _Saved, mode: FakeTensorMode, number: int) -> Callable[...,
     large masks to be computed with."""
 
     def faked(value: object) -> object:
-        is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
-        return mode.from_tensor(value) if is_real else value
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            return mode.from_tensor(value)
+        return value
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         saved.enter(number)
