@@ -114,7 +114,8 @@ def _time(report: PlanTuneReport) -> Iterator[str]:
     )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(step.busy_shares.items(), key=lambda i: -i[1]))
     yield f"busy: {shares}; {step.cpu_pairs_share:.0%} of (token, expert) pairs on CPUs"
-    yield f"what limits it most: {report.limiting}"
+    if report.changes:
+        yield f"what limits it most: {report.limiting}"
 
 
 def _changes(changes: Sequence[Change], fits: bool) -> Iterator[str]:
