@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
@@ -141,6 +142,34 @@ def test_models_and_clusters_that_cannot_be_are_refused(model: str, tmp_path: Pa
     cluster.write_text(json.dumps(content))
     message = refused(model, "--cluster", str(cluster))
     assert str(cluster) in message and "memory_bytes" in message
+
+
+def test_without_a_cluster_it_is_this_machine(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "plan.json"
+    emulated = ("--emulate", "h2d=1GB/s,d2h=1GB/s,threads=1", "--accelerator-memory", "8MiB")
+    printed = run(model, *SIZE, *emulated, "--no-changes", "--report", str(path))
+    report = from_json(PlanTuneReport, path.read_text())
+    assert "on 1 accelerator of this machine: it fits" in printed
+    assert report.step is not None and report.step.step_s > 0
+    assert report.devices[0].memory_bytes == 8 << 20 and report.devices[0].total_bytes <= 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--emulate", "h2d=1GB/s,d2h=1GB/s"), "accelerator: emulated needs --emulate h2d=2GB/s,d2h=2GB/s and --accel"),
+        (("--accelerator", "emulated"), "accelerator: emulated needs --emulate"),
+        (("--cluster", "a800-c1g2", "--emulate", "h2d=1GB/s,d2h=1GB/s"), "accelerator, emulate: are of this machine"),
+        pytest.param(
+            (),
+            "cluster: got none, and this machine has no GPU to plan for; give --cluster FILE or NAME",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_machine_that_cannot_be_planned_for_is_refused(model: str, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused(model, *SIZE, *arguments)
 
 
 def test_help_teaches() -> None:

@@ -94,12 +94,13 @@ def tune(
         typer.Argument(help="Hugging Face id or directory of a Mixture-of-Experts model; only config.json is read."),
     ],
     cluster: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Hosts and accelerators: a JSON file, see README, or [b]a800-c1g1, a800-c1g2, a800-c1g4[/].",
+            help="Hosts and accelerators: a JSON file, see README, or [b]a800-c1g1, a800-c1g2, a800-c1g4[/]. Left out: "
+            "this machine, measured if it was not yet.",
             metavar="FILE|NAME",
         ),
-    ],
+    ] = None,
     seq_len: SeqLen = 512,
     micro_batch_size: MicroBatchSize = 1,
     micro_batches: MicroBatches = 4,
@@ -123,6 +124,10 @@ def tune(
             metavar="FILE|gini=G",
         ),
     ] = "uniform",
+    accelerator: Annotated[
+        Literal["auto", "cuda", "emulated"], typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="KIND")
+    ] = "auto",
+    emulate: Annotated[str | None, typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="RATES")] = None,
     accelerator_memory: Annotated[
         str | None, typer.Option(help="Of each accelerator only so much, such as [b]16GiB[/].", metavar="SIZE")
     ] = None,
@@ -153,6 +158,8 @@ def tune(
         num_devices=num_devices,
         policy=policy,
         popularity=popularity,
+        accelerator=accelerator,
+        emulate=emulate,
         accelerator_memory=accelerator_memory,
         has_changes=changes,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isthmus.planning.memory import (
+    AcceleratorMemory,
     Blueprint,
     Footprint,
     accelerator_memory,
@@ -16,6 +17,7 @@ from isthmus.planning.memory import (
     host_bytes,
     least_dense_bytes,
     minimum_bytes,
+    most_experts,
     staging_bytes,
 )
 from isthmus.planning.problem import BYTES_PER_VALUE
@@ -177,9 +179,15 @@ def _device(question: Question, costs: Costs, device: int, part: Footprint, num_
         slot_bytes=part.slot_bytes,
         num_slots=memory.num_slots if memory else 0,
         num_experts=part.num_experts,
-        total_bytes=memory.peak_bytes if memory else least,
+        total_bytes=_total_bytes(part, memory, budget) if memory else least,
         minimum_bytes=least,
     )
+
+
+def _total_bytes(part: Footprint, memory: AcceleratorMemory, budget_bytes: int) -> int:
+    """Never less than a run takes: one whose activations are smaller has another slot in their place."""
+    is_full = memory.num_slots < part.num_experts + most_experts(part)
+    return budget_bytes if is_full else memory.peak_bytes
 
 
 def _hosts(question: Question, costs: Costs, parts: dict[int, Footprint]) -> tuple[HostNeed, ...]:

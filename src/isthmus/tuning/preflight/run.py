@@ -20,8 +20,11 @@ from isthmus.spec.tune_cluster import TuneCluster
 from isthmus.spec.units import parse_bytes
 from isthmus.tuning.preflight.blueprint import read_blueprint
 from isthmus.tuning.preflight.changes import find_changes, limiting
+from isthmus.tuning.preflight.machine import MachineOptions, this_machine
 from isthmus.tuning.preflight.predict import SIMULATED, Question, predict
 from isthmus.tuning.preflight.show import show
+
+TITLE = "isthmus plan tune"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class PlanTuneOptions:
     """What ``isthmus plan tune`` was asked for. Names and meanings are those of ``isthmus tune``."""
 
     model: str
-    cluster: str
+    cluster: str | None = None
+    """None: this machine."""
     seq_len: int = 512
     micro_batch_size: int = 1
     micro_batches: int = 4
@@ -40,6 +44,8 @@ class PlanTuneOptions:
     num_devices: int | None = None
     policy: str = "affinity"
     popularity: str = "uniform"
+    accelerator: str = "auto"
+    emulate: str | None = None
     accelerator_memory: str | None = None
     has_changes: bool = True
 
@@ -52,6 +58,20 @@ class PlanTuneOptions:
             raise IsthmusError(f"policy: got {self.policy!r}, wanted one of {', '.join(SIMULATED)}")
         if self.method != "full":
             raise IsthmusError(f"method: got {self.method!r}, wanted full: all parameters are trained")
+        if self.cluster is None:
+            self.machine().check()
+            if self.num_layers is not None:
+                raise IsthmusError("num_layers: is for a described cluster; this machine is measured with whole models")
+        elif self.emulate is not None or self.accelerator != "auto":
+            raise IsthmusError("accelerator, emulate: are of this machine; leave them or --cluster out")
+
+    def machine(self) -> MachineOptions:
+        memory = self.accelerator_memory
+        return MachineOptions(
+            accelerator=self.accelerator,
+            emulate=self.emulate,
+            memory_bytes=None if memory is None else parse_bytes(memory, "accelerator_memory"),
+        )
 
 
 def plan_tune(
@@ -60,7 +80,7 @@ def plan_tune(
     """Prints whether it fits, what a step takes and what would help, and writes a report. Reads no weights. Blocks for
     seconds, for large models minutes. Raises ``ValueError`` or ``OSError`` for what cannot be asked."""
     options.check()
-    cluster = _with_memory(find_cluster(options.cluster, options.num_devices), options.accelerator_memory)
+    named = None if options.cluster is None else find_cluster(options.cluster, options.num_devices)
 
     @cache
     def blueprint(dtype: str) -> Blueprint:
@@ -72,20 +92,23 @@ def plan_tune(
             num_layers=options.num_layers,
         )
 
-    with TrainingProgress(1, title="isthmus plan tune", plain=plain) as progress:
+    with TrainingProgress(1, title=TITLE, plain=plain) as progress:
         progress.phase("reading the configuration")
         own = blueprint(options.dtype)
-        question = Question(
-            blueprint=own,
-            cluster=cluster,
-            micro_batch_size=options.micro_batch_size,
-            micro_batches=options.micro_batches,
-            seq_len=options.seq_len,
-            num_stages=options.num_stages,
-            policy=options.policy,
-            popularity=find_popularity(options.popularity, own.spec),
-            num_steps=1 if options.popularity == "uniform" else 2,
-        )
+        popularity = find_popularity(options.popularity, own.spec)
+    cluster = _measured(options, own) if named is None else _with_memory(named, options.accelerator_memory)
+    question = Question(
+        blueprint=own,
+        cluster=cluster,
+        micro_batch_size=options.micro_batch_size,
+        micro_batches=options.micro_batches,
+        seq_len=options.seq_len,
+        num_stages=options.num_stages,
+        policy=options.policy,
+        popularity=popularity,
+        num_steps=1 if options.popularity == "uniform" else 2,
+    )
+    with TrainingProgress(1, title=TITLE, plain=plain) as progress:
         progress.phase("predicting")
         found = predict(question)
         changes = find_changes(question, found, blueprint, progress.phase) if options.has_changes else ()
@@ -109,6 +132,17 @@ def plan_tune(
     return written
 
 
+def _measured(options: PlanTuneOptions, blueprint: Blueprint) -> TuneCluster:
+    return this_machine(
+        options.model,
+        blueprint,
+        options.machine(),
+        seq_len=options.seq_len,
+        micro_batch_size=options.micro_batch_size,
+        num_batches=options.micro_batches,
+    )
+
+
 def _with_memory(cluster: TuneCluster, memory: str | None) -> TuneCluster:
     """Accelerators of which so much may be used."""
     if memory is None:
@@ -123,7 +157,8 @@ def _title(options: PlanTuneOptions, report: PlanTuneReport) -> str:
     return (
         f"{options.model} ({_count(report.num_parameters)} parameters), {options.dtype}, "
         f"{options.micro_batches} micro-batches of {options.micro_batch_size} × {options.seq_len} tokens{skew}, on "
-        f"{report.cluster.num_accelerators} accelerators of {report.cluster.name}"
+        f"{report.cluster.num_accelerators} accelerator{'s' * (report.cluster.num_accelerators > 1)} of "
+        f"{report.cluster.name}"
     )
 
 
