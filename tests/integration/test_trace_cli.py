@@ -84,13 +84,15 @@ def test_input_that_cannot_work_is_one_line(inputs: Inputs, run: Tune, tmp_path:
     file.write_text("")
     for wrong, message in (
         (("--data", "none.jsonl"), "none.jsonl"),
-        (("--output", str(tmp_path)), "is a directory, wanted a file's name, such as popularity.npz"),
+        (("--output", str(tmp_path)), "is a directory, wanted a file's name"),
         (("--output", str(file / "t.npz")), "output: nothing can be written below"),
         (("--steps", "100000"), r"sequences of 32 tokens, wanted 200000, 2 for each of 100000 steps"),
         (("--num-layers", "3"), "num_layers: got 3, wanted 1 to 2"),
     ):
         assert message in error_line(run(arguments(inputs, output, *wrong)))
     assert "has no routed experts" in error_line(run(arguments(inputs, output, model=dense)))
+    line = error_line(run(inputs.arguments(tmp_path / "out", "--trace", str(file / "t.npz"))))
+    assert "trace: nothing can be written below" in line
     assert not output.exists()
 
 

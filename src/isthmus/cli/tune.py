@@ -129,7 +129,8 @@ Timeline = Annotated[
 Trace = Annotated[
     Path | None,
     _output(
-        "Write how many tokens chose each expert in every step here, for `isthmus simulate tune --popularity`.",
+        "Write how many tokens chose each expert here, in every step that this process takes: for `isthmus plan tune "
+        "--popularity`.",
         metavar="FILE.npz",
     ),
 ]

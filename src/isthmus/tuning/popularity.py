@@ -8,7 +8,6 @@ Legend: ``T`` tokens of a micro-batch, ``k`` choices per token, ``H`` hidden siz
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from isthmus.reporting.progress import TrainingProgress
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import UnitKey
 from isthmus.training.heap import keep_freed_memory
+from isthmus.training.output import check_file
 from isthmus.tuning.data import BatchStream, MicroBatch, keep_documents_apart, load_dataset
 
 NUM_RANGES = 4
@@ -62,12 +62,7 @@ class TraceOptions:
             if getattr(self, name) < 1:
                 raise IsthmusError(f"{name}: got {getattr(self, name)}, wanted at least 1.")
         torch_dtype(self.dtype)
-        output = Path(self.output)
-        if output.is_dir():
-            raise IsthmusError(f"output: {output} is a directory, wanted a file's name, such as popularity.npz")
-        parent = next(folder for folder in output.absolute().parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise IsthmusError(f"output: nothing can be written below {parent}, wanted a directory of yours")
+        check_file("output", Path(self.output))
 
 
 def trace(

@@ -24,7 +24,7 @@ from isthmus.spec.files import atomic_write
 from isthmus.spec.report import TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
 from isthmus.training.interruption import StopSignals
-from isthmus.training.output import check_output, clear_output
+from isthmus.training.output import check_file, check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
@@ -81,6 +81,8 @@ def tune(
     options.check()
     inputs = [source for source in (model, data, eval_data) if source is not None]
     check_output(Path(output), inputs, resume=resume, overwrite=overwrite)
+    if trace is not None:
+        check_file("trace", Path(trace))
     with PeakHostMemory() as memory, TrainingProgress(steps, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
             return _tune(options, memory, progress, stop)

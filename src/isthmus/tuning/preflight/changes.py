@@ -29,7 +29,7 @@ def find_changes(
     ``blueprint(dtype)``: the same model's in another dtype. ``tell`` gets what is being tried, and the share done.
     Blocks as long as some ten predictions.
     """
-    tried = list(_for_speed(question, blueprint) if prediction.fits else _for_room(question, prediction))
+    tried = list(_for_speed(question, prediction, blueprint) if prediction.fits else _for_room(question, prediction))
     found: list[Change] = []
     for number, (text, resource, changed) in enumerate(tried):
         tell(text, number / len(tried))
@@ -60,7 +60,7 @@ Tried = tuple[str, str, Question]
 """(change, resource, question)"""
 
 
-def _for_speed(question: Question, blueprint: Callable[[str], Blueprint]) -> Iterator[Tried]:
+def _for_speed(question: Question, prediction: Prediction, blueprint: Callable[[str], Blueprint]) -> Iterator[Tried]:
     spec, cluster = question.blueprint.spec, question.cluster
     number, num_devices = question.micro_batches, cluster.num_accelerators
     yield f"--micro-batches {2 * number} instead of {number}", "", replace(question, micro_batches=2 * number)
@@ -68,6 +68,11 @@ def _for_speed(question: Question, blueprint: Callable[[str], Blueprint]) -> Ite
         yield "--policy affinity", "", replace(question, policy="affinity")
     if question.num_stages is not None:
         yield "--num-stages left out, to be chosen", "", replace(question, num_stages=None)
+    if prediction.step is not None and (question.num_stages is not None or question.policy != "affinity"):
+        # Left to itself, affinity has weighed them.
+        for stages in (2 * prediction.step.num_stages, prediction.step.num_stages // 2):
+            if num_devices <= stages <= spec.num_layers:
+                yield f"--num-stages {stages}", "", replace(question, num_stages=stages)
     if question.blueprint.dtype == "fp32" and _has_rates(cluster, "bf16"):
         yield "--dtype bf16 instead of fp32", "", replace(question, blueprint=blueprint("bf16"))
     yield "accelerators with twice the memory", "accelerator memory", on_accelerators(question, _more_memory)

@@ -108,8 +108,9 @@ def _time(report: PlanTuneReport) -> Iterator[str]:
     if step is None:
         yield f"no time is predicted: {report.reason}"
         return
+    stages = f"{step.num_stages} stages" if step.num_stages > 1 else "one stage"
     yield (
-        f"a step takes {human_s(step.step_s)}, {step.tokens_per_s:,.0f} tokens/s, in {step.num_stages} stages "
+        f"a step takes {human_s(step.step_s)}, {step.tokens_per_s:,.0f} tokens/s, in {stages} "
         f"(simulated); {step.bound_share:.0%} of the bound, {human_s(step.bound_s)}"
     )
     shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(step.busy_shares.items(), key=lambda i: -i[1]))
