@@ -22,6 +22,45 @@ Report = Annotated[
 ]
 
 
+TuneModel = Annotated[
+    str, typer.Argument(help="Hugging Face id or directory of a Mixture-of-Experts model; only config.json is read.")
+]
+TuneCluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Hosts and accelerators: a JSON file, see README, or [b]a800-c1g1, a800-c1g2, a800-c1g4[/]. Left out: "
+        "this machine, measured if it was not yet.",
+        metavar="FILE|NAME",
+    ),
+]
+Method = Annotated[Literal["full"], typer.Option(help="What is trained: all parameters.")]
+NumStages = Annotated[
+    int | None, typer.Option(min=1, help="Stages that go round the accelerators. Left out: chosen.", metavar="N")
+]
+NumDevices = Annotated[
+    int | None, typer.Option(min=1, help="Accelerators of a cluster that is known by name.", metavar="N")
+]
+TunePolicy = Annotated[
+    Literal["affinity", "paper", "mobius", "gpipe-offload"],
+    typer.Option(help="Who computes which expert, as in `isthmus tune`.", metavar="POLICY"),
+]
+Popularity = Annotated[
+    str,
+    typer.Option(
+        help="How unevenly tokens choose experts: [b]uniform[/], [b]gini=0.4[/], or what `isthmus trace` recorded.",
+        metavar="FILE|gini=G",
+    ),
+]
+Accelerator = Annotated[
+    Literal["auto", "cuda", "emulated"], typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="KIND")
+]
+Emulate = Annotated[str | None, typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="RATES")]
+AcceleratorMemory = Annotated[
+    str | None, typer.Option(help="Of each accelerator only so much, such as [b]16GiB[/].", metavar="SIZE")
+]
+Changes = Annotated[bool, typer.Option(help="Look for what would help most; takes most of the time.")]
+
+
 @app.callback()
 def plan() -> None:
     """What would run where, how long it should take, and why."""
@@ -89,49 +128,23 @@ def infer(
 
 @app.command()
 def tune(
-    model: Annotated[
-        str,
-        typer.Argument(help="Hugging Face id or directory of a Mixture-of-Experts model; only config.json is read."),
-    ],
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            help="Hosts and accelerators: a JSON file, see README, or [b]a800-c1g1, a800-c1g2, a800-c1g4[/]. Left out: "
-            "this machine, measured if it was not yet.",
-            metavar="FILE|NAME",
-        ),
-    ] = None,
+    model: TuneModel,
+    *,
+    cluster: TuneCluster = None,
     seq_len: SeqLen = 512,
     micro_batch_size: MicroBatchSize = 1,
     micro_batches: MicroBatches = 4,
     dtype: Dtype = "bf16",
-    method: Annotated[Literal["full"], typer.Option(help="What is trained: all parameters.")] = "full",
+    method: Method = "full",
     num_layers: NumLayers = None,
-    num_stages: Annotated[
-        int | None, typer.Option(min=1, help="Stages that go round the accelerators. Left out: chosen.", metavar="N")
-    ] = None,
-    num_devices: Annotated[
-        int | None, typer.Option(min=1, help="Accelerators of a cluster that is known by name.", metavar="N")
-    ] = None,
-    policy: Annotated[
-        Literal["affinity", "paper", "mobius", "gpipe-offload"],
-        typer.Option(help="Who computes which expert, as in `isthmus tune`.", metavar="POLICY"),
-    ] = "affinity",
-    popularity: Annotated[
-        str,
-        typer.Option(
-            help="How unevenly tokens choose experts: [b]uniform[/], [b]gini=0.4[/], or what `isthmus trace` recorded.",
-            metavar="FILE|gini=G",
-        ),
-    ] = "uniform",
-    accelerator: Annotated[
-        Literal["auto", "cuda", "emulated"], typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="KIND")
-    ] = "auto",
-    emulate: Annotated[str | None, typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="RATES")] = None,
-    accelerator_memory: Annotated[
-        str | None, typer.Option(help="Of each accelerator only so much, such as [b]16GiB[/].", metavar="SIZE")
-    ] = None,
-    changes: Annotated[bool, typer.Option(help="Look for what would help most; takes most of the time.")] = True,
+    num_stages: NumStages = None,
+    num_devices: NumDevices = None,
+    policy: TunePolicy = "affinity",
+    popularity: Popularity = "uniform",
+    accelerator: Accelerator = "auto",
+    emulate: Emulate = None,
+    accelerator_memory: AcceleratorMemory = None,
+    changes: Changes = True,
     report: Report = None,
 ) -> None:
     """Say before anything is downloaded, bought or reserved whether fine-tuning fits, and how fast it should be.
@@ -143,24 +156,7 @@ def tune(
         isthmus plan tune ./my-model --cluster cluster.json --seq-len 512 --micro-batches 8
         isthmus plan tune allenai/OLMoE-1B-7B-0924 --cluster a800-c1g2 --dtype fp32 --popularity popularity.npz
     """
+    asked = {name: value for name, value in locals().items() if name != "report"}
     from isthmus.tuning.preflight.run import PlanTuneOptions, plan_tune
 
-    options = PlanTuneOptions(
-        model=model,
-        cluster=cluster,
-        seq_len=seq_len,
-        micro_batch_size=micro_batch_size,
-        micro_batches=micro_batches,
-        dtype=dtype,
-        method=method,
-        num_layers=num_layers,
-        num_stages=num_stages,
-        num_devices=num_devices,
-        policy=policy,
-        popularity=popularity,
-        accelerator=accelerator,
-        emulate=emulate,
-        accelerator_memory=accelerator_memory,
-        has_changes=changes,
-    )
-    plan_tune(options, report=report)
+    plan_tune(PlanTuneOptions(**asked), report=report)

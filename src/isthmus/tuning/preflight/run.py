@@ -47,7 +47,8 @@ class PlanTuneOptions:
     accelerator: str = "auto"
     emulate: str | None = None
     accelerator_memory: str | None = None
-    has_changes: bool = True
+    changes: bool = True
+    """Whether to look for what would help."""
 
     def check(self) -> None:
         """Raises ``IsthmusError`` for what can be seen to be wrong without the model."""
@@ -111,7 +112,7 @@ def plan_tune(
     with TrainingProgress(1, title=TITLE, plain=plain) as progress:
         progress.phase("predicting")
         found = predict(question)
-        changes = find_changes(question, found, blueprint, progress.phase) if options.has_changes else ()
+        changes = find_changes(question, found, blueprint, progress.phase) if options.changes else ()
     written = PlanTuneReport(
         config=asdict(options),
         cluster=cluster,
