@@ -15,9 +15,10 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "decouple", "evaluate", "infer", "pretrain", "tune"]
+__all__ = ["__version__", "decouple", "evaluate", "infer", "pretrain", "trace", "tune"]
 
 tune: Callable[..., Any]
+trace: Callable[..., Any]
 decouple: Callable[..., Any]
 evaluate: Callable[..., Any]
 pretrain: Callable[..., Any]
@@ -26,6 +27,7 @@ infer: ModuleType
 
 _FUNCTIONS = {
     "tune": "isthmus.tuning.run",
+    "trace": "isthmus.tuning.popularity",
     "decouple": "isthmus.decoupling.run",
     "evaluate": "isthmus.evaluation.run",
     "pretrain": "isthmus.decoupling.pretraining",

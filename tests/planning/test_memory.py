@@ -9,34 +9,82 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isthmus.planning.memory import (
+    Blueprint,
+    SavedStorages,
     accelerator_memory,
+    activation_bytes,
     dense_bytes,
-    host_memory,
-    minimum_budget_bytes,
+    host_bytes,
+    minimum_bytes,
     num_dense_buffers,
 )
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import ExpertSpec, ModelSpec
+from isthmus.spec.model import DENSE, OUTER_LAYER, ExpertSpec, ModelSpec, TensorSpec, UnitKey, UnitLayout
+
+
+def blueprint(spec: ModelSpec, dtype: str = "fp32") -> Blueprint:
+    """Every layer saves a storage of 1000 bytes, one of 10 that all share, and what the layer before has saved last."""
+    layouts = {
+        UnitKey(OUTER_LAYER, DENSE): UnitLayout(
+            tensors=(TensorSpec(name="embed", shape=(100,)), TensorSpec(name="head", shape=(156,))), dtype=dtype
+        )
+    }
+    for number, layer in enumerate(spec.layers):
+        dense = TensorSpec(name=f"layer {number}", shape=(spec.dense_numel[number],))
+        layouts[UnitKey(number, DENSE)] = UnitLayout(tensors=(dense,), dtype=dtype)
+        if layer is not None:
+            layout = UnitLayout(tensors=layer.tensors, dtype=dtype)
+            layouts |= {UnitKey(number, expert): layout for expert in range(layer.num_experts)}
+    saved = tuple({0: 10, number + 1: 1000, number: 1000 if number else 10} for number in range(spec.num_layers))
+    return Blueprint(
+        spec=spec,
+        dtype=dtype,
+        layouts=layouts,
+        saved=SavedStorages(before={99: 5}, layers=saved, after={100: 7}),
+        num_tokens=16,
+        outer={0: frozenset({"embed"}), spec.num_layers - 1: frozenset({"head"})},
+    )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    extra_bytes=st.integers(0, 10**6), activation_bytes=st.integers(0, 10**5), dtype=st.sampled_from(["fp32", "bf16"])
+    extra_bytes=st.integers(0, 10**6),
+    num_micro_batches=st.integers(1, 8),
+    dtype=st.sampled_from(["fp32", "bf16"]),
+    layers=st.sets(st.integers(0, 5), min_size=2),
 )
-def test_parts_never_exceed_the_budget(spec: ModelSpec, extra_bytes: int, activation_bytes: int, dtype: str) -> None:
-    minimum = minimum_budget_bytes(spec, dtype, activation_bytes=activation_bytes)
-    memory = accelerator_memory(spec, dtype, budget_bytes=minimum + extra_bytes, activation_bytes=activation_bytes)
-    assert memory.total_bytes <= minimum + extra_bytes
-    assert 2 <= memory.num_slots <= 40
-    assert memory.dense_bytes in (dense_bytes(spec, dtype), dense_bytes(spec, dtype, 3))
-    if memory.num_slots < 40:
+def test_parts_never_exceed_the_budget(
+    spec: ModelSpec, extra_bytes: int, num_micro_batches: int, dtype: str, layers: set[int]
+) -> None:
+    part = blueprint(spec, dtype).part(layers)
+    minimum = minimum_bytes(part, num_micro_batches, "affinity")
+    memory = accelerator_memory(part, num_micro_batches, "affinity", minimum + extra_bytes)
+    assert memory.total_bytes <= memory.peak_bytes <= minimum + extra_bytes
+    most = 4 * (len(layers - {0}) + 1)
+    assert 2 <= memory.num_slots <= most
+    assert memory.dense_bytes in (dense_bytes(part.layouts, 3), dense_bytes(part.layouts, 6))
+    if memory.num_slots < most:
         assert memory.total_bytes + memory.slot_bytes > minimum + extra_bytes
 
 
 def test_parts_are_those_of_the_model(spec: ModelSpec) -> None:
-    memory = accelerator_memory(spec, "fp32", budget_bytes=10**6, activation_bytes=1000)
+    memory = accelerator_memory(blueprint(spec).whole, 2, "affinity", 10**6)
     assert memory.slot_bytes == 384 * 4
     assert memory.dense_bytes == 2 * 4 * (1920 + 5 * 384 + 256)
+    assert memory.activation_bytes == 2 * (10 + 6000 + 12) + 32 * 4 * (5 * 8 + 2 * (7 * 8 + 9 * 16))
+
+
+def test_a_device_has_what_its_layers_need(spec: ModelSpec) -> None:
+    first, middle, last = (blueprint(spec).part(layers) for layers in ({0, 1}, {2, 3}, {4, 5}))
+    outer = UnitKey(OUTER_LAYER, DENSE)
+    assert [tensor.name for tensor in first.layouts[outer].tensors] == ["embed"]
+    assert [tensor.name for tensor in last.layouts[outer].tensors] == ["head"] and outer not in middle.layouts
+    assert [part.num_experts for part in (first, middle, last)] == [4, 8, 8]
+    # What the layer before has saved last is the first layer's input, on either device.
+    assert [part.saved_bytes for part in (first, middle, last)] == [2015, 3010, 3017]
+    kinds = [host_bytes(part.layouts.values()) for part in (first, middle, last)]
+    whole = host_bytes(blueprint(spec).whole.layouts.values())
+    assert sum(kind["exp_avg"] for kind in kinds) == whole["exp_avg"] + 4 * 16
 
 
 def test_layers_that_pass_through_need_as_many_buffers_as_micro_batches_can_be_spread_over(
@@ -88,30 +136,36 @@ def test_no_two_layers_in_use_at_once_share_a_buffer(pattern: list[bool]) -> Non
 
 
 def test_layers_that_share_a_buffer_take_the_room_of_the_largest(spec: ModelSpec) -> None:
-    assert dense_bytes(spec, "fp32", 3) == 2 * 4 * (1920 + 2 * 384 + 256)
-    assert dense_bytes(spec, "fp32", 1) == 2 * 4 * (1920 + 256)
-    assert dense_bytes(spec, "fp32", 6) == dense_bytes(spec, "fp32", 9) == dense_bytes(spec, "fp32")
+    layouts = blueprint(spec).layouts
+    assert dense_bytes(layouts, 3) == 2 * 4 * (1920 + 2 * 384 + 256)
+    assert dense_bytes(layouts, 1) == 2 * 4 * (1920 + 256)
+    assert dense_bytes(layouts, 6) == dense_bytes(layouts, 9) == 2 * 4 * (1920 + 5 * 384 + 256)
 
 
 def test_a_budget_below_the_minimum_is_refused_with_the_minimum(spec: ModelSpec) -> None:
-    minimum = minimum_budget_bytes(spec, "fp32", activation_bytes=10**7, min_slots=3)
+    part = blueprint(spec).whole
+    minimum = minimum_bytes(part, 2000, "affinity")
     with pytest.raises(IsthmusError, match=r"accelerator_memory: got .* wanted at least ([\d.]+) MiB") as caught:
-        accelerator_memory(spec, "fp32", budget_bytes=minimum - 1, activation_bytes=10**7, min_slots=3)
+        accelerator_memory(part, 2000, "affinity", minimum - 1)
     stated = re.search(r"at least ([\d.]+) MiB", str(caught.value))
     assert stated is not None
-    enough = int(float(stated[1]) * 2**20)
-    assert accelerator_memory(spec, "fp32", budget_bytes=enough, activation_bytes=10**7, min_slots=3).num_slots >= 3
+    assert accelerator_memory(part, 2000, "affinity", int(float(stated[1]) * 2**20)).num_slots >= 2
 
 
-def test_a_model_without_experts_is_refused(spec: ModelSpec) -> None:
-    dense = dataclasses.replace(spec, layers=(None,) * 6)
-    with pytest.raises(IsthmusError, match=r"model: Tiny has no routed experts"):
-        accelerator_memory(dense, "fp32", budget_bytes=10**9, activation_bytes=0)
+def test_policies_that_load_whole_layers_need_room_for_them(spec: ModelSpec) -> None:
+    part = blueprint(spec).whole
+    slots = {policy: minimum_bytes(part, 1, policy) // part.slot_bytes for policy in ("affinity", "mobius", "resident")}
+    assert slots["mobius"] - slots["affinity"] == 9 - 2 and slots["resident"] - slots["affinity"] == 24 - 2
+
+
+def test_activations_grow_with_micro_batches(spec: ModelSpec) -> None:
+    part = blueprint(spec).whole
+    assert activation_bytes(part, 6) == 3 * activation_bytes(part, 2)
 
 
 def test_host_memory_is_sixteen_bytes_per_parameter_either_way(spec: ModelSpec) -> None:
     assert spec.num_parameters == 20 * 384 + 1920 + 5 * 384 + 256
     for dtype, master in (("fp32", 0), ("bf16", 4)):
-        kinds = host_memory(spec, dtype)
+        kinds = host_bytes(blueprint(spec, dtype).layouts.values())
         assert kinds["master"] == master * spec.num_parameters
         assert sum(kinds.values()) == 16 * spec.num_parameters

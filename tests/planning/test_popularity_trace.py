@@ -79,3 +79,30 @@ def test_a_file_that_is_no_trace_is_refused(spec: ModelSpec, tmp_path: Path) -> 
     np.savez(path, allow_pickle=False, schema_version=np.array(2), **fields)
     with pytest.raises(IsthmusError, match="schema_version is 2, wanted 1: record it again"):
         read_trace(path)
+
+
+def test_counts_that_runs_keep_become_a_trace_in_the_order_of_the_layers(spec: ModelSpec) -> None:
+    steps = [{layer: [step, layer, 0, 1] for layer in reversed(spec.moe_layers)} for step in range(3)]
+    found = PopularityTrace.of_steps(spec, steps)
+    found.check(spec)
+    assert found.top_k == tuple(layer.top_k for layer in spec.layers if layer is not None)
+    assert found.counts[2, :, :].tolist() == [[2, layer, 0, 1] for layer in spec.moe_layers]
+    with pytest.raises(IsthmusError, match="with one step or more"):
+        PopularityTrace.of_steps(spec, [])
+
+
+def test_skewness_and_drift_of_known_counts(spec: ModelSpec) -> None:
+    one, other = [8, 0, 0, 0], [4, 4, 0, 0]
+    found = replace(trace(spec), counts=np.array([[one] * 5, [other] * 5]))
+    assert found.skewness_L == pytest.approx([0.75] * 5)
+    assert found.drift == pytest.approx(0.5)
+    same = replace(trace(spec), counts=np.array([[one] * 5, [one] * 5]))
+    assert same.drift == same.drift_by_chance == 0
+    assert replace(same, counts=same.counts[:1]).drift == 0
+
+
+def test_drift_by_chance_is_what_independent_choices_drift(spec: ModelSpec) -> None:
+    random = np.random.default_rng(0)
+    counts = random.multinomial(400, [0.5, 0.3, 0.15, 0.05], size=(200, 5))
+    found = replace(trace(spec), counts=counts)
+    assert found.drift == pytest.approx(found.drift_by_chance, rel=0.03)

@@ -22,6 +22,7 @@ from isthmus.cli.evaluate import evaluate
 from isthmus.cli.generate import generate
 from isthmus.cli.pretrain import pretrain
 from isthmus.cli.profile import profile
+from isthmus.cli.trace import trace
 from isthmus.cli.tune import tune
 from isthmus.cli.worker import worker
 from isthmus.spec.errors import IsthmusError
@@ -61,6 +62,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(profile)
 app.command()(tune)
+app.command()(trace)
 app.command()(decouple)
 app.command()(pretrain)
 app.command()(evaluate)

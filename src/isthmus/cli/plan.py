@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from isthmus.cli.sharing import Refresh, Timeout
+from isthmus.cli.tune import Dtype, MicroBatches, MicroBatchSize, NumLayers, SeqLen
 
 app = typer.Typer(no_args_is_help=True)
 Profile = Annotated[
@@ -19,6 +20,45 @@ Profile = Annotated[
 Report = Annotated[
     Path | None, typer.Option(help="Write what was measured and predicted here as JSON.", metavar="FILE")
 ]
+
+
+TuneModel = Annotated[
+    str, typer.Argument(help="Hugging Face id or directory of a Mixture-of-Experts model; only config.json is read.")
+]
+TuneCluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Hosts and accelerators: a JSON file, see README, or [b]a800-c1g1, a800-c1g2, a800-c1g4[/]. Left out: "
+        "this machine, measured if it was not yet.",
+        metavar="FILE|NAME",
+    ),
+]
+Method = Annotated[Literal["full"], typer.Option(help="What is trained: all parameters.")]
+NumStages = Annotated[
+    int | None, typer.Option(min=1, help="Stages that go round the accelerators. Left out: chosen.", metavar="N")
+]
+NumDevices = Annotated[
+    int | None, typer.Option(min=1, help="Accelerators of a cluster that is known by name.", metavar="N")
+]
+TunePolicy = Annotated[
+    Literal["affinity", "paper", "mobius", "gpipe-offload"],
+    typer.Option(help="Who computes which expert, as in `isthmus tune`.", metavar="POLICY"),
+]
+Popularity = Annotated[
+    str,
+    typer.Option(
+        help="How unevenly tokens choose experts: [b]uniform[/], [b]gini=0.4[/], or what `isthmus trace` recorded.",
+        metavar="FILE|gini=G",
+    ),
+]
+Accelerator = Annotated[
+    Literal["auto", "cuda", "emulated"], typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="KIND")
+]
+Emulate = Annotated[str | None, typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="RATES")]
+AcceleratorMemory = Annotated[
+    str | None, typer.Option(help="Of each accelerator only so much, such as [b]16GiB[/].", metavar="SIZE")
+]
+Changes = Annotated[bool, typer.Option(help="Look for what would help most; takes most of the time.")]
 
 
 @app.callback()
@@ -84,3 +124,39 @@ def infer(
         timeout_s=timeout,
     )
     plan_infer(options, num_rows=rows, output=output, report=report)
+
+
+@app.command()
+def tune(
+    model: TuneModel,
+    *,
+    cluster: TuneCluster = None,
+    seq_len: SeqLen = 512,
+    micro_batch_size: MicroBatchSize = 1,
+    micro_batches: MicroBatches = 4,
+    dtype: Dtype = "bf16",
+    method: Method = "full",
+    num_layers: NumLayers = None,
+    num_stages: NumStages = None,
+    num_devices: NumDevices = None,
+    policy: TunePolicy = "affinity",
+    popularity: Popularity = "uniform",
+    accelerator: Accelerator = "auto",
+    emulate: Emulate = None,
+    accelerator_memory: AcceleratorMemory = None,
+    changes: Changes = True,
+    report: Report = None,
+) -> None:
+    """Say before anything is downloaded, bought or reserved whether fine-tuning fits, and how fast it should be.
+
+    Memory is that of `isthmus tune`, counted from the model's configuration: weights, master weights, gradients and
+    moments on every host; dense parts, activations and slots for experts on every accelerator. A step is simulated
+    event by event (`isthmus simulate tune` compares policies), and so is every change that might help.
+
+        isthmus plan tune ./my-model --cluster cluster.json --seq-len 512 --micro-batches 8
+        isthmus plan tune allenai/OLMoE-1B-7B-0924 --cluster a800-c1g2 --dtype fp32 --popularity popularity.npz
+    """
+    asked = {name: value for name, value in locals().items() if name != "report"}
+    from isthmus.tuning.preflight.run import PlanTuneOptions, plan_tune
+
+    plan_tune(PlanTuneOptions(**asked), report=report)

@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from isthmus.planning.popularity_trace import read_trace
 from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.human import human_bytes, human_s
-from isthmus.simulation.tuning.clusters import DEFAULT_NUM_DEVICES, TOPOLOGIES, a800
+from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.popularity import DrawnPopularity, TracedPopularity
+from isthmus.simulation.tuning.popularity import find_popularity
 from isthmus.simulation.tuning.run import POLICIES, Outcome, Popularity, Simulated, simulate_tuning
 from isthmus.simulation.tuning.shapes import MOE_SHAPES
 from isthmus.spec.errors import IsthmusError
@@ -26,7 +25,6 @@ from isthmus.spec.model import ModelSpec
 from isthmus.spec.report import Spread
 from isthmus.spec.serialization import to_json
 from isthmus.spec.simulated_tune import SimulateTuneReport, SimulateTuneRow
-from isthmus.spec.tune_cluster import TuneCluster, read_tune_cluster
 from isthmus.spec.units import parse_names
 
 
@@ -61,7 +59,7 @@ def simulate_tune(
     for what cannot be asked; nothing is printed or written then."""
     console = console or Console()
     policies = parse_names("policies", options.policies, POLICIES)
-    spec, cluster = _model(options.model), _cluster(options.cluster, options.num_devices)
+    spec, cluster = _model(options.model), find_cluster(options.cluster, options.num_devices)
     job = TuneJob(
         dtype=options.dtype,
         batch=options.batch,
@@ -70,7 +68,7 @@ def simulate_tune(
         num_stages=options.num_stages,
         predictor_accuracy=options.predictor_accuracy,
     )
-    popularity = _popularity(options, spec)
+    popularity = find_popularity(options.popularity, spec, drift=options.drift, seed=options.seed)
     found = _run(Costs(spec, cluster, job), popularity, policies, options.steps, timeline is not None)
     written = SimulateTuneReport(
         config=asdict(options),
@@ -123,34 +121,6 @@ def _model(name: str) -> ModelSpec:
     from isthmus.models.config import load_config, model_spec
 
     return model_spec(load_config(path if path.is_dir() else path.parent))
-
-
-def _cluster(name: str, num_devices: int | None) -> TuneCluster:
-    if name in TOPOLOGIES:
-        return a800(TOPOLOGIES[name], num_devices or DEFAULT_NUM_DEVICES)
-    if not Path(name).suffix:
-        raise IsthmusError(f"cluster: got {name!r}, wanted one of {', '.join(TOPOLOGIES)}, or a JSON file")
-    if num_devices is not None:
-        raise IsthmusError("num_devices: is for a named cluster; a file has num_accelerators and count for its hosts")
-    return read_tune_cluster(Path(name))
-
-
-def _popularity(options: SimulateTuneOptions, spec: ModelSpec) -> Callable[[], Popularity]:
-    text = options.popularity
-    if text == "uniform" or text.startswith("gini="):
-        target: float | None = None
-        if text != "uniform":
-            try:
-                target = float(text.removeprefix("gini="))
-            except ValueError:
-                raise IsthmusError(f"popularity: got {text!r}, wanted a number after gini=, such as gini=0.4") from None
-        DrawnPopularity(spec, target, drift=options.drift)  # says at once what cannot be
-        return lambda: DrawnPopularity(spec, target, drift=options.drift, seed=options.seed)
-    if options.drift:
-        raise IsthmusError("drift: is for drawn popularity; a trace has its own")
-    trace = read_trace(Path(text))
-    trace.check(spec)
-    return lambda: TracedPopularity(spec, trace)
 
 
 def row_of(outcome: Outcome, batch: int) -> SimulateTuneRow:

@@ -126,6 +126,14 @@ Timeline = Annotated[
     Path | None,
     _output("Write what ran where and when here: a Chrome trace, and a PNG beside it.", metavar="FILE"),
 ]
+Trace = Annotated[
+    Path | None,
+    _output(
+        "Write how many tokens chose each expert here, in every step that this process takes: for `isthmus plan tune "
+        "--popularity`.",
+        metavar="FILE.npz",
+    ),
+]
 EvalEvery = Annotated[int, _output("Evaluate every N steps.", min=1, metavar="N")]
 EvalBatches = Annotated[int, _output("Steps' worth of --eval-data that one evaluation takes.", min=1, metavar="N")]
 SaveEvery = Annotated[
@@ -167,6 +175,7 @@ def tune(
     output: Output,
     report: Report = None,
     timeline: Timeline = None,
+    trace: Trace = None,
     eval_every: EvalEvery = 50,
     eval_batches: EvalBatches = 8,
     save_every: SaveEvery = 200,

@@ -1,17 +1,119 @@
-"""How a budget of accelerator memory is divided, and how much host memory the method needs."""
+"""How much memory fine-tuning needs, told before anything is loaded: on an accelerator, and on its host.
+
+The rules are those of the runtime: which layers' dense parts share a buffer (``tuning.dense``), what is left for slots
+of one expert each (``tuning.placement``), how a host's ranges are padded (``tuning.parameter_store``).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import ModelSpec
+from isthmus.spec.model import OUTER_LAYER, ModelSpec, UnitKey, UnitLayout
 
 MIN_SLOTS = 2
 """One expert computes while the next one lands; in backward one holds weights and the other their gradient."""
 FP32_BYTES = 4
+ALIGNMENT_BYTES = 64
+"""Of every unit's range on the host: a cache line, which is also the widest vector register."""
+LAYERS_IN_FLIGHT = 3
+"""Layers whose weight gradients a CPU may have yet to compute: they come after the next layer's inputs' gradients."""
+MIN_BUFFER_NUMEL = 1024
+HOST_KINDS = ("weight", "master", "gradient", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStorages:
+    """What autograd saves of one micro-batch, from forward to backward: bytes by storage, for each place in which it is
+    saved. A storage has the same number wherever it is met."""
+
+    before: Mapping[int, int]
+    """Before the first layer."""
+    layers: tuple[Mapping[int, int], ...]
+    after: Mapping[int, int]
+
+    def num_bytes(self, layers: Iterable[int]) -> int:
+        """Of a device that has these layers, and what lies before or behind with the first or the last of all."""
+        chosen = set(layers)
+        places = [self.layers[layer] for layer in chosen]
+        if 0 in chosen:
+            places.append(self.before)
+        if len(self.layers) - 1 in chosen:
+            places.append(self.after)
+        return sum({number: size for place in places for number, size in place.items()}.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """A model, or the layers of it that a device has, as far as memory is concerned."""
+
+    spec: ModelSpec
+    """Of the whole model."""
+    dtype: str
+    layouts: Mapping[UnitKey, UnitLayout]
+    layers: tuple[int, ...]
+    """That are here, ascending."""
+    saved_bytes: int
+    """That autograd saves of one micro-batch in these layers."""
+    num_tokens: int
+    """Of one micro-batch, padding included."""
+
+    @property
+    def num_experts(self) -> int:
+        return sum(layer.num_experts for number in self.layers if (layer := self.spec.layers[number]))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a slot: the largest expert here."""
+        numels = [layer.numel for number in self.layers if (layer := self.spec.layers[number])]
+        return max(numels, default=0) * BYTES_PER_VALUE[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What is known of a model and its micro-batches before any weight is read."""
+
+    spec: ModelSpec
+    dtype: str
+    layouts: Mapping[UnitKey, UnitLayout]
+    saved: SavedStorages
+    num_tokens: int
+    """Of one micro-batch, padding included."""
+    outer: Mapping[int, frozenset[str]]
+    """Names of the tensors outside every layer that go with a layer: those of the embeddings with layer 0, those of the
+    head with the last one."""
+
+    def part(self, layers: Iterable[int]) -> Footprint:
+        """What a device with these layers has. Its units count layers from 0, in their order."""
+        chosen = tuple(sorted(layers))
+        number_of = {layer: number for number, layer in enumerate(chosen)}
+        names = {name for layer in chosen for name in self.outer.get(layer, ())}
+        layouts: dict[UnitKey, UnitLayout] = {}
+        for key, layout in self.layouts.items():
+            if key.layer == OUTER_LAYER:
+                kept = tuple(tensor for tensor in layout.tensors if tensor.name in names)
+                if kept:
+                    layouts[key] = replace(layout, tensors=kept)
+            elif key.layer in number_of:
+                layouts[UnitKey(number_of[key.layer], key.expert)] = layout
+        return Footprint(
+            spec=self.spec,
+            dtype=self.dtype,
+            layouts=layouts,
+            layers=chosen,
+            saved_bytes=self.saved.num_bytes(chosen),
+            num_tokens=self.num_tokens,
+        )
+
+    @property
+    def whole(self) -> Footprint:
+        return self.part(range(self.spec.num_layers))
+
+
+# --- an accelerator -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +124,18 @@ class AcceleratorMemory:
     activation_bytes: int
     slot_bytes: int
     num_slots: int
+    is_dense_resident: bool
+    """Whether every layer's dense part stays, or the layers pass through a few buffers."""
+    tried_bytes: int = 0
+    """What was taken for a moment, to see whether all dense parts can stay."""
 
     @property
     def total_bytes(self) -> int:
         return self.dense_bytes + self.activation_bytes + self.num_slots * self.slot_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.total_bytes, self.tried_bytes)
 
 
 def num_dense_buffers(spec: ModelSpec) -> int:
@@ -42,66 +152,136 @@ def num_dense_buffers(spec: ModelSpec) -> int:
     return min(spec.num_layers, max(spans) + 1)
 
 
-def dense_bytes(spec: ModelSpec, dtype: str, num_buffers: int | None = None) -> int:
-    """Accelerator bytes of everything that is not a routed expert, weights and gradients. ``num_buffers``: layers share
-    that many buffers (None: all stay); what lies outside every layer stays in any case."""
-    layers = spec.dense_numel
-    if num_buffers is not None:
-        layers = [max(layers[first::num_buffers]) for first in range(min(num_buffers, len(layers)))]
-    return 2 * (sum(layers) + spec.outer_numel) * BYTES_PER_VALUE[dtype]
+def dense_rooms(keys: Iterable[UnitKey], num_buffers: int) -> dict[tuple[int, int], list[UnitKey]]:
+    """(first layer of a buffer, kind of unit) -> the dense units that share that memory."""
+    rooms: dict[tuple[int, int], list[UnitKey]] = {}
+    for key in sorted(key for key in keys if not key.is_expert):
+        first = key.layer if key.layer == OUTER_LAYER else key.layer % num_buffers
+        rooms.setdefault((first, key.expert), []).append(key)
+    return rooms
 
 
-def slot_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Bytes of one slot: the largest expert. Raises ``IsthmusError`` for a model without routed experts."""
-    largest = max((layer.numel for layer in spec.layers if layer is not None), default=0)
-    if not largest:
-        raise IsthmusError(f"model: {spec.architecture} has no routed experts; wanted a Mixture-of-Experts model")
-    return largest * BYTES_PER_VALUE[dtype]
+def dense_bytes(layouts: Mapping[UnitKey, UnitLayout], num_buffers: int) -> int:
+    """Accelerator bytes of everything that is not a routed expert, weights and gradients, layers sharing
+    ``num_buffers`` buffers; what lies outside every layer stays in any case."""
+    rooms = dense_rooms(layouts, num_buffers).values()
+    return sum(2 * max(_weight_bytes(layouts[key]) for key in keys) for keys in rooms)
 
 
-def minimum_budget_bytes(spec: ModelSpec, dtype: str, *, activation_bytes: int, min_slots: int = MIN_SLOTS) -> int:
-    """The least budget with which a step runs, the layers' dense parts passing through a few buffers. ``min_slots``:
-    what the policy needs at least."""
-    return dense_bytes(spec, dtype, num_dense_buffers(spec)) + activation_bytes + min_slots * slot_bytes(spec, dtype)
+def _weight_bytes(layout: UnitLayout) -> int:
+    return layout.numel * BYTES_PER_VALUE[layout.dtype]
 
 
-def accelerator_memory(
-    spec: ModelSpec, dtype: str, *, budget_bytes: int, activation_bytes: int, min_slots: int = MIN_SLOTS
-) -> AcceleratorMemory:
-    """Divides ``budget_bytes``. ``activation_bytes``: the caller's measurement of one step's activations.
+def least_slots(spec: ModelSpec, policy: str) -> int:
+    """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for their
+    gradients."""
+    experts = [layer.num_experts for layer in spec.layers if layer is not None]
+    return {
+        "resident": sum(experts) + max(experts),
+        "mobius": 2 * max(experts) + 1,
+        "gpipe-offload": 2 * max(experts) + 1,
+    }.get(policy, MIN_SLOTS)
 
-    All dense parts stay if that leaves ``min_slots``. No more slots than weights and gradients of all experts fill.
+
+def activation_bytes(part: Footprint, num_micro_batches: int) -> int:
+    """Of one step: what the dense part saves, the experts' inputs, results and intermediate values, and the rows of
+    weight gradients that one layer leaves to the next."""
+    experts = [layer for number in part.layers if (layer := part.spec.layers[number])]
+    num_tokens, value_bytes = part.num_tokens * num_micro_batches, BYTES_PER_VALUE[part.dtype]
+    kept = sum(num_tokens * layer.hidden_size for layer in experts)
+    widest = max((layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in experts), default=0)
+    return part.saved_bytes * num_micro_batches + (kept + num_tokens * widest) * value_bytes
+
+
+def minimum_bytes(part: Footprint, num_micro_batches: int, policy: str) -> int:
+    """The least budget with which a step runs, the layers' dense parts passing through a few buffers."""
+    slots = min(least_slots(part.spec, policy), part.num_experts + most_experts(part)) * part.slot_bytes
+    return least_dense_bytes(part) + activation_bytes(part, num_micro_batches) + slots
+
+
+def least_dense_bytes(part: Footprint) -> int:
+    """Of dense parts that pass through as few buffers as can be."""
+    return dense_bytes(part.layouts, _num_buffers(part))
+
+
+def _num_buffers(part: Footprint) -> int:
+    return min(len(part.layers), num_dense_buffers(part.spec))
+
+
+def most_experts(part: Footprint) -> int:
+    """Of one layer."""
+    return max((layer.num_experts for number in part.layers if (layer := part.spec.layers[number])), default=0)
+
+
+def accelerator_memory(part: Footprint, num_micro_batches: int, policy: str, budget_bytes: int) -> AcceleratorMemory:
+    """Divides ``budget_bytes`` as the runtime does. All dense parts stay if that leaves the policy's fewest slots.
+
     Raises ``IsthmusError`` stating the minimum when the budget is below it.
     """
-    minimum = minimum_budget_bytes(spec, dtype, activation_bytes=activation_bytes, min_slots=min_slots)
-    dense, slot = dense_bytes(spec, dtype), slot_bytes(spec, dtype)
-    if dense + activation_bytes + min_slots * slot > budget_bytes:
-        dense = dense_bytes(spec, dtype, num_dense_buffers(spec))
-    if budget_bytes < minimum:
-        raise IsthmusError(
-            f"accelerator_memory: got {_mib(budget_bytes)}, wanted at least {_mib(minimum)}: dense weights and "
-            f"gradients {_mib(dense)}, activations {_mib(activation_bytes)}, {min_slots} experts of {_mib(slot)}. "
-            "Raise it to the minimum, or lower the sequence length, the micro-batch size or their number."
-        )
-    num_experts = sum(layer.num_experts for layer in spec.layers if layer is not None)
-    num_slots = min((budget_bytes - dense - activation_bytes) // slot, max(min_slots, 2 * num_experts))
-    return AcceleratorMemory(dense_bytes=dense, activation_bytes=activation_bytes, slot_bytes=slot, num_slots=num_slots)
+    activations = activation_bytes(part, num_micro_batches)
+    all_slots = part.num_experts + most_experts(part)
+    least_bytes = min(least_slots(part.spec, policy), all_slots) * part.slot_bytes
+    tried_bytes = 0
+    for num_buffers in sorted({len(part.layers), _num_buffers(part)}, reverse=True):
+        dense = dense_bytes(part.layouts, num_buffers)
+        if dense + least_bytes > budget_bytes:
+            continue
+        tried_bytes = max(tried_bytes, dense)
+        if dense + least_bytes + activations <= budget_bytes:
+            free_bytes = budget_bytes - dense - activations
+            return AcceleratorMemory(
+                dense_bytes=dense,
+                activation_bytes=activations,
+                slot_bytes=part.slot_bytes,
+                num_slots=min(free_bytes // part.slot_bytes, all_slots) if part.slot_bytes else 0,
+                is_dense_resident=num_buffers == len(part.layers),
+                tried_bytes=tried_bytes,
+            )
+    minimum = minimum_bytes(part, num_micro_batches, policy)
+    raise IsthmusError(
+        f"accelerator_memory: got {_mib(budget_bytes)}, wanted at least {_mib(minimum)}: dense weights and gradients "
+        f"{_mib(least_dense_bytes(part))}, activations {_mib(activations)}, experts "
+        f"{_mib(least_bytes)}. Raise it to the minimum, or lower the sequence length, the micro-batch size or their "
+        "number."
+    )
 
 
-def host_memory(spec: ModelSpec, dtype: str) -> dict[str, int]:
+# --- a host ---------------------------------------------------------------------------------------------------------
+
+
+def host_bytes(layouts: Iterable[UnitLayout]) -> dict[str, int]:
     """Host bytes by kind for full fine-tuning with Adam: ``weight``, ``master``, ``gradient``, ``exp_avg``,
-    ``exp_avg_sq``.
+    ``exp_avg_sq``, every unit's range padded. An FP32 weight is its own master."""
+    totals: dict[str, int] = dict.fromkeys(HOST_KINDS, 0)
+    for layout in layouts:
+        value_bytes = BYTES_PER_VALUE[layout.dtype]
+        step = ALIGNMENT_BYTES // value_bytes
+        padded = -(-layout.numel // step) * step
+        totals["weight"] += padded * value_bytes
+        totals["gradient"] += padded * value_bytes
+        totals["master"] += 0 if layout.dtype == "fp32" else padded * FP32_BYTES
+        totals["exp_avg"] += padded * FP32_BYTES
+        totals["exp_avg_sq"] += padded * FP32_BYTES
+    return totals
 
-    An FP32 weight is its own master. Alignment and whatever the process needs besides are not in it.
-    """
-    num, value_bytes = spec.num_parameters, BYTES_PER_VALUE[dtype]
-    return {
-        "weight": num * value_bytes,
-        "master": 0 if dtype == "fp32" else num * FP32_BYTES,
-        "gradient": num * value_bytes,
-        "exp_avg": num * FP32_BYTES,
-        "exp_avg_sq": num * FP32_BYTES,
-    }
+
+def staging_bytes(part: Footprint, num_micro_batches: int, num_waves: int = 2) -> int:
+    """Host bytes of tokens on their way to and from CPU experts, if all are computed there: in backward of each wave
+    results and gradients, and of a few layers what their weight gradients need. Buffers' sizes are powers of two."""
+    most = 0
+    num_tokens = part.num_tokens * num_micro_batches / num_waves
+    for number in part.layers:
+        if (layer := part.spec.layers[number]) is None:
+            continue
+        rows = num_tokens * layer.top_k
+        hidden, inner = _capacity(rows * layer.hidden_size), _capacity(rows * layer.intermediate_size)
+        pre = _capacity(rows * layer.intermediate_size * (2 if layer.has_gate else 1))
+        most = max(most, 2 * hidden + LAYERS_IN_FLIGHT * (2 * hidden + inner + pre))
+    return num_waves * most * BYTES_PER_VALUE[part.dtype]
+
+
+def _capacity(numel: float) -> int:
+    return max(MIN_BUFFER_NUMEL, 1 << max(0, int(numel) - 1).bit_length())
 
 
 def _mib(num_bytes: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,49 @@ class PopularityTrace:
         beyond = np.arange(wanted[1])[None, :] >= np.array(self.num_experts)[:, None]
         if self.counts[:, beyond].any():
             raise IsthmusError("counts: a layer has tokens beyond its num_experts, wanted zeros there")
+
+    @classmethod
+    def of_steps(cls, spec: ModelSpec, steps: Sequence[Mapping[int, Sequence[int]]]) -> PopularityTrace:
+        """From what runs keep: of every step tokens (E,) by layer number, all of the model's MoE layers. Raises
+        ``IsthmusError`` for no steps."""
+        layers = [(number, layer) for number, layer in enumerate(spec.layers) if layer is not None]
+        num_experts = tuple(layer.num_experts for _, layer in layers)
+        counts = np.zeros((len(steps), len(layers), max(num_experts, default=0)), np.int64)
+        for step, counts_LE in enumerate(steps):
+            for row, (number, layer) in enumerate(layers):
+                counts[step, row, : layer.num_experts] = counts_LE[number]
+        return cls(
+            model=model_identity(spec),
+            num_experts=num_experts,
+            top_k=tuple(layer.top_k for _, layer in layers),
+            counts=counts,
+        )
+
+    @property
+    def skewness_L(self) -> NDArray[np.float64]:
+        """G of each layer (L,): Σ_e p_e², p_e the share of the layer's tokens in a step, the mean over steps."""
+        return np.square(self._shares()).sum(axis=-1).mean(axis=0)
+
+    @property
+    def drift(self) -> float:
+        """Share of a layer's choices that go to other experts than in the step before: half of Σ_e of shares'
+        differences, the mean over layers and steps. 0 for one step."""
+        shares = self._shares()
+        return float(np.abs(np.diff(shares, axis=0)).sum(axis=-1).mean() / 2) if len(shares) > 1 else 0.0
+
+    @property
+    def drift_by_chance(self) -> float:
+        """What ``drift`` would be if every choice were drawn by itself from the layer's popularity over all steps."""
+        totals = self.counts.sum(axis=-1, keepdims=True)
+        mean = self.counts.sum(axis=0) / np.maximum(self.counts.sum(axis=(0, 2))[:, None], 1)
+        # The difference of two means of n draws each is normal in good approximation; its size's mean is √(2/π) of its
+        # deviation.
+        deviation = np.sqrt(2 * mean * (1 - mean) / np.maximum(totals, 1))
+        return float(deviation.sum(axis=-1).mean() * np.sqrt(2 / np.pi) / 2) if len(self.counts) > 1 else 0.0
+
+    def _shares(self) -> NDArray[np.float64]:
+        """(steps, L, E) of each layer's tokens; zeros for a layer without any."""
+        return self.counts / np.maximum(self.counts.sum(axis=-1, keepdims=True), 1)
 
     def check(self, spec: ModelSpec) -> None:
         """Raises ``IsthmusError`` if the counts are of another model than ``spec``."""

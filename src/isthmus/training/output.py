@@ -34,6 +34,16 @@ def check_output(output: Path, inputs: list[str | Path], *, resume: bool, overwr
     output.mkdir(parents=True, exist_ok=True)
 
 
+def check_file(field: str, path: Path) -> None:
+    """Whether ``path`` can be written, so that nothing long is done in vain. Changes nothing. Raises ``IsthmusError``
+    naming ``field``."""
+    if path.is_dir():
+        raise IsthmusError(f"{field}: {path} is a directory, wanted a file's name.")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise IsthmusError(f"{field}: nothing can be written below {parent}, wanted a directory of yours.")
+
+
 def clear_output(output: Path) -> None:
     """Deletes all that ``output`` holds: ``check_output`` has found it to be a run that may be replaced."""
     for entry in output.iterdir():

@@ -11,12 +11,13 @@ addresses.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel
+from isthmus.planning import memory
 from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.accelerator.base import Accelerator, Event, NotResidentError
 from isthmus.tuning.optimizer import StoreOptimizer
@@ -25,16 +26,7 @@ from isthmus.tuning.parameter_store import ParameterStore
 
 def dense_bytes(store: ParameterStore, num_buffers: int) -> int:
     """Bytes that ``DenseUnits`` asks of a separate accelerator: weights and gradients."""
-    rooms = _rooms(store.keys, num_buffers).values()
-    return sum(2 * max(store.weight(key).nbytes for key in keys) for keys in rooms)
-
-
-def _rooms(keys: Iterable[UnitKey], num_buffers: int) -> dict[tuple[int, int], list[UnitKey]]:
-    """(first layer of a buffer, kind of unit) -> the dense units that share that memory."""
-    rooms: dict[tuple[int, int], list[UnitKey]] = {}
-    for key in sorted(key for key in keys if not key.is_expert):
-        rooms.setdefault((_first_layer(key.layer, num_buffers), key.expert), []).append(key)
-    return rooms
+    return memory.dense_bytes({key: store.layout(key) for key in store.keys}, num_buffers)
 
 
 def _first_layer(layer: int, num_buffers: int) -> int:
@@ -95,7 +87,7 @@ class DenseUnits:
         self._lock = threading.Lock()
         self._current: set[int] = set()
         """Layers whose weights on the host are those of the present step."""
-        for keys in _rooms(self.keys, num_buffers).values():
+        for keys in memory.dense_rooms(self.keys, num_buffers).values():
             self._place(keys)
         for key in self.keys:
             model.bind(key, self._weights[key])

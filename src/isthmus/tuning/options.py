@@ -47,6 +47,7 @@ class TuneOptions:
     save_every: int
     report: str | Path | None
     timeline: str | Path | None
+    trace: str | Path | None
     resume: bool
     overwrite: bool
     plain: bool | None

@@ -10,6 +10,7 @@ from isthmus.data import load_tokenizer
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.config import load_config
 from isthmus.models.safetensors_file import SafetensorsReader
+from isthmus.planning.popularity_trace import PopularityTrace, write_trace
 from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.environment import environment
 from isthmus.reporting.host_memory import PeakHostMemory
@@ -23,7 +24,7 @@ from isthmus.spec.files import atomic_write
 from isthmus.spec.report import TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
 from isthmus.training.interruption import StopSignals
-from isthmus.training.output import check_output, clear_output
+from isthmus.training.output import check_file, check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
@@ -62,6 +63,7 @@ def tune(
     save_every: int = 200,
     report: str | Path | None = None,
     timeline: str | Path | None = None,
+    trace: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     plain: bool | None = None,
@@ -79,6 +81,8 @@ def tune(
     options.check()
     inputs = [source for source in (model, data, eval_data) if source is not None]
     check_output(Path(output), inputs, resume=resume, overwrite=overwrite)
+    if trace is not None:
+        check_file("trace", Path(trace))
     with PeakHostMemory() as memory, TrainingProgress(steps, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
             return _tune(options, memory, progress, stop)
@@ -107,6 +111,8 @@ def _tune(options: TuneOptions, memory: PeakHostMemory, progress: TrainingProgre
         )
         for place in {output / "report.json", Path(options.report or output / "report.json")}:
             atomic_write(place, to_json(result))
+        if options.trace is not None and trainer.counts:
+            write_trace(PopularityTrace.of_steps(session.model.spec, trainer.counts), Path(options.trace))
         progress.phase("drawing")
         draw(output, trainer, recorder, options.policy, Path(options.timeline or output / "timeline.json"))
     return result

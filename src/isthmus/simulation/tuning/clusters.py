@@ -15,9 +15,11 @@ takes 0.3 ms; three quarters of the memory's rate are reached; the table is that
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.profile import Curve
-from isthmus.spec.tune_cluster import MeasuredExperts, TuneAccelerator, TuneCluster, TuneHost
+from isthmus.spec.tune_cluster import MeasuredExperts, TuneAccelerator, TuneCluster, TuneHost, read_tune_cluster
 
 PEAK_SHARE = 0.8
 NUM_CORES = 28
@@ -79,3 +81,15 @@ def a800(num_accelerators: int, num_devices: int = DEFAULT_NUM_DEVICES) -> TuneC
     return TuneCluster(
         name=f"a800-c1g{num_accelerators}", hosts=(host,), experts=experts, source="APTMoE (SC 2024), data sheets"
     )
+
+
+def find_cluster(name: str, num_devices: int | None = None) -> TuneCluster:
+    """The cluster of this name or in this file. ``num_devices``: of a named one. Raises ``IsthmusError`` for what is
+    neither, or cannot be."""
+    if name in TOPOLOGIES:
+        return a800(TOPOLOGIES[name], num_devices or DEFAULT_NUM_DEVICES)
+    if not Path(name).suffix:
+        raise IsthmusError(f"cluster: got {name!r}, wanted one of {', '.join(TOPOLOGIES)}, or a JSON file")
+    if num_devices is not None:
+        raise IsthmusError("num_devices: is for a named cluster; a file has num_accelerators and count for its hosts")
+    return read_tune_cluster(Path(name))

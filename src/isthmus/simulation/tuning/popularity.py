@@ -5,12 +5,13 @@ Legend: ``L`` MoE layers, ``E`` experts of a layer, ``k`` choices a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.planning.popularity_trace import PopularityTrace
+from isthmus.planning.popularity_trace import PopularityTrace, read_trace
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import ModelSpec
 
@@ -118,3 +119,24 @@ def whole_counts(shares_E: Sequence[float] | Floats, num_pairs: int) -> Floats:
     if missing > 0:
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     return counts
+
+
+def find_popularity(
+    text: str, spec: ModelSpec, *, drift: float = 0.0, seed: int = 0
+) -> Callable[[], DrawnPopularity | TracedPopularity]:
+    """What makes the popularity that ``text`` names anew: ``uniform``, ``gini=G``, or a trace's file. Raises
+    ``IsthmusError`` for what is none of them, or cannot be for this model."""
+    if text == "uniform" or text.startswith("gini="):
+        target: float | None = None
+        if text != "uniform":
+            try:
+                target = float(text.removeprefix("gini="))
+            except ValueError:
+                raise IsthmusError(f"popularity: got {text!r}, wanted a number after gini=, such as gini=0.4") from None
+        DrawnPopularity(spec, target, drift=drift)  # says at once what cannot be
+        return lambda: DrawnPopularity(spec, target, drift=drift, seed=seed)
+    if drift:
+        raise IsthmusError("drift: is for drawn popularity; a trace has its own")
+    trace = read_trace(Path(text))
+    trace.check(spec)
+    return lambda: TracedPopularity(spec, trace)

@@ -1,0 +1,340 @@
+"""Which layers form stages, and which device has which stage (APTMoE, section 3): any devices, hosts and PCIe roots.
+
+Stage ``s`` is on the device at position ``s`` mod D of an order in which neighbours load through different roots. What
+is looked for are the cuts with the least predicted step,
+
+    max over devices of the seconds of its stages, times (M·R + D - 1) ÷ (M·R),
+
+M micro-batches and R = S ÷ D rounds, such that every device has room for any two of its stages that follow one another
+(one runs, the next is loaded) beside what it keeps for the whole step, and every host for what its devices' layers
+need. Slower devices so get fewer layers. More stages shorten the bubble, hand-overs speak for fewer.
+
+All cuts are weighed where there are few. Otherwise cuts begin where every device has had its part of the work so far,
+and runs of neighbouring cuts are moved by some layers as long as that helps; a few times all are shaken and it is done
+again.
+
+Legend: ``L`` layers, ``S`` stages, ``D`` devices, ``N`` ways of cutting that are weighed at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.plan import Stage
+
+Floats = NDArray[np.float64]
+Cuts = NDArray[np.int64]
+
+MAX_LAYERS_OF_ALL_STAGES = 12
+"""Up to so many layers every number of stages is weighed, beyond them whole rounds, and a stage for each layer."""
+MAX_WAYS = 20_000
+"""Up to so many ways of cutting all are weighed."""
+MAX_MOVES = 200
+MOVES = (1, 2, 4)
+"""By how many layers cuts are moved."""
+NUM_SHAKES = 12
+BISECTIONS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNeeds:
+    """One layer, in a step."""
+
+    seconds: tuple[float, ...]
+    """On each device (D,), forward and backward of all micro-batches."""
+    held_bytes: int
+    """On its device while it is held: weights."""
+    kept_bytes: int = 0
+    """On its device for the whole step: activations."""
+    host_bytes: int = 0
+    """On its device's host: weights, gradients, moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePlace:
+    """Where a device is, and what it has room for."""
+
+    host: int
+    root: int
+    """Of all PCIe roots, whatever host they are of."""
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappingProblem:
+    """Layers in execution order, devices, hosts."""
+
+    layers: tuple[LayerNeeds, ...]
+    devices: tuple[DevicePlace, ...]
+    host_memory_bytes: tuple[int, ...]
+    num_micro_batches: int
+    handover_s: float = 0.0
+    """What every stage takes beside its layers: all micro-batches in and out, both ways."""
+
+    def __post_init__(self) -> None:
+        for number, layer in enumerate(self.layers):
+            if len(layer.seconds) != len(self.devices):
+                raise ValueError(f"layers[{number}].seconds: got {len(layer.seconds)}, wanted {len(self.devices)}")
+        if beyond := [device.host for device in self.devices if device.host >= len(self.host_memory_bytes)]:
+            raise ValueError(f"host_memory_bytes: got {len(self.host_memory_bytes)} hosts, a device is of {beyond[0]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMapping:
+    """``devices``: of each stage (S,). ``load_s``: of each device (D,), without the bubble."""
+
+    stages: tuple[Stage, ...]
+    devices: tuple[int, ...]
+    step_s: float
+    load_s: tuple[float, ...]
+    is_exact: bool
+    """Whether every way of cutting was weighed."""
+
+
+def device_order(devices: Sequence[DevicePlace]) -> list[int]:
+    """The devices in the order in which stages go round: host by host, and on a host with as few neighbours under one
+    PCIe root as can be."""
+    order: list[int] = []
+    for host in sorted({device.host for device in devices}):
+        queues: dict[int, deque[int]] = {}
+        for number, device in enumerate(devices):
+            if device.host == host:
+                queues.setdefault(device.root, deque()).append(number)
+        last: int | None = None
+        while queues:
+            # The fullest root first, else its devices are left over at the end.
+            last = max(queues, key=lambda root: (root != last or len(queues) == 1, len(queues[root]), -root))
+            order.append(queues[last].popleft())
+            if not queues[last]:
+                del queues[last]
+    return order
+
+
+def map_layers(problem: MappingProblem, num_stages: int | None = None) -> StageMapping:
+    """The best mapping, with ``num_stages`` stages or any number of them. Pure and deterministic.
+
+    Raises ``IsthmusError`` for fewer stages than devices, more than layers, and for what does not fit, saying what is
+    missing where least is.
+    """
+    num_layers, num_devices = len(problem.layers), len(problem.devices)
+    if num_devices > num_layers:
+        raise IsthmusError(f"devices: got {num_devices} for {num_layers} layers, wanted one layer or more for each")
+    if num_stages is not None and not num_devices <= num_stages <= num_layers:
+        raise IsthmusError(
+            f"num_stages: got {num_stages}, wanted {num_devices}, the devices, to {num_layers}, the layers; leave it "
+            "out to have it chosen"
+        )
+    weigher = _Weigher(problem)
+    if num_stages is not None:
+        numbers: Sequence[int] = (num_stages,)
+    elif num_layers <= MAX_LAYERS_OF_ALL_STAGES:
+        numbers = range(num_devices, num_layers + 1)
+    else:
+        numbers = sorted({*range(num_devices, num_layers + 1, num_devices), num_layers})
+    found = [weigher.best(number) for number in numbers]
+    best = min(found, key=lambda one: (*one.key, len(one.cuts)))
+    if best.short_bytes > 0:
+        raise IsthmusError(
+            f"memory: no way of cutting {num_layers} layers into stages fits {num_devices} devices and their hosts: "
+            f"{best.short_bytes / 2**30:.3g} GiB are missing in the best one; lower the batch or the sequence length, "
+            "or take more devices or memory"
+        )
+    are_all = num_stages is not None or num_layers <= MAX_LAYERS_OF_ALL_STAGES
+    return weigher.mapping(best, is_exact=are_all and all(one.is_exact for one in found))
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    cuts: Cuts
+    """(S + 1,): where stages begin, and one past the last layer."""
+    step_s: float
+    squares: float
+    """Of all loads: of equal steps the one with the more even loads."""
+    short_bytes: float
+    is_exact: bool
+
+    @property
+    def key(self) -> tuple[float, float, float]:
+        """What has to become less."""
+        return self.short_bytes, self.step_s, self.squares
+
+
+class _Weigher:
+    """Weighs many ways of cutting at once."""
+
+    def __init__(self, problem: MappingProblem) -> None:
+        self.problem = problem
+        self.order = device_order(problem.devices)
+        seconds_LD = np.array([layer.seconds for layer in problem.layers], dtype=np.float64)[:, self.order]
+        self._seconds = _sums(seconds_LD)
+        """(L + 1, D) of all layers before, by position in the order; likewise below (L + 1,)."""
+        self._held, self._kept, self._hosted = (
+            _sums(np.array([getattr(layer, name) for layer in problem.layers], dtype=np.float64))
+            for name in ("held_bytes", "kept_bytes", "host_bytes")
+        )
+        self._memory_D = np.array([problem.devices[device].memory_bytes for device in self.order], dtype=np.float64)
+        hosts_D = [problem.devices[device].host for device in self.order]
+        self._is_on_host = np.array(
+            [[host == own for host in range(len(problem.host_memory_bytes))] for own in hosts_D]
+        )
+        self._host_memory = np.array(problem.host_memory_bytes, dtype=np.float64)
+
+    def best(self, num_stages: int) -> _Weighed:
+        """Of this number of stages."""
+        num_layers = len(self.problem.layers)
+        is_exact = comb(num_layers - 1, num_stages - 1) <= MAX_WAYS
+        if not is_exact:
+            return self._searched(num_stages)
+        inner = list(combinations(range(1, num_layers), num_stages - 1))
+        ends = np.broadcast_to(np.array([0, num_layers]), (len(inner), 2))
+        middle = np.array(inner, dtype=np.int64).reshape(len(inner), num_stages - 1)
+        ways = np.concatenate([ends[:, :1], middle, ends[:, 1:]], axis=1)
+        return self._least(ways, is_exact=True)
+
+    def mapping(self, weighed: _Weighed, *, is_exact: bool) -> StageMapping:
+        bounds = weighed.cuts.tolist()
+        load_s = [0.0] * len(self.order)
+        for device, seconds in zip(self.order, self._loads(weighed.cuts[None])[0].tolist(), strict=True):
+            load_s[device] = seconds
+        return StageMapping(
+            stages=tuple(Stage(first_layer=first, last_layer=last - 1) for first, last in pairwise(bounds)),
+            devices=tuple(self.order[number % len(self.order)] for number in range(len(bounds) - 1)),
+            step_s=weighed.step_s,
+            load_s=tuple(load_s),
+            is_exact=is_exact,
+        )
+
+    # --- weighing ----------------------------------------------------------------------------------------------------
+
+    def _least(self, ways: Cuts, *, is_exact: bool) -> _Weighed:
+        """The best of ``ways`` (N, S + 1)."""
+        loads_ND = self._loads(ways)
+        short_N = self._short(ways)
+        squares_N = np.square(loads_ND).sum(axis=1)
+        slots = self.problem.num_micro_batches * (ways.shape[1] - 1) / len(self.order)
+        step_N = loads_ND.max(axis=1) * (slots + len(self.order) - 1) / slots
+        best = np.lexsort((squares_N, step_N, short_N))[0]
+        return _Weighed(
+            cuts=ways[best],
+            step_s=float(step_N[best]),
+            squares=float(squares_N[best]),
+            short_bytes=float(short_N[best]),
+            is_exact=is_exact,
+        )
+
+    def _by_round(self, of_stages: Floats) -> Floats:
+        """(N, S) as (N, R, D), zeros where the last round has no stage."""
+        num_devices = len(self.order)
+        missing = -of_stages.shape[1] % num_devices
+        return np.pad(of_stages, ((0, 0), (0, missing))).reshape(len(of_stages), -1, num_devices)
+
+    def _loads(self, ways: Cuts) -> Floats:
+        """(N, D) seconds of each device, by position."""
+        positions = np.arange(ways.shape[1] - 1) % len(self.order)
+        seconds_NS = self._seconds[ways[:, 1:], positions] - self._seconds[ways[:, :-1], positions]
+        return self._by_round(seconds_NS + self.problem.handover_s).sum(axis=1)
+
+    def _short(self, ways: Cuts) -> Floats:
+        """(N,) bytes that are missing on devices and hosts, all together."""
+        held, kept, hosted = (
+            self._by_round(sums[ways[:, 1:]] - sums[ways[:, :-1]]) for sums in (self._held, self._kept, self._hosted)
+        )
+        most_ND = held.max(axis=1)
+        if held.shape[1] > 1:
+            most_ND = np.maximum(most_ND, (held[:, 1:] + held[:, :-1]).max(axis=1))
+        devices_ND = most_ND + kept.sum(axis=1) - self._memory_D
+        hosts_NH = hosted.sum(axis=1) @ self._is_on_host - self._host_memory
+        return np.maximum(devices_ND, 0).sum(axis=1) + np.maximum(hosts_NH, 0).sum(axis=1)
+
+    # --- searching ---------------------------------------------------------------------------------------------------
+
+    def _searched(self, num_stages: int) -> _Weighed:
+        starts = np.stack([self._in_proportion(num_stages), _evenly(self._held, num_stages)])
+        best = self._improved(self._least(starts, is_exact=False))
+        random = np.random.default_rng(0)
+        for _ in range(NUM_SHAKES):
+            shaken = self._improved(self._least(_shaken(best.cuts, random)[None], is_exact=False))
+            best = min(best, shaken, key=lambda one: one.key)
+        return best
+
+    def _improved(self, best: _Weighed) -> _Weighed:
+        """Moves as long as one helps: first to where it fits, then to where it is fastest."""
+        for _ in range(MAX_MOVES):
+            other = self._least(_moved(best.cuts), is_exact=False)
+            if other.key >= best.key:
+                break
+            best = other
+        return best
+
+    def _in_proportion(self, num_stages: int) -> Cuts:
+        """Every device takes layers up to its part of the least time in which all are taken."""
+        low, high = 0.0, 2 * float(self._seconds[-1].max()) * len(self.order)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._taken(num_stages, middle) is not None else (middle, high)
+        cuts = self._taken(num_stages, high)
+        assert cuts is not None
+        return cuts
+
+    def _taken(self, num_stages: int, load_s: float) -> Cuts | None:
+        """The cuts where no device has more than its part of ``load_s`` after any round; None if layers are left."""
+        num_layers, num_devices = len(self._seconds) - 1, len(self.order)
+        rounds = -(-num_stages // num_devices)
+        spent, cuts = [0.0] * num_devices, [0]
+        for number in range(num_stages):
+            position = number % num_devices
+            allowed = load_s * (number // num_devices + 1) / rounds - spent[position]
+            first = cuts[-1]
+            seconds = self._seconds[:, position]
+            last = int(np.searchsorted(seconds, seconds[first] + allowed, side="right")) - 1
+            last = min(max(last, first + 1), num_layers - (num_stages - 1 - number))
+            spent[position] += float(seconds[last] - seconds[first])
+            cuts.append(last)
+        return np.array(cuts) if cuts[-1] == num_layers else None
+
+
+def _sums(values: Floats) -> Floats:
+    """Of all before each, and of all."""
+    return np.concatenate([np.zeros_like(values[:1]), np.cumsum(values, axis=0)])
+
+
+def _evenly(sums: Floats, num_stages: int) -> Cuts:
+    """Cuts into stages of as equal bytes as steps of one layer allow, none empty."""
+    num_layers = len(sums) - 1
+    wanted = sums[-1] * np.arange(1, num_stages) / num_stages
+    inner = np.searchsorted(sums, wanted).astype(np.int64)
+    numbers = np.arange(1, num_stages)
+    # Apart by one or more, and so many left on either side.
+    inner = np.maximum.accumulate(np.maximum(inner, numbers) - numbers) + numbers
+    inner = np.minimum(inner, num_layers - num_stages + numbers)
+    return np.concatenate([[0], inner, [num_layers]])
+
+
+def _moved(cuts: Cuts) -> Cuts:
+    """(N, S + 1): every run of neighbouring cuts moved by some layers, forth or back, as long as no stage becomes
+    empty; the first way is ``cuts``."""
+    inner = range(1, len(cuts) - 1)
+    spans = np.array([(first, last) for first in inner for last in range(first, len(cuts) - 1)])
+    if not len(spans):
+        return cuts[None]
+    at = np.arange(len(cuts))
+    is_moved = ((at >= spans[:, :1]) & (at <= spans[:, 1:])).astype(np.int64)
+    ways = np.concatenate([cuts + by * is_moved for step in MOVES for by in (step, -step)])
+    return np.concatenate([cuts[None], ways[(np.diff(ways, axis=1) > 0).all(axis=1)]])
+
+
+def _shaken(cuts: Cuts, random: np.random.Generator) -> Cuts:
+    """Sizes of stages exchanged: those of some neighbouring stages in another order."""
+    sizes = np.diff(cuts)
+    first = int(random.integers(0, max(1, len(sizes) - 1)))
+    last = int(random.integers(first + 1, len(sizes) + 1))
+    sizes[first:last] = random.permutation(sizes[first:last])
+    return np.concatenate([[0], np.cumsum(sizes)])

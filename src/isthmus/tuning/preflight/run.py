@@ -1,0 +1,167 @@
+"""``isthmus plan tune`` as a function: question, prediction, what would help, report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+
+from isthmus.planning.memory import Blueprint
+from isthmus.reporting.progress import TrainingProgress
+from isthmus.simulation.tuning.clusters import find_cluster
+from isthmus.simulation.tuning.popularity import find_popularity
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.files import atomic_write
+from isthmus.spec.plan_tune import PlanTuneReport
+from isthmus.spec.serialization import to_json
+from isthmus.spec.tune_cluster import TuneCluster
+from isthmus.spec.units import parse_bytes
+from isthmus.tuning.preflight.blueprint import read_blueprint
+from isthmus.tuning.preflight.changes import find_changes, limiting
+from isthmus.tuning.preflight.machine import MachineOptions, this_machine
+from isthmus.tuning.preflight.predict import SIMULATED, Question, predict
+from isthmus.tuning.preflight.show import show
+
+TITLE = "isthmus plan tune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTuneOptions:
+    """What ``isthmus plan tune`` was asked for. Names and meanings are those of ``isthmus tune``."""
+
+    model: str
+    cluster: str | None = None
+    """None: this machine."""
+    seq_len: int = 512
+    micro_batch_size: int = 1
+    micro_batches: int = 4
+    dtype: str = "bf16"
+    method: str = "full"
+    num_layers: int | None = None
+    num_stages: int | None = None
+    num_devices: int | None = None
+    policy: str = "affinity"
+    popularity: str = "uniform"
+    accelerator: str = "auto"
+    emulate: str | None = None
+    accelerator_memory: str | None = None
+    changes: bool = True
+    """Whether to look for what would help."""
+
+    def check(self) -> None:
+        """Raises ``IsthmusError`` for what can be seen to be wrong without the model."""
+        for name in ("seq_len", "micro_batch_size", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise IsthmusError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        if self.policy not in SIMULATED:
+            raise IsthmusError(f"policy: got {self.policy!r}, wanted one of {', '.join(SIMULATED)}")
+        if self.method != "full":
+            raise IsthmusError(f"method: got {self.method!r}, wanted full: all parameters are trained")
+        if self.cluster is None:
+            self.machine().check()
+            if self.num_layers is not None:
+                raise IsthmusError("num_layers: is for a described cluster; this machine is measured with whole models")
+        elif self.emulate is not None or self.accelerator != "auto":
+            raise IsthmusError("accelerator, emulate: are of this machine; leave them or --cluster out")
+
+    def machine(self) -> MachineOptions:
+        memory = self.accelerator_memory
+        return MachineOptions(
+            accelerator=self.accelerator,
+            emulate=self.emulate,
+            memory_bytes=None if memory is None else parse_bytes(memory, "accelerator_memory"),
+        )
+
+
+def plan_tune(
+    options: PlanTuneOptions, *, report: Path | None = None, console: Console | None = None, plain: bool | None = None
+) -> PlanTuneReport:
+    """Prints whether it fits, what a step takes and what would help, and writes a report. Reads no weights. Blocks for
+    seconds, for large models minutes. Raises ``ValueError`` or ``OSError`` for what cannot be asked."""
+    options.check()
+    named = None if options.cluster is None else find_cluster(options.cluster, options.num_devices)
+
+    @cache
+    def blueprint(dtype: str) -> Blueprint:
+        return read_blueprint(
+            options.model,
+            dtype=dtype,
+            seq_len=options.seq_len,
+            micro_batch_size=options.micro_batch_size,
+            num_layers=options.num_layers,
+        )
+
+    with TrainingProgress(1, title=TITLE, plain=plain) as progress:
+        progress.phase("reading the configuration")
+        own = blueprint(options.dtype)
+        popularity = find_popularity(options.popularity, own.spec)
+    cluster = _measured(options, own) if named is None else _with_memory(named, options.accelerator_memory)
+    question = Question(
+        blueprint=own,
+        cluster=cluster,
+        micro_batch_size=options.micro_batch_size,
+        micro_batches=options.micro_batches,
+        seq_len=options.seq_len,
+        num_stages=options.num_stages,
+        policy=options.policy,
+        popularity=popularity,
+        num_steps=1 if options.popularity == "uniform" else 2,
+    )
+    with TrainingProgress(1, title=TITLE, plain=plain) as progress:
+        progress.phase("predicting")
+        found = predict(question)
+        changes = find_changes(question, found, blueprint, progress.phase) if options.changes else ()
+    written = PlanTuneReport(
+        config=asdict(options),
+        cluster=cluster,
+        num_parameters=own.spec.num_parameters,
+        skewness=found.skewness,
+        fits=found.fits,
+        devices=found.devices,
+        hosts=found.hosts,
+        links=found.links,
+        step=found.step,
+        limiting=limiting(found, changes),
+        reason=found.reason,
+        changes=changes,
+    )
+    show(written, _title(options, written), console or Console())
+    if report is not None:
+        atomic_write(report, to_json(written))
+    return written
+
+
+def _measured(options: PlanTuneOptions, blueprint: Blueprint) -> TuneCluster:
+    return this_machine(
+        options.model,
+        blueprint,
+        options.machine(),
+        seq_len=options.seq_len,
+        micro_batch_size=options.micro_batch_size,
+        num_batches=options.micro_batches,
+    )
+
+
+def _with_memory(cluster: TuneCluster, memory: str | None) -> TuneCluster:
+    """Accelerators of which so much may be used."""
+    if memory is None:
+        return cluster
+    num_bytes = parse_bytes(memory, "accelerator_memory")
+    hosts = [replace(host, accelerator=replace(host.accelerator, memory_bytes=num_bytes)) for host in cluster.hosts]
+    return replace(cluster, hosts=tuple(hosts))
+
+
+def _title(options: PlanTuneOptions, report: PlanTuneReport) -> str:
+    skew = "" if report.skewness is None else f", G = {report.skewness:.2f}"
+    return (
+        f"{options.model} ({_count(report.num_parameters)} parameters), {options.dtype}, "
+        f"{options.micro_batches} micro-batches of {options.micro_batch_size} × {options.seq_len} tokens{skew}, on "
+        f"{report.cluster.num_accelerators} accelerator{'s' * (report.cluster.num_accelerators > 1)} of "
+        f"{report.cluster.name}"
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"

@@ -1,0 +1,128 @@
+"""How ``isthmus plan tune`` says what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from isthmus.reporting.human import human_bytes, human_memory, human_s
+from isthmus.spec.plan_tune import Change, DeviceNeed, HostNeed, LinkUse, PlanTuneReport
+
+MOST_ROWS = 16
+"""Of a table: of more accelerators those with the least room."""
+
+
+def show(report: PlanTuneReport, title: str, console: Console) -> None:
+    """Prints the whole plan."""
+    verdict = "it fits" if report.fits else "it does not fit"
+    console.print(f"{title}: {verdict}", highlight=False, markup=False)
+    for line in shortages(report):
+        console.print(line, highlight=False, markup=False)
+    console.print(_devices(report.devices))
+    console.print(_hosts(report.hosts))
+    if report.links:
+        console.print(_links(report.links, report.step.step_s if report.step else 0.0))
+    for line in [*_time(report), *_changes(report.changes, report.fits)]:
+        console.print(line, highlight=False, markup=False)
+
+
+def shortages(report: PlanTuneReport) -> Iterator[str]:
+    """Which accelerators and hosts are over, and by how much."""
+    for name, needs in (("accelerators", report.devices), ("hosts", report.hosts)):
+        short = [need for need in needs if need.short_bytes]
+        if short:
+            worst = max(short, key=lambda need: need.short_bytes)
+            if isinstance(worst, DeviceNeed):
+                number, needed, what = worst.device, worst.minimum_bytes, "accelerator"
+            else:
+                number, needed, what = worst.host, worst.total_bytes, "host"
+            yield (
+                f"{len(short)} of {len(needs)} {name} have too little memory: {what} {number} is short of "
+                f"{human_memory(worst.short_bytes)} (needs {human_memory(needed)}, has "
+                f"{human_memory(worst.memory_bytes)})"
+            )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if not number else "right", no_wrap=True)
+    return table
+
+
+def _devices(needs: Sequence[DeviceNeed]) -> Table:
+    table = _table(
+        "accelerator", "host", "layers", "stages", "dense", "activations", "experts", "in all", "of", "least"
+    )
+    shown = sorted(needs, key=lambda need: need.memory_bytes - need.minimum_bytes)[:MOST_ROWS]
+    for need in sorted(shown, key=lambda need: need.device):
+        streamed = "" if need.is_dense_resident else " (passing through)"
+        number = "all" if need.num_slots >= need.num_experts else f"{need.num_slots} of {need.num_experts}"
+        slots = f"{human_memory(need.num_slots * need.slot_bytes)} ({number})"
+        table.add_row(
+            str(need.device),
+            str(need.host),
+            str(need.num_layers),
+            str(need.num_stages),
+            human_memory(need.dense_bytes) + streamed,
+            human_memory(need.activation_bytes),
+            "none" if need.short_bytes else slots,
+            human_memory(need.total_bytes),
+            human_memory(need.memory_bytes),
+            human_memory(need.minimum_bytes),
+        )
+    return table
+
+
+def _hosts(needs: Sequence[HostNeed]) -> Table:
+    table = _table("host", "weights", "masters", "gradients", "moments", "tokens", "in all", "of")
+    shown = sorted(needs, key=lambda need: need.memory_bytes - need.total_bytes)[:MOST_ROWS]
+    for need in sorted(shown, key=lambda need: need.host):
+        kinds = need.kinds_bytes
+        moments = kinds["exp_avg"] + kinds["exp_avg_sq"]
+        sizes = (kinds["weight"], kinds["master"], kinds["gradient"], moments, kinds["staging"])
+        cells = [human_memory(size) for size in (*sizes, need.total_bytes, need.memory_bytes)]
+        table.add_row(f"{need.host} ({need.name})", *cells)
+    return table
+
+
+def _links(links: Sequence[LinkUse], step_s: float) -> Table:
+    table = _table("link, bytes of a step", "there", "back", "at", "busy")
+    for link in links:
+        busy_s = max(link.there_bytes / link.there_bytes_per_s, link.back_bytes / link.back_bytes_per_s)
+        table.add_row(
+            link.name,
+            human_bytes(link.there_bytes),
+            human_bytes(link.back_bytes),
+            f"{human_bytes(link.there_bytes_per_s)}/s",
+            f"{busy_s / step_s:.0%}" if step_s else "",
+        )
+    return table
+
+
+def _time(report: PlanTuneReport) -> Iterator[str]:
+    step = report.step
+    if step is None:
+        yield f"no time is predicted: {report.reason}"
+        return
+    stages = f"{step.num_stages} stages" if step.num_stages > 1 else "one stage"
+    yield (
+        f"a step takes {human_s(step.step_s)}, {step.tokens_per_s:,.0f} tokens/s, in {stages} "
+        f"(simulated); {step.bound_share:.0%} of the bound, {human_s(step.bound_s)}"
+    )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(step.busy_shares.items(), key=lambda i: -i[1]))
+    yield f"busy: {shares}; {step.cpu_pairs_share:.0%} of (token, expert) pairs on CPUs"
+    if report.changes:
+        yield f"what limits it most: {report.limiting}"
+
+
+def _changes(changes: Sequence[Change], fits: bool) -> Iterator[str]:
+    if not changes:
+        return
+    yield "what would help most, each by itself:" if fits else "with what it would fit, each by itself:"
+    for change in changes:
+        rate = f": {change.tokens_per_s:,.0f} tokens/s" if change.tokens_per_s else ""
+        yield f"  {change.change}{rate}" + (f", {change.gain:.2f} ×" if change.gain else "")

@@ -1,0 +1,163 @@
+"""What is predicted of a step on a cluster adds up, and what would help is asked in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from isthmus.models.tiny import tiny_config
+from isthmus.planning.memory import Blueprint, host_bytes
+from isthmus.simulation.tuning.clusters import a800
+from isthmus.simulation.tuning.popularity import find_popularity
+from isthmus.spec.plan_tune import DeviceNeed
+from isthmus.spec.tune_cluster import TuneCluster
+from isthmus.tuning.preflight.blueprint import blueprint_of, outer_tensors, packed_inputs
+from isthmus.tuning.preflight.changes import _faster_links, _for_room, _for_speed, find_changes, limiting
+from isthmus.tuning.preflight.predict import Prediction, Question, predict
+
+
+@pytest.fixture(scope="module")
+def blueprint() -> Blueprint:
+    config = tiny_config("mixtral", num_hidden_layers=8)
+    return blueprint_of(config, "fp32", packed_inputs(config, 1, 16))
+
+
+def question(blueprint: Blueprint, cluster: TuneCluster | None = None, **changes: Any) -> Question:
+    asked = Question(
+        blueprint=blueprint,
+        cluster=cluster or a800(2),
+        micro_batch_size=1,
+        micro_batches=4,
+        seq_len=16,
+        num_stages=None,
+        policy="mobius",
+        popularity=find_popularity("uniform", blueprint.spec),
+        num_steps=1,
+    )
+    return replace(asked, **changes)
+
+
+def test_devices_and_hosts_together_have_the_whole_model(blueprint: Blueprint) -> None:
+    found = predict(question(blueprint))
+    assert sum(need.num_experts for need in found.devices) == 8 * 4
+    whole = host_bytes(blueprint.whole.layouts.values())
+    for kind, num_bytes in whole.items():
+        assert sum(need.kinds_bytes[kind] for need in found.hosts) == num_bytes
+    # The first device has the embeddings, the last one the head.
+    dense = [need.dense_bytes for need in found.devices]
+    assert min(dense[0], dense[3]) > max(dense[1], dense[2])
+
+
+def test_what_leaves_one_host_arrives_at_another(blueprint: Blueprint) -> None:
+    found = predict(question(blueprint))
+    networks = [link for link in found.links if link.name.startswith("network")]
+    assert sum(link.there_bytes for link in networks) == sum(link.back_bytes for link in networks) > 0
+    # Each way between hosts: a hidden state for every token, and a gradient back.
+    step_bytes = 4 * 16 * 32 * 4
+    assert all(link.there_bytes % step_bytes == 0 for link in networks)
+    own = {link.name: link for link in found.links}
+    assert own["root 0"].there_bytes == own["accelerator 0"].there_bytes + own["accelerator 1"].there_bytes
+    alone = predict(question(blueprint, a800(1, 1)))
+    assert [link.name for link in alone.links] == ["accelerator 0"]
+
+
+def test_tied_embeddings_are_on_both_sides() -> None:
+    from isthmus.models.moe_model import MoeModel
+
+    apart = outer_tensors(MoeModel.build(tiny_config("mixtral"), "fp32"))
+    assert apart[0] == {"model.embed_tokens.weight"} and apart[1] == {"model.norm.weight", "lm_head.weight"}
+    tied = outer_tensors(MoeModel.build(tiny_config("mixtral", tie_word_embeddings=True), "fp32"))
+    assert tied[0] == {"model.embed_tokens.weight"} and tied[1] == {"model.norm.weight", "model.embed_tokens.weight"}
+
+
+def test_every_change_that_could_help_is_tried(blueprint: Blueprint) -> None:
+    asked = question(blueprint, num_stages=4)
+    found = predict(asked)
+    tried = {text: changed for text, _, changed in _for_speed(asked, found, lambda dtype: blueprint)}
+    assert {
+        "--micro-batches 8 instead of 4",
+        "--policy affinity",
+        "--num-stages 8",
+        "twice as many hosts",
+    } <= tried.keys()
+    assert "--num-stages 2" not in tried and "--dtype bf16 instead of fp32" not in tried
+    twice = tried["twice as many hosts"].cluster
+    assert twice.num_accelerators == 8
+    more = tried["accelerators with twice the memory"].cluster.hosts[0].accelerator
+    assert more.memory_bytes == 2 * asked.cluster.hosts[0].accelerator.memory_bytes
+    unnamed = question(blueprint, policy="affinity")
+    names = {text for text, _, _ in _for_speed(unnamed, found, lambda dtype: blueprint)}
+    assert not [text for text in names if "--num-stages" in text or "--policy" in text]
+
+
+def test_faster_links_load_what_was_measured_faster_too() -> None:
+    before, after = a800(2), _faster_links(a800(2))
+    for shape, measured in before.experts.items():
+        assert measured.load_s is not None
+        assert after.experts[shape].load_s == measured.load_s / 2
+    assert after.hosts[0].root_bytes_per_s == 2 * before.hosts[0].root_bytes_per_s
+
+
+def test_changes_are_the_best_first_and_name_what_limits(blueprint: Blueprint) -> None:
+    asked = question(blueprint)
+    found = predict(asked)
+    changes = find_changes(asked, found, lambda dtype: blueprint)
+    gains = [change.gain or 0 for change in changes]
+    assert 1 <= len(changes) <= 3 and gains == sorted(gains, reverse=True) and gains[-1] >= 1.02
+    resources = [change.resource for change in changes if change.resource]
+    assert found.step is not None
+    assert limiting(found, changes) == (resources[0] if resources else max(found.step.busy_shares))
+    assert limiting(found, ()) in found.step.busy_shares
+
+
+def test_what_is_short_of_memory_is_offered_what_has_enough(blueprint: Blueprint) -> None:
+    asked = question(blueprint, policy="affinity")
+    need = max(predict(asked).devices, key=lambda need: need.minimum_bytes)
+    hosts = [
+        replace(host, accelerator=replace(host.accelerator, memory_bytes=need.minimum_bytes - 1))
+        for host in asked.cluster.hosts
+    ]
+    tight = replace(asked, cluster=replace(asked.cluster, hosts=tuple(hosts)))
+    found = predict(tight)
+    short = [one for one in found.devices if one.short_bytes]
+    assert not found.fits and found.step is None and {one.short_bytes for one in short} == {1}
+    tried = {text: changed for text, _, changed in _for_room(tight, found)}
+    assert list(tried) == ["accelerators with 1.00 GiB", "--micro-batches 2 instead of 4", "2 times as many hosts"]
+    assert all(predict(changed).fits for changed in tried.values())
+
+
+def test_a_plan_that_fits_but_cannot_be_simulated_says_why(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Experts that come one by one fit where two whole stages do not.
+    config = tiny_config("mixtral", num_hidden_layers=2, num_local_experts=64, intermediate_size=512)
+    wide = blueprint_of(config, "fp32", packed_inputs(config, 1, 16))
+    asked = question(wide, a800(1, 1), policy="affinity")
+    least = predict(asked).devices[0].minimum_bytes
+    host = asked.cluster.hosts[0]
+    small = replace(host, accelerator=replace(host.accelerator, memory_bytes=2 * least))
+    found = predict(replace(asked, cluster=replace(asked.cluster, hosts=(small,))))
+    assert found.fits and found.step is None and "do not fit an accelerator" in found.reason
+
+
+def test_needs_say_how_much_is_missing() -> None:
+    need = DeviceNeed(
+        device=0,
+        host=0,
+        num_layers=1,
+        num_stages=1,
+        memory_bytes=10,
+        dense_bytes=1,
+        is_dense_resident=False,
+        activation_bytes=1,
+        slot_bytes=1,
+        num_slots=0,
+        num_experts=1,
+        total_bytes=14,
+        minimum_bytes=14,
+    )
+    assert need.short_bytes == 4 and replace(need, memory_bytes=20).short_bytes == 0
+    whole = Prediction(devices=(need,), hosts=(), links=(), step=None, skewness=None, reason="")
+    assert not whole.fits
