@@ -43,6 +43,7 @@ from isthmus.reporting.environment import environment
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
+from isthmus.training.heap import return_freed_memory
 from isthmus.transport.base import Group
 from isthmus.transport.gloo import GlooGroup
 from isthmus.transport.rendezvous import read_environment
@@ -257,13 +258,18 @@ def grid(device: Device) -> dict[str, Any]:
     for memory, memory_bytes in {"ample": (), "tight": _tight(device, profile)}.items() if device.is_leader else ():
         device.tell(f"planning, memory {memory}")
         question = device.question("decoupled", profile, DEFAULT_TOKENS, memory_bytes=memory_bytes)
-        kept = plans_to_keep(question).plans
+        residency = plans_to_keep(question)
+        question, kept = replace(question, returns_freed=residency.returns_freed), residency.plans
         planners[memory] = question, kept, RuntimePlanner(question, kept)
+    returning = [memory for memory, (question, *_) in planners.items() if question.returns_freed]
+    if share_texts(device.group, " ".join(returning))[0]:  # all plans are timed on the same devices
+        return_freed_memory()
     cells, rows = list[dict[str, Any]](), []
     for tokens in device.job["tokens"]:
         entries = device.agree(lambda tokens=tokens: _weighed(planners, tokens, device.job["within"], cells))
         rows += device.time(entries, tokens, _repeats(device, entries))
-    return {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile))}
+    found = {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile))}
+    return found | {"memories_returned": returning}
 
 
 def _weighed(planners: dict[str, Planners], tokens: int, within: float, cells: list[dict[str, Any]]) -> list[Entry]:

@@ -12,7 +12,8 @@ device, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from isthmus.inference.kernels import Kernels
-from isthmus.inference.linear import Linear, make_linear
+from isthmus.inference.linear import Linear, StackedLinear, SummedLinear, make_linear
 from isthmus.models.shards import ShardReader
 from isthmus.spec.transformer import LayerShare, Range, SubBlock
 
@@ -109,6 +110,23 @@ class Layer:
         ups = [("gate", share.columns)] if spec.has_gate else []
         self.up = read([*ups, ("up", share.columns)], units)
         self.down, self.down_bias = write("down", share.columns)
+
+    @classmethod
+    def joined(cls, share: LayerShare, parts: Sequence[Layer]) -> Layer:
+        """``share`` of a layer of which ``parts`` have some heads each, in order, or some columns. They keep their
+        matrices, and products are theirs. Not for ``decode.c``, nor for heads that share keys and values."""
+        layer = copy(parts[0])
+        assert layer.spec.heads_per_kv_head == 1
+        layer.share, layer.kv_heads = share, share.kv_heads(layer.spec)
+        # What no part has any of, the first one has in matrices without rows or columns.
+        heads = [part for part in parts if len(part.share.heads)] or parts[:1]
+        columns = [part for part in parts if len(part.share.columns)] or parts[:1]
+        size = layer.spec.head_size
+        layer.qkv = StackedLinear([part.qkv for part in heads], 3)
+        layer.o = SummedLinear([part.o for part in heads], [len(part.share.heads) * size for part in heads])
+        layer.up = StackedLinear([part.up for part in columns], 2 if layer.spec.has_gate else 1)
+        layer.down = SummedLinear([part.down for part in columns], [len(part.share.columns) for part in columns])
+        return layer
 
     @property
     def num_bytes(self) -> int:

@@ -21,7 +21,7 @@ from isthmus.inference.layer import Layer
 from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_layout import team_of
-from isthmus.planning.pieces import Piece
+from isthmus.planning.pieces import Piece, cut, pieces_on
 from isthmus.planning.workload import check_strategy
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
@@ -114,6 +114,8 @@ class Session:
         progress: Callable[[float], None],
         known: dict[Piece, Layer],
     ) -> None:
+        # Plans have parts in common that are not the whole of what any of them needs.
+        kept = cut(reader.spec, pieces_on(self._rank, self.plans, reader.spec))
         for number, (plan, (group, mates)) in enumerate(zip(self.plans, working, strict=True)):
             before = number / len(self.plans)
 
@@ -121,7 +123,7 @@ class Session:
                 progress(before + share / len(self.plans))
 
             has_part = self._rank in plan.devices
-            made = Execution(plan, reader, group, told, known, mates=mates) if has_part else None
+            made = Execution(plan, reader, group, told, known, mates=mates, kept=kept) if has_part else None
             self._executions.append(made)
 
     def close(self) -> None:

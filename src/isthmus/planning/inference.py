@@ -165,7 +165,7 @@ def _crew_of(question: Question, plan: InferencePlan, costs: Costs | None) -> Cr
 def _weighed(
     question: Question, plan: InferencePlan, crews: Sequence[Crew], all_passes: Sequence[tuple[Workload, int]]
 ) -> list[Weighed]:
-    weights, memory = _memory_bytes(question.spec, plan, question.request)
+    weights, memory = _memory_bytes(question, plan)
     budgets, found = tuple(question.budget_bytes(rank) for rank in plan.devices), []
     for crew in crews:
         seconds = [crew.seconds(load, count) for load, count in all_passes]
@@ -195,12 +195,21 @@ def _candidate(question: Question, plan: InferencePlan, crew: Crew) -> Candidate
     )
 
 
-def _memory_bytes(
-    spec: TransformerSpec, plan: InferencePlan, request: InferenceRequest
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """By device: of the weights, and of all that ``request`` takes beside the process."""
+def _memory_bytes(question: Question, plan: InferencePlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """By device: of the weights, and of all that the request takes beside the process."""
+    spec, request = question.spec, question.request
     shares, weights = device_shares(plan, spec), tuple(weights_bytes(plan, spec))
-    more = [working_bytes(spec, share, request, len(shares)) for share in shares]
+    more = [
+        working_bytes(
+            spec,
+            share,
+            request,
+            len(shares),
+            num_sub_blocks=len(part.sub_blocks),
+            returns_freed=question.returns_freed,
+        )
+        for share, part in zip(shares, block_parts(plan, spec), strict=True)
+    ]
     if request.num_new_tokens:
         generating = _generating_bytes(spec, plan, request)
         more = [working + own for working, own in zip(more, generating, strict=True)]

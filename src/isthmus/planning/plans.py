@@ -47,6 +47,8 @@ class Question:
     max_error: float = math.inf
     """Of what is sent, as ``expected_error`` says. Where it is limited, original layers may have a codec each."""
     dtypes: tuple[str, ...] = ("fp32",)
+    returns_freed: bool = False
+    """Whether devices give memory back as soon as it is free, which takes less of it and more time."""
 
     def budget_bytes(self, rank: int) -> int:
         free = self.profile.devices[rank].free_memory_bytes
@@ -186,7 +188,7 @@ def _within_memory(question: Question, even: InferencePlan, weights: tuple[float
     slack = 1.0 / spec.num_layers
     if even.strategy == "tensor":
         slack = 1.0 / spec.num_heads + 16.0 / spec.intermediate_size
-    rest = working_bytes(spec, whole, request, num_devices)
+    rest = working_bytes(spec, whole, request, num_devices, returns_freed=question.returns_freed)
     most = [max(0.0, (question.budget_bytes(rank) - rest) / total - slack) for rank in even.devices]
     parts = [weight / sum(weights) for weight in weights]
     if sum(most) < 1 or all(part <= limit for part, limit in zip(parts, most, strict=True)):
