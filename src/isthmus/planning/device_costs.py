@@ -225,7 +225,7 @@ def working_bytes(
     inner, heads = gates * len(share.columns), 3 * len(share.heads) * spec.head_size
     exchanged = 3 * spec.hidden_size * num_devices
     if returns_freed:
-        values = 4 * spec.hidden_size + max(2 * inner, max(1, num_sub_blocks) * heads, exchanged)
+        values = 5 * spec.hidden_size + max(2 * inner, max(1, num_sub_blocks) * heads, exchanged)
     else:
         values = 8 * spec.hidden_size + 2 * (inner + heads) + exchanged
     largest = spec.hidden_size * max(inner, heads)
