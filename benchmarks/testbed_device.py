@@ -259,17 +259,17 @@ def grid(device: Device) -> dict[str, Any]:
         device.tell(f"planning, memory {memory}")
         question = device.question("decoupled", profile, DEFAULT_TOKENS, memory_bytes=memory_bytes)
         residency = plans_to_keep(question)
-        question, kept = replace(question, returns_freed=residency.returns_freed), residency.plans
+        question, kept = replace(question, is_frugal=residency.is_frugal), residency.plans
         planners[memory] = question, kept, RuntimePlanner(question, kept)
-    returning = [memory for memory, (question, *_) in planners.items() if question.returns_freed]
-    if share_texts(device.group, " ".join(returning))[0]:  # all plans are timed on the same devices
+    frugal = [memory for memory, (question, *_) in planners.items() if question.is_frugal]
+    if share_texts(device.group, " ".join(frugal))[0]:  # all plans are timed alike, though layers are not in parts
         return_freed_memory()
     cells, rows = list[dict[str, Any]](), []
     for tokens in device.job["tokens"]:
         entries = device.agree(lambda tokens=tokens: _weighed(planners, tokens, device.job["within"], cells))
         rows += device.time(entries, tokens, _repeats(device, entries))
     found = {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile))}
-    return found | {"memories_returned": returning}
+    return found | {"frugal_memories": frugal}
 
 
 def _weighed(planners: dict[str, Planners], tokens: int, within: float, cells: list[dict[str, Any]]) -> list[Entry]:

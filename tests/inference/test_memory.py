@@ -97,7 +97,7 @@ def test_tensors_take_no_more_at_once_than_is_estimated(
     attended_BT[0, -5:] = not is_padded
 
     def work(group: Group | None) -> tuple[int, int]:
-        with Engine(decoupled_bert, arranged=Arrangement(group=group, plans=plans)) as engine:
+        with Engine(decoupled_bert, arranged=Arrangement(group=group, plans=plans, is_frugal=True)) as engine:
             if not engine.is_leader:
                 engine.follow()
                 return 0, 0
@@ -108,7 +108,7 @@ def test_tensors_take_no_more_at_once_than_is_estimated(
                 request,
                 num_devices,
                 num_sub_blocks=len(part.sub_blocks),
-                returns_freed=True,
+                is_frugal=True,
             )
             engine.mean(ids_BT, attended_BT)
             return live_bytes(engine, ids_BT, attended_BT), needed

@@ -40,12 +40,12 @@ def elements(piece: Piece) -> set[tuple[object, ...]]:
 
 @given(wanted=st.sets(pieces(), max_size=8))
 def test_parts_are_all_of_their_piece_and_overlap_nowhere(wanted: set[Piece]) -> None:
-    found = cut(BERT, wanted)
+    found = cut(BERT, wanted, is_frugal=True)
     assert found.keys() == wanted
     for piece, parts in found.items():
         own = [elements(part) for part in parts]
         assert set().union(*own) == elements(piece) and sum(map(len, own)) == len(elements(piece))
-    kept = [elements(part) for part in parts_of(BERT, wanted)]
+    kept = [elements(part) for part in parts_of(BERT, wanted, is_frugal=True)]
     assert sum(map(len, kept)) == len(set().union(*kept))
 
 
@@ -57,13 +57,19 @@ def test_what_is_held_is_every_head_and_column_once(wanted: set[Piece]) -> None:
         "head": 4 * BERT.attention_numel // BERT.num_heads,
         "column": 4 * BERT.mlp_numel // BERT.intermediate_size,
     }
-    assert held_bytes(BERT, wanted) == sum(bytes_of[str(element[3])] for element in every)
+    assert held_bytes(BERT, wanted, is_frugal=True) == sum(bytes_of[str(element[3])] for element in every)
+
+
+def test_devices_that_are_not_frugal_keep_pieces_whole() -> None:
+    whole = Piece.of_layer(0, LayerShare.whole(BERT), "fp32")
+    half = replace(whole, heads=Range(start=0, stop=6))
+    assert cut(BERT, {whole, half}, is_frugal=False) == {whole: (whole,), half: (half,)}
 
 
 def test_one_piece_of_a_layer_is_not_cut() -> None:
     plan = InferencePlan.even("tensor", 2)
     wanted = pieces_on(0, (plan, replace(plan, algorithm="mesh")), BERT)
-    assert cut(BERT, wanted) == {piece: (piece,) for piece in wanted}
+    assert cut(BERT, wanted, is_frugal=True) == {piece: (piece,) for piece in wanted}
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 2.0)])
@@ -73,12 +79,12 @@ def test_a_part_of_layers_that_are_there_takes_no_memory_more(weights: tuple[flo
         InferencePlan(strategy="block", devices=(0, 1), weights=weights, originals=(way,) * 4)
         for way in ("tokens", "tensor")
     )
-    assert resident_bytes((whole, part), spec, 2) == resident_bytes((whole,), spec, 2)
-    assert resident_bytes((part,), spec, 2) < resident_bytes((whole,), spec, 2)
+    assert resident_bytes((whole, part), spec, 2, is_frugal=True) == resident_bytes((whole,), spec, 2, is_frugal=True)
+    assert resident_bytes((part,), spec, 2, is_frugal=True) < resident_bytes((whole,), spec, 2, is_frugal=True)
 
 
 def test_pieces_of_decoders_stay_as_their_kernels_read_them() -> None:
     whole = Piece.of_layer(0, LayerShare.whole(LLAMA), "fp32")
     half = replace(whole, heads=Range(start=0, stop=6))
-    assert cut(LLAMA, {whole, half}) == {whole: (whole,), half: (half,)}
-    assert held_bytes(LLAMA, {whole, half}) == whole.num_bytes(LLAMA) + half.num_bytes(LLAMA)
+    assert cut(LLAMA, {whole, half}, is_frugal=True) == {whole: (whole,), half: (half,)}
+    assert held_bytes(LLAMA, {whole, half}, is_frugal=True) == whole.num_bytes(LLAMA) + half.num_bytes(LLAMA)

@@ -46,13 +46,11 @@ def situations(asked: Question) -> list[Question]:
     ]
 
 
-def cost_of(
-    spec: TransformerSpec, kept: Sequence[Sequence[Weighed]], fastest_s: list[float], chosen: InferencePlan
-) -> float:
+def cost_of(asked: Question, kept: Sequence[Sequence[Weighed]], fastest_s: list[float], chosen: InferencePlan) -> float:
     """What the search minimises, by its definition; infinite where some situation is left without a plan. ``kept``: by
     plan and situation."""
     plans = [own[0].plan for own in kept]
-    resident = resident_bytes(plans, spec, 3)
+    resident = resident_bytes(plans, asked.spec, 3, is_frugal=asked.is_frugal)
     losses, is_chosen_there = [], False
     for number, (weighed, best_s) in enumerate(zip(zip(*kept, strict=True), fastest_s, strict=True)):
         there = [each for each in weighed if fits_beside(each, resident)]
@@ -90,9 +88,9 @@ def test_no_other_plans_lose_less(form: str, memory_mib: int, monkeypatch: pytes
     except IsthmusError as error:
         assert "memory: no plan fits" in str(error)
         with pytest.raises(IsthmusError):
-            choose(replace(asked, returns_freed=True))
+            choose(replace(asked, is_frugal=True))
         return
-    asked = replace(asked, returns_freed=kept.returns_freed)
+    asked = replace(asked, is_frugal=kept.is_frugal)
     all_asked = situations(asked)
     pools = [[each for each in weigh(situation) if each.fits] for situation in all_asked]
     every = list(dict.fromkeys(each.plan for pool in pools for each in pool))
@@ -102,20 +100,20 @@ def test_no_other_plans_lose_less(form: str, memory_mib: int, monkeypatch: pytes
     small = [min(pool, key=lambda each: max(each.memory_bytes)).plan for pool in pools if pool]
     others = list(dict.fromkeys([*kept.plans, chosen, *small, *fast]))[:10]
     weighed = [[predict(situation, plan) for situation in all_asked] for plan in others]
-    cost = cost_of(spec, weighed[: len(kept.plans)], fastest_s, chosen)
+    cost = cost_of(asked, weighed[: len(kept.plans)], fastest_s, chosen)
     price = (len(kept.plans) - 1) * residency._PRICE + (0 if chosen in kept.plans else residency._FAVOUR)
     assert math.log(kept.loss) + price == pytest.approx(cost)
     for size in range(1, 4):
         for some in itertools.combinations(weighed, size):
-            assert cost <= cost_of(spec, some, fastest_s, chosen) + 1e-9
+            assert cost <= cost_of(asked, some, fastest_s, chosen) + 1e-9
 
 
 @pytest.mark.parametrize("memory_mib", [180, 210, 230, 270])
 def test_in_every_situation_that_some_plan_fits_one_that_is_kept_does(memory_mib: int) -> None:
     asked = question(decoupled(), memory_mib)
     found = plans_to_keep(asked)
-    asked, kept = replace(asked, returns_freed=found.returns_freed), found.plans
-    resident, num_checked = resident_bytes(kept, asked.spec, 3), 0
+    asked, kept = replace(asked, is_frugal=found.is_frugal), found.plans
+    resident, num_checked = resident_bytes(kept, asked.spec, 3, is_frugal=asked.is_frugal), 0
     for situation in situations(asked):
         if any(each.fits for each in weigh(situation)):
             num_checked += 1
@@ -125,7 +123,7 @@ def test_in_every_situation_that_some_plan_fits_one_that_is_kept_does(memory_mib
 
 def test_what_was_asked_for_comes_first_where_there_is_room() -> None:
     spec = decoupled()
-    short = replace(question(spec, 230), returns_freed=True)
+    short = replace(question(spec, 230), is_frugal=True)
     ample, tight = plans_to_keep(question(spec)), plans_to_keep(short)
     assert ample.plans[0] == choose(question(spec)).chosen.plan
     assert ample.loss < 1.01 < tight.loss
@@ -138,22 +136,20 @@ def test_what_was_asked_for_comes_first_where_there_is_room() -> None:
 def test_layers_that_do_not_fit_as_a_whole_are_divided_and_the_others_not(memory_mib: int) -> None:
     """Faster than all plans that compute every original layer in one way, and fit."""
     kept = plans_to_keep(question(decoupled(), memory_mib))
-    asked = replace(question(decoupled(), memory_mib), returns_freed=kept.returns_freed)
+    asked = replace(question(decoupled(), memory_mib), is_frugal=kept.is_frugal)
     alike = [each.latency_s for each in weigh(asked) if each.fits and len(set(each.plan.originals)) < 2]
     first = predict(asked, kept.plans[0])
     assert "tensor" in first.plan.originals and set(first.plan.originals) - {"tensor"}
     assert first.latency_s < 0.95 * min(alike)
 
 
-def test_memory_is_given_back_at_once_only_where_that_gains() -> None:
+def test_devices_are_frugal_only_where_that_gains() -> None:
     found = {mib: plans_to_keep(question(decoupled(), mib)) for mib in (170, 240, 1000)}
-    assert {mib: each.returns_freed for mib, each in found.items()} == {170: True, 240: True, 1000: False}
+    assert {mib: each.is_frugal for mib, each in found.items()} == {170: True, 240: True, 1000: False}
     at_ease = residency._kept(question(decoupled(), 240))
-    returning = residency._kept(replace(question(decoupled(), 240), returns_freed=True))
-    assert returning.residency == found[240]
-    assert returning.num_situations > at_ease.num_situations or (
-        at_ease.mean_log_s - returning.mean_log_s > math.log(1.05)
-    )
+    frugal = residency._kept(replace(question(decoupled(), 240), is_frugal=True))
+    assert frugal.residency == found[240]
+    assert frugal.num_situations > at_ease.num_situations or (at_ease.mean_log_s - frugal.mean_log_s > math.log(1.05))
     with pytest.raises(IsthmusError, match="memory: no plan fits"):
         choose(question(decoupled(), 170))
 

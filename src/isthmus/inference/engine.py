@@ -312,5 +312,5 @@ class Engine:
         """Weights that are not needed any more make room for those that are."""
         mine = arranged.group.rank if arranged.group is not None else 0
         needed = pieces_on(mine, arranged.plans, self.spec)
-        for part in self._known.keys() - parts_of(self.spec, needed):
+        for part in self._known.keys() - parts_of(self.spec, needed, is_frugal=arranged.is_frugal):
             del self._known[part]

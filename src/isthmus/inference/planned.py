@@ -51,7 +51,7 @@ class _Told:
     """What the leader has planned; ``error`` where nothing fits."""
 
     plans: tuple[InferencePlan, ...] = ()
-    returns_freed: bool = False
+    is_frugal: bool = False
     error: str = ""
 
 
@@ -127,18 +127,18 @@ class Planner:
         if group.rank == 0:
             try:
                 residency = plans_to_keep(question)
-                question = replace(question, returns_freed=residency.returns_freed)
+                question = replace(question, is_frugal=residency.is_frugal)
                 self.tell(_describe(residency, question))
-                told = _Told(plans=residency.plans, returns_freed=residency.returns_freed)
+                told = _Told(plans=residency.plans, is_frugal=residency.is_frugal)
             except IsthmusError as error:
                 told = _Told(error=str(error))
         told = from_json(_Told, share_texts(group, to_json(told))[0])
         if told.error:
             raise IsthmusError(told.error)
-        if told.returns_freed:
+        if told.is_frugal:
             return_freed_memory()
         planner = RuntimePlanner(question, told.plans) if group.rank == 0 else None
-        return Arrangement(group=group, plans=told.plans, planner=planner)
+        return Arrangement(group=group, plans=told.plans, planner=planner, is_frugal=told.is_frugal)
 
 
 @dataclass

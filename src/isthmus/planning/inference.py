@@ -206,7 +206,7 @@ def _memory_bytes(question: Question, plan: InferencePlan) -> tuple[tuple[int, .
             request,
             len(shares),
             num_sub_blocks=len(part.sub_blocks),
-            returns_freed=question.returns_freed,
+            is_frugal=question.is_frugal,
         )
         for share, part in zip(shares, block_parts(plan, spec), strict=True)
     ]

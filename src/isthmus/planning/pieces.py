@@ -1,4 +1,5 @@
-"""What the devices of a plan hold of the model's layers, piece by piece: what plans have in common is kept once."""
+"""What the devices of a plan hold of the model's layers, piece by piece: plans that share a piece keep it once,
+and on frugal devices what pieces have in common too."""
 
 from __future__ import annotations
 
@@ -70,17 +71,18 @@ def pieces_of(plan: InferencePlan, spec: TransformerSpec) -> list[tuple[Piece, .
     return found
 
 
-def are_cut(spec: TransformerSpec) -> bool:
-    """Whether what pieces have in common is kept once. A decoder keeps matrices as ``decode.c`` reads them, in one."""
+def can_be_cut(spec: TransformerSpec) -> bool:
+    """Whether a layer may be kept in parts. A decoder keeps its matrices as ``decode.c`` reads them, in one."""
     return not spec.is_decoder and spec.heads_per_kv_head == 1
 
 
-def cut(spec: TransformerSpec, pieces: Iterable[Piece]) -> dict[Piece, tuple[Piece, ...]]:
-    """What to keep for each of ``pieces``: itself, or parts of it of which others consist too. What is kept for all of
-    them overlaps nowhere. A layer that is cut is so into heads alone and columns alone, each in order."""
+def cut(spec: TransformerSpec, pieces: Iterable[Piece], *, is_frugal: bool) -> dict[Piece, tuple[Piece, ...]]:
+    """What to keep for each of ``pieces``: itself or, on devices that are frugal (``Question.is_frugal``), parts of it
+    of which others consist too: what is kept for all of them then overlaps nowhere. A layer that is cut is so into
+    heads alone and columns alone, each in order."""
     alike: dict[tuple[object, ...], set[Piece]] = defaultdict(set)
     for piece in pieces:
-        alike[(piece.layer, piece.sub_block, piece.dtype) if are_cut(spec) else (piece,)].add(piece)
+        alike[(piece.layer, piece.sub_block, piece.dtype) if is_frugal and can_be_cut(spec) else (piece,)].add(piece)
     found: dict[Piece, tuple[Piece, ...]] = {}
     for own in alike.values():
         if len(own) == 1:
@@ -115,14 +117,14 @@ def pieces_on(rank: int, plans: Iterable[InferencePlan], spec: TransformerSpec) 
     return found
 
 
-def parts_of(spec: TransformerSpec, pieces: Iterable[Piece]) -> set[Piece]:
-    """What is kept for all of them."""
-    return {part for parts in cut(spec, pieces).values() for part in parts}
+def parts_of(spec: TransformerSpec, pieces: Iterable[Piece], *, is_frugal: bool) -> set[Piece]:
+    """What is kept for all of them (``cut``)."""
+    return {part for parts in cut(spec, pieces, is_frugal=is_frugal).values() for part in parts}
 
 
-def held_bytes(spec: TransformerSpec, pieces: Iterable[Piece]) -> int:
-    """Of all of them, what they have in common counted once."""
-    return sum(part.num_bytes(spec) for part in parts_of(spec, pieces))
+def held_bytes(spec: TransformerSpec, pieces: Iterable[Piece], *, is_frugal: bool = False) -> int:
+    """Of what is kept for all of them, each piece once."""
+    return sum(part.num_bytes(spec) for part in parts_of(spec, pieces, is_frugal=is_frugal))
 
 
 def weights_bytes(plan: InferencePlan, spec: TransformerSpec) -> list[int]:
@@ -141,6 +143,8 @@ def weights_bytes(plan: InferencePlan, spec: TransformerSpec) -> list[int]:
     return found
 
 
-def resident_bytes(plans: Sequence[InferencePlan], spec: TransformerSpec, num_devices: int) -> list[int]:
+def resident_bytes(
+    plans: Sequence[InferencePlan], spec: TransformerSpec, num_devices: int, *, is_frugal: bool = False
+) -> list[int]:
     """Of the weights of all ``plans`` together on each of ``num_devices``, by rank."""
-    return [held_bytes(spec, pieces_on(rank, plans, spec)) for rank in range(num_devices)]
+    return [held_bytes(spec, pieces_on(rank, plans, spec), is_frugal=is_frugal) for rank in range(num_devices)]

@@ -49,8 +49,9 @@ class Question:
     max_error: float = math.inf
     """Of what is sent, as ``expected_error`` says. Where it is limited, original layers may have a codec each."""
     dtypes: tuple[str, ...] = ("fp32",)
-    returns_freed: bool = False
-    """Whether devices give memory back as soon as it is free, which takes less of it and more time."""
+    is_frugal: bool = False
+    """Whether devices give memory back as soon as it is free, and keep once what plans have in common of a layer, in
+    parts. It takes less memory and more time."""
 
     def budget_bytes(self, rank: int) -> int:
         free = self.profile.devices[rank].free_memory_bytes
@@ -145,7 +146,7 @@ def _block_plans(question: Question, plan: InferencePlan, crew: Crew) -> Iterato
 def _is_memory_short(question: Question, plan: InferencePlan) -> bool:
     """Whether some device has too little for original layers as a whole."""
     spec, request, num_devices = question.spec, question.request, len(plan.devices)
-    rest = working_bytes(spec, LayerShare.whole(spec), request, num_devices, returns_freed=question.returns_freed)
+    rest = working_bytes(spec, LayerShare.whole(spec), request, num_devices, is_frugal=question.is_frugal)
     needs = zip(plan.devices, weights_bytes(plan, spec), strict=True)
     return any(own + rest > question.budget_bytes(rank) for rank, own in needs)
 
@@ -205,7 +206,7 @@ def _within_memory(question: Question, even: InferencePlan, weights: tuple[float
     slack = 1.0 / spec.num_layers
     if even.strategy == "tensor":
         slack = 1.0 / spec.num_heads + 16.0 / spec.intermediate_size
-    rest = working_bytes(spec, whole, request, num_devices, returns_freed=question.returns_freed)
+    rest = working_bytes(spec, whole, request, num_devices, is_frugal=question.is_frugal)
     most = [max(0.0, (question.budget_bytes(rank) - rest) / total - slack) for rank in even.devices]
     parts = [weight / sum(weights) for weight in weights]
     if sum(most) < 1 or all(part <= limit for part, limit in zip(parts, most, strict=True)):

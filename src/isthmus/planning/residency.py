@@ -29,10 +29,10 @@ SLOWDOWNS = (1.0, 4.0, 16.0)
 _MISSING = 1e3
 """Lost where nothing that is kept fits: more than anything else could be."""
 _PRICE = math.log(1.001)
-"""Of every plan but the first, as if it lost that much: to read its weights takes time, and memory that others want,
-though mostly it shares them."""
-_RETURNING = math.log(1.05)
-"""What giving freed memory back at once must gain: it makes requests slower, by 1 % of 128 tokens and 15 % of 512."""
+"""Of every plan but the first, as if it lost that much: to read its weights takes time, and memory that others want."""
+_FRUGALITY = math.log(1.05)
+"""What being frugal with memory must gain, since requests take longer: measured, 1 % with 128 tokens and 15 % with 512
+for giving it back, and some of the time of layers that are in parts."""
 _FAVOUR = math.log(1.01)
 """What others may lose for keeping the best plan of what was asked for."""
 _EXACT_UP_TO = 4
@@ -52,9 +52,8 @@ class Residency:
     loss: float
     reason: str
     """For the first one, in one sentence."""
-    returns_freed: bool = False
-    """Whether devices are to give memory back as soon as it is free (``Question.returns_freed``): all that is kept is
-    chosen for that."""
+    is_frugal: bool = False
+    """Whether devices are to be frugal with memory (``Question.is_frugal``): all that is kept is chosen for that."""
 
 
 def slowed(profile: ClusterProfile, factors: Sequence[float]) -> ClusterProfile:
@@ -87,30 +86,30 @@ def requests(question: Question) -> list[InferenceRequest]:
 
 def plans_to_keep(question: Question) -> Residency:
     """The plans that lose least over all situations, of those that leave no situation without a plan although one would
-    fit: weights are there together, what plans have in common once, and beside them what a request takes. Exact for few
+    fit: weights are there together, each piece once, and beside them what a request takes. Exact for few
     devices, unless the search is cut short. The first is the best of them for ``question``; what ``choose`` takes is
-    among them unless that costs the others more than 1 %. Where memory is short, devices may have to give it back as
-    soon as it is free: if more kinds of requests fit then, or all are faster by 5 % on the mean.
+    among them unless that costs the others more than 1 %. Where memory is short, devices may have to be frugal
+    with it: if more kinds of requests fit then, or all are faster by 5 % on the mean.
 
     Raises ``IsthmusError`` where nothing fits ``question``.
     """
     try:
         found = _kept(question)
     except IsthmusError:
-        if question.returns_freed:
+        if question.is_frugal:
             raise
-        return _kept(replace(question, returns_freed=True)).residency
-    if found.is_free or question.returns_freed:
+        return _kept(replace(question, is_frugal=True)).residency
+    if found.is_free or question.is_frugal:
         return found.residency
-    returning = _kept(replace(question, returns_freed=True))
-    gain = found.mean_log_s - returning.mean_log_s
-    is_better = returning.num_situations > found.num_situations or gain > _RETURNING
-    return (returning if is_better else found).residency
+    frugal = _kept(replace(question, is_frugal=True))
+    gain = found.mean_log_s - frugal.mean_log_s
+    is_better = frugal.num_situations > found.num_situations or gain > _FRUGALITY
+    return (frugal if is_better else found).residency
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kept:
-    """What is kept under one way of freeing memory, and how well that is."""
+    """What is kept by devices that are frugal, or by others, and how well that is."""
 
     residency: Residency
     num_situations: int
@@ -122,7 +121,7 @@ class _Kept:
 
 
 def _kept(question: Question) -> _Kept:
-    """As ``plans_to_keep``, for one way of freeing memory."""
+    """As ``plans_to_keep``, on devices that are as frugal as ``question`` says."""
     asked = [replace(question, request=request) for request in requests(question)]
     weighed = [weigh_slowed(each, SLOWDOWNS) for each in asked]
     choice, reason = pick(question, weighed[0][0])
@@ -147,7 +146,7 @@ def _kept(question: Question) -> _Kept:
         plans=tuple(dict.fromkeys(offers[number].plan for number in best)),
         loss=math.exp(mean_loss),
         reason=reason,
-        returns_freed=question.returns_freed,
+        is_frugal=question.is_frugal,
     )
     all_fit = all(each.fits for by_links in weighed for own in by_links for each in own)
     return _Kept(
@@ -299,7 +298,11 @@ def _parts_of(plans: Sequence[InferencePlan], question: Question) -> tuple[list[
     same plans on the same devices is one part."""
     spec = question.spec
     pieces = {plan: pieces_of(plan, spec) for plan in plans}
-    kept = cut(spec, {piece for by_device in pieces.values() for own in by_device for piece in own})
+    kept = cut(
+        spec,
+        {piece for by_device in pieces.values() for own in by_device for piece in own},
+        is_frugal=question.is_frugal,
+    )
     numbers: dict[Piece, int] = {}
     numbered = {piece: [numbers.setdefault(part, len(numbers)) for part in parts] for piece, parts in kept.items()}
     where: list[list[tuple[int, int]]] = [[] for _ in numbers]
