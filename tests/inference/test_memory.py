@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,9 @@ def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
 def decoupled_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As wide in proportion as BERT-base, so that what a layer has at once is in the same proportions."""
     directory = tmp_path_factory.mktemp("decoupled")
-    size = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=3, vocab_size=99)
+    size: dict[str, Any] = dict(
+        hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=3, vocab_size=99
+    )
     config = decoupled_config(BertConfig(**size), {"num_sub_blocks": 4, "original_layers": [1]})
     AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(directory)
     return directory
@@ -74,8 +77,8 @@ def live_bytes(engine: Engine, ids_BT: torch.Tensor, attended_BT: torch.Tensor) 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         engine.mean(ids_BT, attended_BT)
     live = most = 0
-    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
-    for event in profiled.profiler.kineto_results.events():
+    profiler: Any = profiled.profiler
+    for event in profiler.kineto_results.events():
         live += event.nbytes() if event.name() == "[memory]" else 0
         most = max(most, live)
     return most

@@ -34,7 +34,7 @@ def pieces(draw: st.DrawFn, spec: TransformerSpec = BERT) -> Piece:
 def elements(piece: Piece) -> set[tuple[object, ...]]:
     """Heads and columns of the piece, one by one."""
     where = piece.layer, piece.sub_block, piece.dtype
-    heads = {(*where, "head", number) for number in range(piece.heads.start, piece.heads.stop)}
+    heads: set[tuple[object, ...]] = {(*where, "head", number) for number in range(piece.heads.start, piece.heads.stop)}
     return heads | {(*where, "column", number) for number in range(piece.columns.start, piece.columns.stop)}
 
 
