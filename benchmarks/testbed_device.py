@@ -251,9 +251,9 @@ def _of_everybody(question: Question) -> list[Candidate]:
 
 
 def grid(device: Device) -> dict[str, Any]:
-    """For every number of tokens, with the job's ``memory``: the runtime planner's choice among the plans that the static
-    one keeps, and every kind of plan that is predicted to take at most ``within`` times the fastest one's seconds.
-    Devices are as frugal as the static planner says, but for layers in parts: each plan has its own."""
+    """For every number of tokens, with the job's ``memory``: the runtime planner's choice among the plans that the
+    static one keeps, and every kind of plan that is predicted to take at most ``within`` times the fastest one's
+    seconds. Devices are as frugal as the static planner says, but for layers in parts: each plan has its own."""
     profile = device.measure("decoupled")
     memory, planned = device.job["memory"], None
     if device.is_leader:
