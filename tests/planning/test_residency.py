@@ -146,8 +146,9 @@ def test_layers_that_do_not_fit_as_a_whole_are_divided_and_the_others_not(memory
 def test_devices_are_frugal_only_where_that_gains() -> None:
     found = {mib: plans_to_keep(question(decoupled(), mib)) for mib in (170, 240, 1000)}
     assert {mib: each.is_frugal for mib, each in found.items()} == {170: True, 240: True, 1000: False}
-    at_ease = residency._kept(question(decoupled(), 240))
-    frugal = residency._kept(replace(question(decoupled(), 240), is_frugal=True))
+    asked = question(decoupled(), 240)
+    weighed = [weigh_slowed(replace(asked, request=each), residency.SLOWDOWNS) for each in requests(asked)]
+    at_ease, frugal = residency._kept(asked, weighed), residency._kept_frugally(asked, weighed)
     assert frugal.residency == found[240]
     assert frugal.num_situations > at_ease.num_situations or (at_ease.mean_log_s - frugal.mean_log_s > math.log(1.05))
     with pytest.raises(IsthmusError, match="memory: no plan fits"):

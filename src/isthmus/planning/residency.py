@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.planning.inference import Weighed, costs_of, forecast, pick, weigh_slowed
+from isthmus.planning.inference import Weighed, costs_of, forecast, pick, weigh_slowed, with_memory_of
 from isthmus.planning.pieces import Piece, cut, pieces_of
 from isthmus.planning.plans import Question
 from isthmus.spec.cluster import ClusterProfile
@@ -93,15 +93,16 @@ def plans_to_keep(question: Question) -> Residency:
 
     Raises ``IsthmusError`` where nothing fits ``question``.
     """
+    weighed = [weigh_slowed(replace(question, request=each), SLOWDOWNS) for each in requests(question)]
     try:
-        found = _kept(question)
+        found = _kept(question, weighed)
     except IsthmusError:
         if question.is_frugal:
             raise
-        return _kept(replace(question, is_frugal=True)).residency
+        return _kept_frugally(question, weighed).residency
     if found.is_free or question.is_frugal:
         return found.residency
-    frugal = _kept(replace(question, is_frugal=True))
+    frugal = _kept_frugally(question, weighed)
     gain = found.mean_log_s - frugal.mean_log_s
     is_better = frugal.num_situations > found.num_situations or gain > _FRUGALITY
     return (frugal if is_better else found).residency
@@ -120,10 +121,20 @@ class _Kept:
     """Whether memory excludes no plan in any situation, and what is kept loses next to nothing."""
 
 
-def _kept(question: Question) -> _Kept:
-    """As ``plans_to_keep``, on devices that are as frugal as ``question`` says."""
+def _kept_frugally(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) -> _Kept:
+    """What is kept if devices are frugal; ``weighed`` for others. Parts of a plain model depend on memory."""
+    asked = [replace(question, request=each, is_frugal=True) for each in requests(question)]
+    if question.spec.decoupling is None:
+        weighed = [weigh_slowed(each, SLOWDOWNS) for each in asked]
+    else:
+        weighed = [with_memory_of(each, own) for each, own in zip(asked, weighed, strict=True)]
+    return _kept(replace(question, is_frugal=True), weighed)
+
+
+def _kept(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) -> _Kept:
+    """As ``plans_to_keep``, on devices that are as frugal as ``question`` says. ``weighed``: plans by request and
+    slowdown of links."""
     asked = [replace(question, request=request) for request in requests(question)]
-    weighed = [weigh_slowed(each, SLOWDOWNS) for each in asked]
     choice, reason = pick(question, weighed[0][0])
     fitting = [[each for each in own if each.fits] for by_links in weighed for own in by_links]
     num_devices = len(question.profile.devices)
