@@ -30,6 +30,7 @@ from isthmus.testbed import Testbed
 PARTS = ("exact", "latency", "overlap", "generation", "uneven", "drop", "grid")
 LATENCY_MBIT = (1000, 250, 200, 125, 50, 25)
 OVERLAP_MBIT = (125, 50, 25)
+GRID_MEMORIES = ("ample", "tight")
 GRID_MBIT, GRID_TOKENS, GRID_DEVICES = (1000, 250, 125, 50, 25), (1, 16, 128, 512), (2, 3, 4)
 SLOW_MBIT = 50
 """From here down the baselines take seconds, and half as many requests tell as much."""
@@ -40,6 +41,8 @@ def main() -> None:
     parts = arguments.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise SystemExit(f"parts: got {', '.join(sorted(unknown))}, wanted some of {', '.join(PARTS)}")
+    if unknown := set(arguments.memories.split(",")) - set(GRID_MEMORIES):
+        raise SystemExit(f"memories: got {', '.join(sorted(unknown))}, wanted some of {', '.join(GRID_MEMORIES)}")
     bench = Bench(arguments)
     found: dict[str, Any] = {}
     if set(parts) - {"uneven"}:
@@ -77,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--within", type=float, default=1.5, help="plans of the grid predicted to be slower are left out"
     )
+    parser.add_argument("--memories", default=",".join(GRID_MEMORIES), help="of the grid")
     parser.add_argument("--tight", type=float, default=0.75, help="memory of a device, by that of all weights")
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--uneven", default="0.2,0.45,0.6,0.6", help="cores, the leader's first")
@@ -257,19 +261,21 @@ class Bench:
         for num_devices in (2, 4) if quick else GRID_DEVICES:
             for mbit in self._bandwidths((1000, 125, 25) if quick else GRID_MBIT):
                 testbed.set_bandwidth(mbit)
-                job = {
-                    "kind": "grid",
-                    "models": self._bert("decoupled"),
-                    "tokens": list((16, 128) if quick else GRID_TOKENS),
-                    "tight": self._arguments.tight,
-                    "within": self._arguments.within,
-                    "repeats": 3 if quick else self._arguments.grid_repeats,
-                    "cell_s": self._arguments.cell_seconds / (2 if quick else 1),
-                    "refresh": True,
-                }
-                folder = f"grid/{num_devices}-devices-{mbit}-mbit"
-                found = self._run(testbed, folder, job, devices=range(num_devices))
-                cells.append({"num_devices": num_devices, "mbit_per_s": mbit, **found})
+                for memory in self._arguments.memories.split(","):
+                    job = {
+                        "kind": "grid",
+                        "models": self._bert("decoupled"),
+                        "tokens": list((16, 128) if quick else GRID_TOKENS),
+                        "memory": memory,
+                        "tight": self._arguments.tight,
+                        "within": self._arguments.within,
+                        "repeats": 3 if quick else self._arguments.grid_repeats,
+                        "cell_s": self._arguments.cell_seconds / (2 if quick else 1),
+                        "refresh": True,
+                    }
+                    folder = f"grid/{num_devices}-devices-{mbit}-mbit-{memory}"
+                    found = self._run(testbed, folder, job, devices=range(num_devices))
+                    cells.append({"num_devices": num_devices, "mbit_per_s": mbit, **found})
         return cells
 
     def _bandwidths(self, usual: Sequence[int]) -> Sequence[int]:

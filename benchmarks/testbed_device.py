@@ -43,6 +43,7 @@ from isthmus.reporting.environment import environment
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
+from isthmus.training.heap import return_freed_memory
 from isthmus.transport.base import Group
 from isthmus.transport.gloo import GlooGroup
 from isthmus.transport.rendezvous import read_environment
@@ -52,7 +53,7 @@ Job = dict[str, Any]
 TIMEOUT_S = 300.0
 DEFAULT_TOKENS = 128
 """That the static planner expects where nothing is said (``open_engine``)."""
-Planners = tuple[Question, tuple[InferencePlan, ...], RuntimePlanner]
+Planned = tuple[Question, tuple[InferencePlan, ...], RuntimePlanner]
 """What was planned for, the plans that are kept for it, and who chooses among them."""
 
 
@@ -250,33 +251,39 @@ def _of_everybody(question: Question) -> list[Candidate]:
 
 
 def grid(device: Device) -> dict[str, Any]:
-    """For every number of tokens and both memories: the runtime planner's choice among the plans that the static one
-    keeps, and every kind of plan that is predicted to take at most ``within`` times the fastest one's seconds."""
+    """For every number of tokens, with the job's ``memory``: the runtime planner's choice among the plans that the
+    static one keeps, and every kind of plan that is predicted to take at most ``within`` times the fastest one's
+    seconds. Devices are as frugal as the static planner says, but for layers in parts: each plan has its own."""
     profile = device.measure("decoupled")
-    planners: dict[str, Planners] = {}
-    for memory, memory_bytes in {"ample": (), "tight": _tight(device, profile)}.items() if device.is_leader else ():
+    memory, planned = device.job["memory"], None
+    if device.is_leader:
         device.tell(f"planning, memory {memory}")
-        question = device.question("decoupled", profile, DEFAULT_TOKENS, memory_bytes=memory_bytes)
-        kept = plans_to_keep(question).plans
-        planners[memory] = question, kept, RuntimePlanner(question, kept)
+        limits = _tight(device, profile) if memory == "tight" else ()
+        question = device.question("decoupled", profile, DEFAULT_TOKENS, memory_bytes=limits)
+        residency = plans_to_keep(question)
+        question = replace(question, is_frugal=residency.is_frugal)
+        planned = question, residency.plans, RuntimePlanner(question, residency.plans)
+    is_frugal = planned is not None and planned[0].is_frugal
+    if share_texts(device.group, "frugal" if is_frugal else "")[0]:
+        return_freed_memory()
     cells, rows = list[dict[str, Any]](), []
     for tokens in device.job["tokens"]:
-        entries = device.agree(lambda tokens=tokens: _weighed(planners, tokens, device.job["within"], cells))
+        entries = device.agree(lambda tokens=tokens: _weighed(planned, tokens, device.job, cells))
         rows += device.time(entries, tokens, _repeats(device, entries))
-    return {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile))}
+    return {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile)), "is_frugal": is_frugal}
 
 
-def _weighed(planners: dict[str, Planners], tokens: int, within: float, cells: list[dict[str, Any]]) -> list[Entry]:
-    """What is to be timed; a cell for each memory comes into ``cells``."""
-    plans: dict[InferencePlan, Candidate] = {}
-    for memory, (question, kept, planner) in planners.items():
-        asked = replace(question, request=replace(question.request, num_tokens=tokens))
-        choice = predict(asked, kept[planner.choose(asked.request)])
-        candidates = [choice, *_kinds([each for each in weigh(asked) if each.fits], within)]
-        plans |= {each.plan: each for each in candidates}
-        cell = {"tokens": tokens, "memory": memory, "num_resident": len(kept), "choice_fits": choice.fits}
-        fitting = [json.loads(to_json(each.plan)) for each in candidates]
-        cells.append({**cell, "choice": fitting[0], "fitting": fitting})
+def _weighed(planned: Planned | None, tokens: int, job: Job, cells: list[dict[str, Any]]) -> list[Entry]:
+    """What is to be timed, by the leader; a cell comes into ``cells``."""
+    assert planned is not None
+    question, kept, planner = planned
+    asked = replace(question, request=replace(question.request, num_tokens=tokens))
+    choice = predict(asked, kept[planner.choose(asked.request)])
+    candidates = [choice, *_kinds([each for each in weigh(asked) if each.fits], job["within"])]
+    fitting = [json.loads(to_json(each.plan)) for each in candidates]
+    cell = {"tokens": tokens, "memory": job["memory"], "num_resident": len(kept), "choice_fits": choice.fits}
+    cells.append({**cell, "choice": fitting[0], "fitting": fitting})
+    plans = {each.plan: each for each in candidates}
     return [Entry(label=_name(plan), model="decoupled", plan=plan, predicted=each) for plan, each in plans.items()]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from isthmus.inference.kernels import MOST_ROWS, Kernels, load_kernels
-from isthmus.inference.linear import RowsLinear, make_linear
+from isthmus.inference.linear import RowsLinear, StackedLinear, SummedLinear, make_linear
 
 TOLERANCES = {"fp32": 1e-6, "bf16": 1e-2, "int8": 2e-2}
 """Of the largest output; bf16's and int8's are what rounding weights and inputs to 8 bits takes."""
@@ -63,6 +63,25 @@ def test_many_products_without_those_of_8_bits_are_of_the_same_weights(
     linear = make_linear(weight, bias, "int8", kernels)
     monkeypatch.setattr("isthmus.inference.linear._MULTIPLIES_INT8", False)
     torch.testing.assert_close(linear(x), F.linear(x, weight, bias), rtol=0, atol=0.05 * float(x.norm(dim=-1).max()))
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+@pytest.mark.parametrize("sizes", [(2, 5, 1), (4,), (3, 3)], ids=str)
+def test_matrices_in_parts_multiply_like_the_whole(sizes: tuple[int, ...], num_groups: int) -> None:
+    """Each group of rows is divided alike; and the columns of what reads them."""
+    torch.manual_seed(0)
+    total, x = sum(sizes), torch.randn(2, 9, 16)
+    up, down, bias = torch.randn(num_groups, total, 16), torch.randn(16, total), torch.randn(num_groups, total)
+    ups = [
+        make_linear(part.flatten(0, 1), part_bias.flatten(), "fp32", None)
+        for part, part_bias in zip(up.split(sizes, 1), bias.split(sizes, 1), strict=True)
+    ]
+    stacked = StackedLinear(ups, num_groups)
+    summed = SummedLinear([make_linear(part, None, "fp32", None) for part in down.split(sizes, 1)], sizes)
+    torch.testing.assert_close(stacked(x), F.linear(x, up.flatten(0, 1), bias.flatten()), rtol=1e-5, atol=1e-5)
+    y = torch.randn(2, 9, total)
+    torch.testing.assert_close(summed(y), F.linear(y, down), rtol=1e-5, atol=1e-5)
+    assert stacked.num_bytes == up.nbytes and summed.num_bytes == down.nbytes
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.inference.conftest import on_devices
 
-from isthmus.inference import profile
-from isthmus.inference.planned import Planner, Wish
+from isthmus.inference import planned, profile
+from isthmus.inference.engine import Engine
+from isthmus.inference.layer import Layer
+from isthmus.inference.model import LocalModel
+from isthmus.inference.planned import Planner, Wish, join
 from isthmus.models.shards import ShardReader
+from isthmus.planning.pieces import resident_bytes
+from isthmus.planning.residency import Residency
 from isthmus.profiling import cache
 from isthmus.spec.cluster import LinkProfile, Transfer
 from isthmus.spec.errors import IsthmusError
@@ -86,6 +92,35 @@ def test_where_nothing_fits_every_device_says_so(model: Path, monkeypatch: pytes
     monkeypatch.setattr(profile, "free_memory_bytes", lambda: 1000)
     with pytest.raises(IsthmusError, match="memory: no plan fits"):
         agree(model)
+
+
+def test_where_the_leader_plans_so_all_devices_are_frugal(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gives freed memory back, keeps parts that do not overlap, and the answer is the same."""
+    plans = (InferencePlan.even("sequence", 2), InferencePlan.even("tensor", 2))
+    residency = Residency(plans=plans, loss=1.0, reason="it was told so", is_frugal=True)
+    num_frugal: list[None] = []
+    monkeypatch.setattr(planned, "plans_to_keep", lambda question: residency)
+    monkeypatch.setattr(planned, "return_freed_memory", lambda: num_frugal.append(None))
+    ids_BT = torch.arange(3, 12)[None]
+    attended_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    wanted = Engine(model).mean(ids_BT, attended_BT)
+
+    def work(group: Group) -> int:
+        with join(ShardReader(model), WISH, group) as engine:
+            held = {id(part): part.num_bytes for local in engine.local_models for part in parts_under(local)}
+            if engine.is_leader:
+                torch.testing.assert_close(engine.mean(ids_BT, attended_BT), wanted, rtol=0, atol=1e-5)
+            else:
+                engine.follow()
+            return sum(held.values())
+
+    spec = ShardReader(model).spec
+    assert on_devices(2, work) == resident_bytes(plans[:1], spec, 2) and len(num_frugal) == 2
+
+
+def parts_under(local: LocalModel) -> Iterator[Layer]:
+    for layer in local.layers:
+        yield from layer._parts or (layer,)
 
 
 def test_one_device_needs_no_plan(model: Path) -> None:

@@ -14,7 +14,7 @@ from isthmus.inference.engine import Engine
 from isthmus.inference.layer import Layer
 from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.inference.session import Arrangement
-from isthmus.planning.pieces import Piece, held_bytes, pieces_of
+from isthmus.planning.pieces import Piece, held_bytes, pieces_on, resident_bytes
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.transport.base import Group
@@ -99,12 +99,7 @@ def test_what_plans_share_is_held_once(checkpoint: Checkpoint) -> None:
             checkpoint("llama"), arranged=Arrangement(group=group, plans=plans), known=known[group.rank]
         ) as engine:
             spec = engine.spec
-            wanted = {
-                piece
-                for each in plans
-                if group.rank in each.devices
-                for piece in pieces_of(each, spec)[each.devices.index(group.rank)]
-            }
+            wanted = pieces_on(group.rank, plans, spec)
             assert known[group.rank].keys() == wanted
             assert sum(layer.num_bytes for layer in known[group.rank].values()) == held_bytes(spec, wanted)
             if not engine.is_leader:
@@ -112,6 +107,37 @@ def test_what_plans_share_is_held_once(checkpoint: Checkpoint) -> None:
             return len(wanted)
 
     assert on_devices(2, work) == [3 + 3, 3 + 3]  # whole layers, and half ones
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_parts_that_plans_share_are_read_once_and_compute_the_whole(checkpoint: Checkpoint, dtype: str) -> None:
+    """Every device has all layers whole under one plan, and only some heads and columns of them under the others."""
+    model = checkpoint("bert")
+    plans = (
+        plan("tensor", 0, 1, 2, dtype=dtype),
+        plan("sequence", 0, 1, 2, dtype=dtype),
+        plan("tensor", 0, 2, dtype=dtype),
+    )
+    wanted = Engine(model, plan=plan("single", 0, dtype=dtype)).hidden(IDS, ATTENDED)
+    tolerance = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.1}[dtype] * float(wanted.abs().max())
+    known: list[dict[Piece, Layer]] = [{}, {}, {}]
+
+    def work(group: Group) -> None:
+        planner = cast(RuntimePlanner, Turns(len(plans))) if group.rank == 0 else None
+        arranged = Arrangement(group=group, plans=plans, planner=planner, is_frugal=True)
+        with Engine(model, arranged=arranged, known=known[group.rank]) as engine:
+            held = sum(layer.num_bytes for layer in known[group.rank].values())
+            assert held == resident_bytes(plans, engine.spec, 3, is_frugal=True)[group.rank]
+            if dtype == "fp32":  # each part has scales of its own in 8 bits
+                assert held == resident_bytes(plans[1:2], engine.spec, 3)[group.rank]
+            if not engine.is_leader:
+                engine.follow()
+                return
+            for _ in plans:
+                found = engine.hidden(IDS, ATTENDED)
+                torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+    on_devices(3, work)
 
 
 def test_tokens_are_the_same_under_every_plan(checkpoint: Checkpoint) -> None:

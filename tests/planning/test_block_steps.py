@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.planning.clusters import BERT, cluster, device, link
 
-from isthmus.planning.inference import choose, predict
+from isthmus.planning.inference import choose, costs_of, predict
+from isthmus.planning.original_choice import OriginalChoice
+from isthmus.planning.original_ways import ON_ALL
 from isthmus.planning.plans import Question, allowed, expected_error
+from isthmus.planning.step_seconds import Crew
 from isthmus.planning.wire_errors import WIRE_ERRORS
 from isthmus.spec.cluster import ClusterProfile, CodecTimes, WidthTimes
 from isthmus.spec.decoupling import Decoupling
@@ -195,3 +199,20 @@ def test_the_error_of_a_layer_is_that_of_the_exchanges_it_brings_about(kind: str
     plan = replace(InferencePlan.even("block", 4), originals=("gather", kind), codecs=("fp32", "int8"))
     error = expected_error(plan, spec, InferenceRequest(num_tokens=16))
     assert error == pytest.approx(WIRE_ERRORS["int8"] * num_exchanges**0.5)
+
+
+@pytest.mark.parametrize("mbit_per_s", [25, 1000])
+def test_of_each_number_of_whole_layers_the_fastest_ways_are_found(mbit_per_s: int) -> None:
+    """Against all ways of three original layers."""
+    spec = decoupled(6, (1, 3, 4))
+    cluster = profile(spec, (24e9, 12e9, 30e9), mbit_per_s * 125e3)
+    question = Question(spec=spec, request=InferenceRequest(num_tokens=64), profile=cluster)
+    plan = InferencePlan(strategy="block", devices=(0, 1, 2), weights=(3.0, 2.0, 3.0))
+    crew = Crew.of(costs_of(question, "fp32"), plan.devices, 3)
+    kinds = (*ON_ALL, "tensor")
+    found = OriginalChoice(plan, spec, question.request, crew.steps_s).by_num_whole(kinds, ("fp32",))
+    best_s = dict.fromkeys(range(4), math.inf)
+    for ways in itertools.product(kinds, repeat=3):
+        num_whole = sum(way in ON_ALL for way in ways)
+        best_s[num_whole] = min(best_s[num_whole], predict(question, replace(plan, originals=ways)).latency_s)
+    assert {count: predict(question, each).latency_s for count, (_, each) in found.items()} == pytest.approx(best_s)

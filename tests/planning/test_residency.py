@@ -13,7 +13,7 @@ from tests.planning.test_block_steps import decoupled, profile
 
 from isthmus.planning import residency
 from isthmus.planning.device_costs import PROCESS_BYTES
-from isthmus.planning.inference import Weighed, choose, predict, weigh, weigh_slowed
+from isthmus.planning.inference import Weighed, choose, costs_of, forecast, predict, weigh, weigh_slowed
 from isthmus.planning.pieces import held_bytes, pieces_of, resident_bytes, weights_bytes
 from isthmus.planning.plans import Question
 from isthmus.planning.residency import plans_to_keep, requests, slowed
@@ -46,13 +46,11 @@ def situations(asked: Question) -> list[Question]:
     ]
 
 
-def cost_of(
-    spec: TransformerSpec, kept: Sequence[Sequence[Weighed]], fastest_s: list[float], chosen: InferencePlan
-) -> float:
+def cost_of(asked: Question, kept: Sequence[Sequence[Weighed]], fastest_s: list[float], chosen: InferencePlan) -> float:
     """What the search minimises, by its definition; infinite where some situation is left without a plan. ``kept``: by
     plan and situation."""
     plans = [own[0].plan for own in kept]
-    resident = resident_bytes(plans, spec, 3)
+    resident = resident_bytes(plans, asked.spec, 3, is_frugal=asked.is_frugal)
     losses, is_chosen_there = [], False
     for number, (weighed, best_s) in enumerate(zip(zip(*kept, strict=True), fastest_s, strict=True)):
         there = [each for each in weighed if fits_beside(each, resident)]
@@ -64,13 +62,20 @@ def cost_of(
     return sum(losses) / len(losses) + (len(plans) - 1) * residency._PRICE + favour
 
 
+def fastest_of(plans: Sequence[InferencePlan], asked: Question) -> float:
+    """Seconds of those that fit alone; infinite where none does. One that was found for another situation may be it."""
+    costs = costs_of(asked, "fp32")
+    weighed = [each for plan in plans for each in forecast(asked, plan, costs=costs)]
+    return min((each.price_s for each in weighed if each.fits), default=math.inf)
+
+
 def fits_beside(weighed: Weighed, resident: list[int]) -> bool:
     """Whether it fits beside the weights of all plans that are there."""
     parts = zip(weighed.plan.devices, weighed.beside_bytes, weighed.budget_bytes, strict=True)
     return all(resident[rank] + beside <= budget for rank, beside, budget in parts)
 
 
-@pytest.mark.parametrize("memory_mib", [60, 90, 130, 160, 270, 1000])
+@pytest.mark.parametrize("memory_mib", [58, 60, 62, 90, 130, 160, 270, 1000])
 @pytest.mark.parametrize("form", ["plain", "decoupled"])
 def test_no_other_plans_lose_less(form: str, memory_mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every set of up to three plans that fit together in every situation in which one fits."""
@@ -83,29 +88,32 @@ def test_no_other_plans_lose_less(form: str, memory_mib: int, monkeypatch: pytes
     except IsthmusError as error:
         assert "memory: no plan fits" in str(error)
         with pytest.raises(IsthmusError):
-            choose(asked)
+            choose(replace(asked, is_frugal=True))
         return
+    asked = replace(asked, is_frugal=kept.is_frugal)
     all_asked = situations(asked)
     pools = [[each for each in weigh(situation) if each.fits] for situation in all_asked]
-    fastest_s = [min((each.price_s for each in pool), default=math.inf) for pool in pools]
+    every = list(dict.fromkeys(each.plan for pool in pools for each in pool))
+    fastest_s = [fastest_of(every, situation) for situation in all_asked]
     chosen = choose(asked).chosen.plan
     fast = [each.plan for pool in pools for each in sorted(pool, key=lambda each: each.latency_s)[:4]]
     small = [min(pool, key=lambda each: max(each.memory_bytes)).plan for pool in pools if pool]
     others = list(dict.fromkeys([*kept.plans, chosen, *small, *fast]))[:10]
     weighed = [[predict(situation, plan) for situation in all_asked] for plan in others]
-    cost = cost_of(spec, weighed[: len(kept.plans)], fastest_s, chosen)
+    cost = cost_of(asked, weighed[: len(kept.plans)], fastest_s, chosen)
     price = (len(kept.plans) - 1) * residency._PRICE + (0 if chosen in kept.plans else residency._FAVOUR)
     assert math.log(kept.loss) + price == pytest.approx(cost)
     for size in range(1, 4):
         for some in itertools.combinations(weighed, size):
-            assert cost <= cost_of(spec, some, fastest_s, chosen) + 1e-9
+            assert cost <= cost_of(asked, some, fastest_s, chosen) + 1e-9
 
 
-@pytest.mark.parametrize("memory_mib", [210, 230, 250, 270])
+@pytest.mark.parametrize("memory_mib", [180, 210, 230, 270])
 def test_in_every_situation_that_some_plan_fits_one_that_is_kept_does(memory_mib: int) -> None:
     asked = question(decoupled(), memory_mib)
-    kept = plans_to_keep(asked).plans
-    resident, num_checked = resident_bytes(kept, asked.spec, 3), 0
+    found = plans_to_keep(asked)
+    asked, kept = replace(asked, is_frugal=found.is_frugal), found.plans
+    resident, num_checked = resident_bytes(kept, asked.spec, 3, is_frugal=asked.is_frugal), 0
     for situation in situations(asked):
         if any(each.fits for each in weigh(situation)):
             num_checked += 1
@@ -115,12 +123,36 @@ def test_in_every_situation_that_some_plan_fits_one_that_is_kept_does(memory_mib
 
 def test_what_was_asked_for_comes_first_where_there_is_room() -> None:
     spec = decoupled()
-    ample, tight = plans_to_keep(question(spec)), plans_to_keep(question(spec, 250))
+    short = replace(question(spec, 230), is_frugal=True)
+    ample, tight = plans_to_keep(question(spec)), plans_to_keep(short)
     assert ample.plans[0] == choose(question(spec)).chosen.plan
     assert ample.loss < 1.01 < tight.loss
-    seconds = [predict(question(spec, 250), plan).latency_s for plan in tight.plans]
-    assert tight.plans[0] != choose(question(spec, 250)).chosen.plan and seconds[0] == min(seconds)
+    seconds = [predict(short, plan).latency_s for plan in tight.plans]
+    assert tight.plans[0] != choose(short).chosen.plan and seconds[0] == min(seconds)
     assert "leave others too little memory" in tight.reason
+
+
+@pytest.mark.parametrize("memory_mib", [200, 220])
+def test_layers_that_do_not_fit_as_a_whole_are_divided_and_the_others_not(memory_mib: int) -> None:
+    """Faster than all plans that compute every original layer in one way, and fit."""
+    kept = plans_to_keep(question(decoupled(), memory_mib))
+    asked = replace(question(decoupled(), memory_mib), is_frugal=kept.is_frugal)
+    alike = [each.latency_s for each in weigh(asked) if each.fits and len(set(each.plan.originals)) < 2]
+    first = predict(asked, kept.plans[0])
+    assert "tensor" in first.plan.originals and set(first.plan.originals) - {"tensor"}
+    assert first.latency_s < 0.95 * min(alike)
+
+
+def test_devices_are_frugal_only_where_that_gains() -> None:
+    found = {mib: plans_to_keep(question(decoupled(), mib)) for mib in (170, 240, 1000)}
+    assert {mib: each.is_frugal for mib, each in found.items()} == {170: True, 240: True, 1000: False}
+    asked = question(decoupled(), 240)
+    weighed = [weigh_slowed(replace(asked, request=each), residency.SLOWDOWNS) for each in requests(asked)]
+    at_ease, frugal = residency._kept(asked, weighed), residency._kept_frugally(asked, weighed)
+    assert frugal.residency == found[240]
+    assert frugal.num_situations > at_ease.num_situations or (at_ease.mean_log_s - frugal.mean_log_s > math.log(1.05))
+    with pytest.raises(IsthmusError, match="memory: no plan fits"):
+        choose(question(decoupled(), 170))
 
 
 @pytest.mark.parametrize("slowdown", [1.0, 4.0, 16.0])

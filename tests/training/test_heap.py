@@ -1,4 +1,4 @@
-"""Memory that was freed stays with the process."""
+"""Memory that was freed stays with the process, or does not."""
 
 from __future__ import annotations
 
@@ -16,6 +16,32 @@ for _ in range(10):
     torch.ones(10_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+RETURNING = """
+import sys, torch
+from isthmus.reporting.host_memory import resident_bytes
+from isthmus.training.heap import return_freed_memory
+was_set = sys.argv[1] == "set" and return_freed_memory()
+kept = []
+torch.ones(7_000_000)  # blocks as large as this would be kept from now on
+before = resident_bytes()
+for _ in range(5):
+    freed = torch.ones(2_000_000)
+    kept.append(torch.ones(50_000))  # lies behind it
+    del freed
+print(was_set, resident_bytes() - before)
+"""
+
+
+def test_memory_that_is_freed_between_what_is_used_goes_back_where_that_is_wanted() -> None:
+    found = {}
+    for choice in ("set", "unset"):
+        command = [sys.executable, "-c", RETURNING, choice]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout.split()
+        found[choice] = printed[0] == "True", int(printed[1])
+    is_set, more_bytes = found["set"]
+    assert not is_set or more_bytes < 3_000_000  # of 1,000,000 that are used; one that was freed is 8,000,000
+    assert not is_set or more_bytes < found["unset"][1]
 
 
 def test_a_tensor_freed_and_made_again_costs_no_page_faults() -> None:

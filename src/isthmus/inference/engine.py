@@ -26,7 +26,7 @@ from isthmus.inference.session import Arrangement, Session, Task
 from isthmus.models.checkpoint_files import resolve_checkpoint
 from isthmus.models.sentence import read_pooling
 from isthmus.models.shards import ShardReader
-from isthmus.planning.pieces import Piece, pieces_of
+from isthmus.planning.pieces import Piece, parts_of, pieces_on
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import Completion, GenerationSettings
 from isthmus.spec.inference import InferencePlan
@@ -311,11 +311,6 @@ class Engine:
     def _forget_all_but(self, arranged: Arrangement) -> None:
         """Weights that are not needed any more make room for those that are."""
         mine = arranged.group.rank if arranged.group is not None else 0
-        kept = {
-            piece
-            for plan in arranged.plans
-            if mine in plan.devices
-            for piece in pieces_of(plan, self.spec)[plan.devices.index(mine)]
-        }
-        for piece in self._known.keys() - kept:
-            del self._known[piece]
+        needed = pieces_on(mine, arranged.plans, self.spec)
+        for part in self._known.keys() - parts_of(self.spec, needed, is_frugal=arranged.is_frugal):
+            del self._known[part]

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, t this device's tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,12 +35,13 @@ class Execution:
         known: dict[Piece, Layer] | None = None,
         *,
         mates: Group | None = None,
+        kept: Mapping[Piece, tuple[Piece, ...]] | None = None,
     ) -> None:
-        """Reads this device's part, but for what ``known`` has; adds it there."""
+        """Reads this device's part, but for what ``known`` has; adds it there. ``kept``: see ``LocalModel``."""
         self.plan, self.group, self._reader = plan, group, reader
         self.groups = [each for each in (mates, group) if each is not None]
         """All that it exchanges anything with."""
-        self.strategy: Strategy = make_strategy(plan, reader, group, progress, known, mates)
+        self.strategy: Strategy = make_strategy(plan, reader, group, progress, known, mates, kept)
         self._is_leader = group is None or group.rank == 0
         self._generation: Generation | None = None
 

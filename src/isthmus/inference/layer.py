@@ -12,7 +12,8 @@ device, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from isthmus.inference.kernels import Kernels
-from isthmus.inference.linear import Linear, make_linear
+from isthmus.inference.linear import Linear, StackedLinear, SummedLinear, make_linear
 from isthmus.models.shards import ShardReader
 from isthmus.spec.transformer import LayerShare, Range, SubBlock
 
@@ -84,6 +85,8 @@ class Layer:
         units = None if sub_block is None else sub_block.units
         self.width = spec.hidden_size if units is None else len(units)
         self.share = share
+        self._parts: tuple[Layer, ...] = ()
+        """Of which it is ``joined``."""
         self.kv_heads = share.kv_heads(spec)
         self._activation: Callable[[Tensor], Tensor] = ACT2FN[spec.activation]
         self._kv_index = self._find_kv_index()
@@ -110,9 +113,29 @@ class Layer:
         self.up = read([*ups, ("up", share.columns)], units)
         self.down, self.down_bias = write("down", share.columns)
 
+    @classmethod
+    def joined(cls, share: LayerShare, parts: Sequence[Layer]) -> Layer:
+        """``share`` of a layer of which ``parts`` have some heads each, in order, or some columns. They keep their
+        matrices, and products are theirs. Not for ``decode.c``, nor for heads that share keys and values."""
+        layer = copy(parts[0])
+        assert layer.spec.heads_per_kv_head == 1
+        layer.share, layer.kv_heads = share, share.kv_heads(layer.spec)
+        layer._parts = tuple(parts)
+        # Heads that no part has any of, the first one has in matrices without rows or columns.
+        heads = [part for part in parts if len(part.share.heads)] or parts[:1]
+        layer.qkv, layer.o = heads[0].qkv, heads[0].o
+        if len(heads) > 1:
+            layer.qkv = StackedLinear([part.qkv for part in heads], 3)
+            widths = [len(part.share.heads) * layer.spec.head_size for part in heads]
+            layer.o = SummedLinear([part.o for part in heads], widths)
+        del layer.up, layer.down  # the parts' own
+        return layer
+
     @property
     def num_bytes(self) -> int:
         """Of the matrices."""
+        if self._parts:
+            return sum(part.num_bytes for part in self._parts)
         return sum(linear.num_bytes for linear in (self.qkv, self.o, self.up, self.down))
 
     @property
@@ -169,6 +192,11 @@ class Layer:
         """The partial sum (B, T, H) of the MLP's output, without its bias."""
         if not len(self.share.columns):
             return torch.zeros_like(x_BTH)
+        if self._parts:
+            first, *others = (part.mlp(x_BTH) for part in self._parts if len(part.share.columns))
+            for other in others:
+                first += other
+            return first
         up = self.up(x_BTH)
         if not self.spec.has_gate:
             return self.down(self._activation(up))

@@ -6,6 +6,7 @@ import ctypes
 import platform
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,40 @@ class FloatLinear(Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._weight = weight.to(dtype)
-        self._bias = None if bias is None else bias.to(dtype)
+        self._bias = None if bias is None else bias.to(dtype).contiguous()  # oneDNN takes it for that
         self.num_bytes = self._weight.nbytes
         if torch.backends.mkldnn.is_available() and weight.numel():
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return _product(x.to(self._dtype), self._weight, self._bias).float()
+
+
+class StackedLinear(Linear):
+    """Matrices that each consist of ``num_groups`` groups of rows, as of queries, keys and values: the first groups of
+    all of them one below the other, then the second ones, and so on."""
+
+    def __init__(self, parts: Sequence[Linear], num_groups: int) -> None:
+        self._parts, self._num_groups = tuple(parts), num_groups
+        self.num_bytes = sum(part.num_bytes for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = [part(x).unflatten(-1, (self._num_groups, -1)) for part in self._parts]
+        return torch.cat(found, dim=-1).flatten(-2)
+
+
+class SummedLinear(Linear):
+    """Matrices beside one another, each of which is multiplied with its ``widths`` of the input."""
+
+    def __init__(self, parts: Sequence[Linear], widths: Sequence[int]) -> None:
+        self._parts, self._widths = tuple(parts), list(widths)
+        self.num_bytes = sum(part.num_bytes for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = [part(own) for part, own in zip(self._parts, x.split(self._widths, dim=-1), strict=True)]
+        for other in found[1:]:
+            found[0] += other
+        return found[0]
 
 
 class Int8Linear(Linear):

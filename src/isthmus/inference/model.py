@@ -32,12 +32,13 @@ class LocalModel:
         block_part: BlockPart | None = None,
         original_shares: Mapping[int, LayerShare | None] | None = None,
         known: dict[Piece, Layer] | None = None,
+        kept: Mapping[Piece, tuple[Piece, ...]] | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Reads this device's ``share`` of each layer, in ``dtype`` (see ``linear``), and its ``block_part`` of
         decoupled ones, None: all of them. ``original_shares``: of a decoupled model's original layers other shares than
         ``share``, by number; None is no part. What ``known`` has is not read again; what is read is added to it.
-        ``progress`` gets 0 to 1."""
+        ``kept``: of which parts pieces consist that are not read as a whole. ``progress`` gets 0 to 1."""
         self.spec = reader.spec
         self.share = share
         self.dtype = dtype
@@ -54,15 +55,16 @@ class LocalModel:
         self.sub_blocks = [block for block, _ in held]
         self.original_shares = dict(original_shares or {})
         self._known = {} if known is None else known
+        kept = kept or {}
         self.originals: dict[int, Layer] = {}
         self.blocks: dict[int, list[Layer]] = {}
         for number in range(self.layer_range.start, self.layer_range.stop):
             if self.spec.is_decoupled(number):
                 self.blocks[number] = [
-                    self._layer(reader, Piece.of_sub_block(number, block, own, dtype)) for block, own in held
+                    self._layer(reader, Piece.of_sub_block(number, block, own, dtype), kept) for block, own in held
                 ]
             elif (own := self.original_shares.get(number, share)) is not None:
-                self.originals[number] = self._layer(reader, Piece.of_layer(number, own, dtype))
+                self.originals[number] = self._layer(reader, Piece.of_layer(number, own, dtype), kept)
             reader.release()
             progress((number + 1 - self.layer_range.start) / len(self.layer_range))
         self.layers = list(self.originals.values())
@@ -78,9 +80,12 @@ class LocalModel:
         blocks = (block for blocks in self.blocks.values() for block in blocks)
         return sum(layer.num_bytes for layer in (*self.layers, *blocks))
 
-    def _layer(self, reader: ShardReader, piece: Piece) -> Layer:
+    def _layer(self, reader: ShardReader, piece: Piece, kept: Mapping[Piece, tuple[Piece, ...]]) -> Layer:
+        share = LayerShare(heads=piece.heads, columns=piece.columns, vocabulary=self.share.vocabulary)
+        parts = kept.get(piece, (piece,))
+        if parts != (piece,):
+            return Layer.joined(share, [self._layer(reader, part, {}) for part in parts])
         if piece not in self._known:
-            share = LayerShare(heads=piece.heads, columns=piece.columns, vocabulary=self.share.vocabulary)
             self._known[piece] = Layer(reader, piece.layer, share, piece.dtype, self.kernels, sub_block=piece.sub_block)
         return self._known[piece]
 

@@ -13,7 +13,7 @@ from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.inference.session import Arrangement
 from isthmus.models.shards import ShardReader
 from isthmus.planning.inference import predict
-from isthmus.planning.pieces import held_bytes, pieces_of
+from isthmus.planning.pieces import held_bytes, pieces_on
 from isthmus.planning.plans import Question
 from isthmus.planning.residency import Residency, plans_to_keep
 from isthmus.profiling.limits import free_memory_bytes
@@ -22,6 +22,7 @@ from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import STRATEGIES, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
+from isthmus.training.heap import return_freed_memory
 from isthmus.transport.base import Group
 from isthmus.transport.errors import PeerLostError, TransportError, rank_names
 from isthmus.transport.reunion import Reunion
@@ -50,6 +51,7 @@ class _Told:
     """What the leader has planned; ``error`` where nothing fits."""
 
     plans: tuple[InferencePlan, ...] = ()
+    is_frugal: bool = False
     error: str = ""
 
 
@@ -105,7 +107,7 @@ class Planner:
         """Whether weights fit every device, of which each knows its own: the others' become its own. Raises on all."""
         spec, shortage = self.reader.spec, ""
         if group.rank in plan.devices:
-            need = held_bytes(spec, pieces_of(plan, spec)[plan.devices.index(group.rank)])
+            need = held_bytes(spec, pieces_on(group.rank, (plan,), spec))
             if need > self._room_bytes:
                 rank = group.global_ranks[group.rank]
                 shortage = f"rank {rank} needs {need / 2**20:.1f} MiB and has {self._room_bytes / 2**20:.1f}"
@@ -125,15 +127,18 @@ class Planner:
         if group.rank == 0:
             try:
                 residency = plans_to_keep(question)
+                question = replace(question, is_frugal=residency.is_frugal)
                 self.tell(_describe(residency, question))
-                told = _Told(plans=residency.plans)
+                told = _Told(plans=residency.plans, is_frugal=residency.is_frugal)
             except IsthmusError as error:
                 told = _Told(error=str(error))
         told = from_json(_Told, share_texts(group, to_json(told))[0])
         if told.error:
             raise IsthmusError(told.error)
+        if told.is_frugal:
+            return_freed_memory()
         planner = RuntimePlanner(question, told.plans) if group.rank == 0 else None
-        return Arrangement(group=group, plans=told.plans, planner=planner)
+        return Arrangement(group=group, plans=told.plans, planner=planner, is_frugal=told.is_frugal)
 
 
 @dataclass

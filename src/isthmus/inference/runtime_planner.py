@@ -33,7 +33,7 @@ class RuntimePlanner:
     ) -> None:
         self._question, self._plans, self._clock = question, tuple(plans), clock
         num_devices = len(question.profile.devices)
-        self._resident_bytes = resident_bytes(plans, question.spec, num_devices)
+        self._resident_bytes = resident_bytes(plans, question.spec, num_devices, is_frugal=question.is_frugal)
         """Of all the plans' weights, by device."""
         self._slowdowns = [1.0] * len(question.profile.links)
         """Of each device's link, when it was seen last."""

@@ -21,7 +21,7 @@ from isthmus.inference.layer import Layer
 from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_layout import team_of
-from isthmus.planning.pieces import Piece
+from isthmus.planning.pieces import Piece, cut, pieces_on
 from isthmus.planning.workload import check_strategy
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
@@ -52,6 +52,8 @@ class Arrangement:
     plans: tuple[InferencePlan, ...]
     planner: RuntimePlanner | None = None
     """The leader's: picks one of the plans for each request, or says that none fits; without, it is the first."""
+    is_frugal: bool = False
+    """Whether what plans have in common of a layer is kept once (``pieces.cut``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Session:
         self.plans = plans
         self.plan = self.plans[0]
         """Of the last request."""
-        self._group, self._planner = group, arranged.planner
+        self._group, self._planner, self._is_frugal = group, arranged.planner, arranged.is_frugal
         self._rank = group.rank if group is not None else 0
         self._groups: dict[tuple[int, ...], Group] = {}
         self._members = tuple(sorted({device for each in plans for device in each.devices}))
@@ -114,6 +116,7 @@ class Session:
         progress: Callable[[float], None],
         known: dict[Piece, Layer],
     ) -> None:
+        kept = cut(reader.spec, pieces_on(self._rank, self.plans, reader.spec), is_frugal=self._is_frugal)
         for number, (plan, (group, mates)) in enumerate(zip(self.plans, working, strict=True)):
             before = number / len(self.plans)
 
@@ -121,7 +124,7 @@ class Session:
                 progress(before + share / len(self.plans))
 
             has_part = self._rank in plan.devices
-            made = Execution(plan, reader, group, told, known, mates=mates) if has_part else None
+            made = Execution(plan, reader, group, told, known, mates=mates, kept=kept) if has_part else None
             self._executions.append(made)
 
     def close(self) -> None:

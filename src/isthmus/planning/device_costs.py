@@ -208,14 +208,29 @@ def weight_bytes(
     return num_layers * (values * WEIGHT_BYTES[dtype] + 4 * scales)
 
 
-def working_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRequest, num_devices: int) -> int:
-    """What computing takes at once beside the weights, or loading them, if that is more: an estimate from above."""
+def working_bytes(
+    spec: TransformerSpec,
+    share: LayerShare,
+    request: InferenceRequest,
+    num_devices: int,
+    *,
+    num_sub_blocks: int = 0,
+    is_frugal: bool = False,
+) -> int:
+    """What computing takes at once beside the weights, or loading them, if that is more: an estimate from above.
+    ``num_sub_blocks``: that it has of a decoupled layer, whose queries, keys and values are there together.
+    ``is_frugal``: what is not used any more is not there any more (``Question.is_frugal``)."""
     rows = request.batch * request.num_tokens
     gates = 2 if spec.has_gate else 1
-    width = 8 * spec.hidden_size + 2 * (gates * len(share.columns) + 3 * len(share.heads) * spec.head_size)
+    inner, heads = gates * len(share.columns), 3 * len(share.heads) * spec.head_size
     exchanged = 3 * spec.hidden_size * num_devices
-    largest = spec.hidden_size * max(gates * len(share.columns), 3 * len(share.heads) * spec.head_size)
-    return 4 * max(rows * (width + exchanged) + request.batch * request.num_tokens**2, 3 * largest)
+    if is_frugal:
+        values = 5 * spec.hidden_size + max(2 * inner, max(1, num_sub_blocks) * heads, exchanged)
+    else:
+        values = 8 * spec.hidden_size + 2 * (inner + heads) + exchanged
+    largest = spec.hidden_size * max(inner, heads)
+    # Reading takes a matrix twice beside itself, or what was freed before once more.
+    return 4 * max(rows * values + request.batch * request.num_tokens**2, (2 if is_frugal else 3) * largest)
 
 
 def generation_bytes(spec: TransformerSpec, share: LayerShare, request: InferenceRequest, dtype: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from isthmus.planning.block_layout import block_parts
@@ -130,6 +130,18 @@ def weigh_slowed(question: Question, slowdowns: Sequence[float]) -> list[list[We
     return found
 
 
+def with_memory_of(question: Question, weighed: Sequence[Sequence[Weighed]]) -> list[list[Weighed]]:
+    """The plans that ``weigh_slowed`` found for devices that are more or less frugal, as they need memory on those of
+    ``question``. Seconds stay."""
+    found: list[list[Weighed]] = [[] for _ in weighed]
+    for alike in zip(*weighed, strict=True):
+        beside = _beside_bytes(question, alike[0].plan)
+        memory = tuple(own + more for own, more in zip(alike[0].weights_bytes, beside, strict=True))
+        for own, each in zip(found, alike, strict=True):
+            own.append(replace(each, memory_bytes=memory))
+    return found
+
+
 def forecast(
     question: Question, plan: InferencePlan, slowdowns: Sequence[float] = (1.0,), costs: Costs | None = None
 ) -> list[Weighed]:
@@ -165,7 +177,8 @@ def _crew_of(question: Question, plan: InferencePlan, costs: Costs | None) -> Cr
 def _weighed(
     question: Question, plan: InferencePlan, crews: Sequence[Crew], all_passes: Sequence[tuple[Workload, int]]
 ) -> list[Weighed]:
-    weights, memory = _memory_bytes(question.spec, plan, question.request)
+    weights = tuple(weights_bytes(plan, question.spec))
+    memory = tuple(own + beside for own, beside in zip(weights, _beside_bytes(question, plan), strict=True))
     budgets, found = tuple(question.budget_bytes(rank) for rank in plan.devices), []
     for crew in crews:
         seconds = [crew.seconds(load, count) for load, count in all_passes]
@@ -195,16 +208,25 @@ def _candidate(question: Question, plan: InferencePlan, crew: Crew) -> Candidate
     )
 
 
-def _memory_bytes(
-    spec: TransformerSpec, plan: InferencePlan, request: InferenceRequest
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """By device: of the weights, and of all that ``request`` takes beside the process."""
-    shares, weights = device_shares(plan, spec), tuple(weights_bytes(plan, spec))
-    more = [working_bytes(spec, share, request, len(shares)) for share in shares]
+def _beside_bytes(question: Question, plan: InferencePlan) -> list[int]:
+    """By device: of all that the request takes beside the weights and the process."""
+    spec, request = question.spec, question.request
+    shares = device_shares(plan, spec)
+    more = [
+        working_bytes(
+            spec,
+            share,
+            request,
+            len(shares),
+            num_sub_blocks=len(part.sub_blocks),
+            is_frugal=question.is_frugal,
+        )
+        for share, part in zip(shares, block_parts(plan, spec), strict=True)
+    ]
     if request.num_new_tokens:
         generating = _generating_bytes(spec, plan, request)
         more = [working + own for working, own in zip(more, generating, strict=True)]
-    return weights, tuple(own + beside for own, beside in zip(weights, more, strict=True))
+    return more
 
 
 def _generating_bytes(spec: TransformerSpec, plan: InferencePlan, request: InferenceRequest) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.planning.block_steps import DECOUPLED, END, START, State, transitions
+from isthmus.planning.original_ways import ON_ALL
 from isthmus.planning.steps import Step
 from isthmus.planning.wire_errors import is_within, squared_error
 from isthmus.spec.inference import InferencePlan, InferenceRequest
@@ -48,26 +50,37 @@ class OriginalChoice:
     ) -> tuple[float, InferencePlan] | None:
         """The fastest with one of ``kinds`` and one of ``codecs`` for each original layer whose expected error is at
         most ``max_error``, and the seconds of its layers before it; None where there is none."""
+        return self._found(kinds, codecs, max_error, frozenset()).get(0)
+
+    def by_num_whole(
+        self, kinds: Sequence[str], codecs: Sequence[str], max_error: float = math.inf
+    ) -> dict[int, tuple[float, InferencePlan]]:
+        """As ``best``, by the number of original layers of which every device needs all (``ON_ALL``): the more there
+        are, the more memory it takes."""
+        return self._found(kinds, codecs, max_error, frozenset(ON_ALL))
+
+    def _found(
+        self, kinds: Sequence[str], codecs: Sequence[str], max_error: float, counted: frozenset[str]
+    ) -> dict[int, tuple[float, InferencePlan]]:
+        """As ``best``, by the number of layers that are computed in one of the ways that are ``counted``."""
         spec, plan = self._spec, replace(self._plan, codec=codecs[0])
         choices = [(kind, codec) for kind in kinds for codec in codecs]
         # What is exchanged before the first original layer is in that one's codec.
-        paths: dict[State, list[_Path]] = {(START, codec): [_Path(0.0, 0.0)] for codec in codecs}
+        paths: dict[tuple[State, int], list[_Path]] = {((START, codec), 0): [_Path(0.0, 0.0)] for codec in codecs}
         is_first = True
         for number in range(spec.num_layers):
-            after: dict[State, list[_Path]] = {}
-            for before, so_far in paths.items():
+            after: dict[tuple[State, int], list[_Path]] = defaultdict(list)
+            for (before, count), so_far in paths.items():
                 for state in [(DECOUPLED, before[1])] if spec.is_decoupled(number) else choices:
                     if not is_first or state[1] == before[1]:
-                        after.setdefault(state, []).extend(self._longer(so_far, before, state))
+                        after[state, count + (state[0] in counted)] += self._longer(so_far, before, state)
             is_first = is_first and spec.is_decoupled(number)
-            paths = {state: _best_paths(found, max_error) for state, found in after.items()}
-        ends = [path for before, so_far in paths.items() for path in self._longer(so_far, before, (END, before[1]))]
-        found = _best_paths(ends, max_error)
-        if not found:
-            return None
-        chosen = found[0].chosen
-        fastest = replace(plan, originals=tuple(kind for kind, _ in chosen), codecs=tuple(codec for _, codec in chosen))
-        return found[0].seconds, fastest
+            paths = {key: _best_paths(found, max_error) for key, found in after.items()}
+        ends: dict[int, list[_Path]] = defaultdict(list)
+        for (before, count), so_far in paths.items():
+            ends[count] += self._longer(so_far, before, (END, before[1]))
+        best = {count: _best_paths(found, max_error)[:1] for count, found in sorted(ends.items())}
+        return {count: (path.seconds, _with(plan, path.chosen)) for count, found in best.items() for path in found}
 
     def _longer(self, paths: Sequence[_Path], before: State, state: State) -> Iterator[_Path]:
         """``paths``, which ended in ``before``, and one layer more."""
@@ -83,6 +96,11 @@ class OriginalChoice:
             more_s = self._seconds_of(found.both) - self._seconds_of(found.before)
             self._costs[before, state] = more_s, squared_error(found.both) - squared_error(found.before)
         return self._costs[before, state]
+
+
+def _with(plan: InferencePlan, chosen: tuple[State, ...]) -> InferencePlan:
+    ways, codecs = zip(*chosen, strict=True) if chosen else ((), ())
+    return replace(plan, originals=ways, codecs=codecs)
 
 
 def _best_paths(paths: Sequence[_Path], max_error: float) -> list[_Path]:

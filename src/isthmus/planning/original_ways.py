@@ -8,6 +8,9 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.transformer import LayerShare, TransformerSpec
 
+ON_ALL = ("gather", "tokens", "sequence")
+"""Ways of which every device needs all of the layer."""
+
 
 def original_plans(plan: InferencePlan, spec: TransformerSpec) -> dict[int, str]:
     """How each original layer of a decoupled model is computed, by its number. Raises ``IsthmusError`` for another

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from isthmus.planning.device_costs import PROCESS_BYTES, DeviceCosts, weight_bytes, working_bytes
 from isthmus.planning.original_choice import OriginalChoice
+from isthmus.planning.original_ways import ON_ALL
+from isthmus.planning.pieces import weights_bytes
 from isthmus.planning.shares import divide, micro_batches
 from isthmus.planning.step_seconds import Crew
 from isthmus.planning.steps import Work
@@ -24,7 +26,7 @@ from isthmus.spec.inference import (
     InferencePlan,
     InferenceRequest,
 )
-from isthmus.spec.transformer import TransformerSpec
+from isthmus.spec.transformer import LayerShare, TransformerSpec
 
 DTYPE_ERRORS = {"fp32": 0.0, "bf16": 0.03, "int8": 0.1}
 """Relative errors of hidden states to be expected of narrow weights. What a model's really are, ``isthmus bench infer``
@@ -47,6 +49,9 @@ class Question:
     max_error: float = math.inf
     """Of what is sent, as ``expected_error`` says. Where it is limited, original layers may have a codec each."""
     dtypes: tuple[str, ...] = ("fp32",)
+    is_frugal: bool = False
+    """Whether devices give memory back as soon as it is free, and keep once what plans have in common of a layer, in
+    parts. It takes less memory and more time."""
 
     def budget_bytes(self, rank: int) -> int:
         free = self.profile.devices[rank].free_memory_bytes
@@ -114,7 +119,8 @@ def _is_exact_enough(question: Question, plan: InferencePlan) -> bool:
 def _block_plans(question: Question, plan: InferencePlan, crew: Crew) -> Iterator[InferencePlan]:
     """The fastest way for each original layer, and each way for all of them: memory may not allow the fastest. Each of
     them overlaps exchanges with computing where that is faster, and was measured to cost less than it gains. For each
-    codec or, where errors are limited, with the fastest codec within the limit for each layer."""
+    codec or, where errors are limited, with the fastest codec within the limit for each layer. Where memory is short,
+    also the fastest with each number of layers that every device has as a whole, the others being divided."""
     kinds = tuple(GENERATING) if question.request.num_new_tokens else ORIGINAL_PLANS
     choices = [
         OriginalChoice(replace(plan, overlaps=overlaps), question.spec, question.request, crew.steps_s)
@@ -122,13 +128,27 @@ def _block_plans(question: Question, plan: InferencePlan, crew: Crew) -> Iterato
     ]
     alone = [(codec,) for codec in question.codecs]
     chosen: dict[InferencePlan, None] = {}
+    is_short = _is_memory_short(question, plan)
     for codecs in alone if math.isinf(question.max_error) else [question.codecs]:
         for some in (kinds, *((kind,) for kind in kinds)):
             found = [choice.best(some, codecs, question.max_error) for choice in choices]
             fastest = min((each for each in found if each is not None), key=lambda each: each[0], default=None)
             if fastest is not None:
                 chosen[fastest[1]] = None
+        if is_short:
+            some = tuple(kind for kind in kinds if kind == "tensor" or kind in ON_ALL)
+            for choice in choices:
+                found = choice.by_num_whole(some, codecs, question.max_error)
+                chosen |= dict.fromkeys(fastest for _, fastest in found.values())
     yield from chosen
+
+
+def _is_memory_short(question: Question, plan: InferencePlan) -> bool:
+    """Whether some device has too little for original layers as a whole."""
+    spec, request, num_devices = question.spec, question.request, len(plan.devices)
+    rest = working_bytes(spec, LayerShare.whole(spec), request, num_devices, is_frugal=question.is_frugal)
+    needs = zip(plan.devices, weights_bytes(plan, spec), strict=True)
+    return any(own + rest > question.budget_bytes(rank) for rank, own in needs)
 
 
 def _with_a_layer_each(weights: tuple[float, ...], num_layers: int) -> tuple[float, ...]:
@@ -186,7 +206,7 @@ def _within_memory(question: Question, even: InferencePlan, weights: tuple[float
     slack = 1.0 / spec.num_layers
     if even.strategy == "tensor":
         slack = 1.0 / spec.num_heads + 16.0 / spec.intermediate_size
-    rest = working_bytes(spec, whole, request, num_devices)
+    rest = working_bytes(spec, whole, request, num_devices, is_frugal=question.is_frugal)
     most = [max(0.0, (question.budget_bytes(rank) - rest) / total - slack) for rank in even.devices]
     parts = [weight / sum(weights) for weight in weights]
     if sum(most) < 1 or all(part <= limit for part, limit in zip(parts, most, strict=True)):

@@ -8,6 +8,7 @@ some plan fits, one of them fits beside the weights of all.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.planning.inference import Weighed, costs_of, forecast, pick, weigh_slowed
-from isthmus.planning.pieces import Piece, pieces_of
+from isthmus.planning.inference import Weighed, costs_of, forecast, pick, weigh_slowed, with_memory_of
+from isthmus.planning.pieces import Piece, cut, pieces_of
 from isthmus.planning.plans import Question
 from isthmus.spec.cluster import ClusterProfile
+from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 
 TOKENS = (1, 16, 128, 512)
@@ -26,8 +28,11 @@ SLOWDOWNS = (1.0, 4.0, 16.0)
 """Of all links at once."""
 _MISSING = 1e3
 """Lost where nothing that is kept fits: more than anything else could be."""
-_PRICE = math.log(1.005)
+_PRICE = math.log(1.001)
 """Of every plan but the first, as if it lost that much: to read its weights takes time, and memory that others want."""
+_FRUGALITY = math.log(1.05)
+"""What being frugal with memory must gain, since requests take longer: measured, 1 % with 128 tokens and 15 % with 512
+for giving it back, and some of the time of layers that are in parts."""
 _FAVOUR = math.log(1.01)
 """What others may lose for keeping the best plan of what was asked for."""
 _EXACT_UP_TO = 4
@@ -47,6 +52,8 @@ class Residency:
     loss: float
     reason: str
     """For the first one, in one sentence."""
+    is_frugal: bool = False
+    """Whether devices are to be frugal with memory (``Question.is_frugal``): all that is kept is chosen for that."""
 
 
 def slowed(profile: ClusterProfile, factors: Sequence[float]) -> ClusterProfile:
@@ -79,14 +86,55 @@ def requests(question: Question) -> list[InferenceRequest]:
 
 def plans_to_keep(question: Question) -> Residency:
     """The plans that lose least over all situations, of those that leave no situation without a plan although one would
-    fit: weights are there together, each piece once, and beside them what a request takes. Exact for few devices,
-    unless the search is cut short. The first is the best of them for ``question``; what ``choose`` takes is among them
-    unless that costs the others more than 1 %.
+    fit: weights are there together, each piece once, and beside them what a request takes. Exact for few
+    devices, unless the search is cut short. The first is the best of them for ``question``; what ``choose`` takes is
+    among them unless that costs the others more than 1 %. Where memory is short, devices may have to be frugal
+    with it: if more kinds of requests fit then, or all are faster by 5 % on the mean.
 
     Raises ``IsthmusError`` where nothing fits ``question``.
     """
+    weighed = [weigh_slowed(replace(question, request=each), SLOWDOWNS) for each in requests(question)]
+    try:
+        found = _kept(question, weighed)
+    except IsthmusError:
+        if question.is_frugal:
+            raise
+        return _kept_frugally(question, weighed).residency
+    if found.is_free or question.is_frugal:
+        return found.residency
+    frugal = _kept_frugally(question, weighed)
+    gain = found.mean_log_s - frugal.mean_log_s
+    is_better = frugal.num_situations > found.num_situations or gain > _FRUGALITY
+    return (frugal if is_better else found).residency
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What is kept by devices that are frugal, or by others, and how well that is."""
+
+    residency: Residency
+    num_situations: int
+    """In which some plan fits."""
+    mean_log_s: float
+    """Of the fastest that is kept, over these."""
+    is_free: bool
+    """Whether memory excludes no plan in any situation, and what is kept loses next to nothing."""
+
+
+def _kept_frugally(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) -> _Kept:
+    """What is kept if devices are frugal; ``weighed`` for others. Parts of a plain model depend on memory."""
+    asked = [replace(question, request=each, is_frugal=True) for each in requests(question)]
+    if question.spec.decoupling is None:
+        weighed = [weigh_slowed(each, SLOWDOWNS) for each in asked]
+    else:
+        weighed = [with_memory_of(each, own) for each, own in zip(asked, weighed, strict=True)]
+    return _kept(replace(question, is_frugal=True), weighed)
+
+
+def _kept(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) -> _Kept:
+    """As ``plans_to_keep``, on devices that are as frugal as ``question`` says. ``weighed``: plans by request and
+    slowdown of links."""
     asked = [replace(question, request=request) for request in requests(question)]
-    weighed = [weigh_slowed(each, SLOWDOWNS) for each in asked]
     choice, reason = pick(question, weighed[0][0])
     fitting = [[each for each in own if each.fits] for by_links in weighed for own in by_links]
     num_devices = len(question.profile.devices)
@@ -94,9 +142,9 @@ def plans_to_keep(question: Question) -> Residency:
     if num_devices > _EXACT_UP_TO:
         found = [_spread(own, _MOST_OF_MANY) for own in found]
     pool = list(dict.fromkeys([choice.plan, *(each.plan for own in found for each in own)]))
-    offers = _offers(pool, [_in_all(each, own, pool) for each, own in zip(asked, weighed, strict=True)])
+    offers, fastest_s = _offers(pool, [_in_all(each, own, pool) for each, own in zip(asked, weighed, strict=True)])
     losses = np.array([offer.losses for offer in offers])
-    losses = losses[:, losses.min(axis=0) < _MISSING]
+    losses, best_log_s = losses[:, np.isfinite(fastest_s)], np.log(fastest_s[np.isfinite(fastest_s)])
     is_chosen = np.array([offer.plan == choice.plan and offer.losses[0] < _MISSING for offer in offers])
     favour = np.where(is_chosen, 0.0, _FAVOUR * losses.shape[1])
     best = _Search(question, offers, np.column_stack((losses, favour))).run()
@@ -104,10 +152,19 @@ def plans_to_keep(question: Question) -> Residency:
     first = offers[best[0]].plan
     if first != choice.plan:
         reason = f"the fastest of those kept; one of {choice.latency_s:.2g} s would leave others too little memory"
-    return Residency(
+    mean_loss = float(losses[best].min(axis=0).mean())
+    residency = Residency(
         plans=tuple(dict.fromkeys(offers[number].plan for number in best)),
-        loss=float(np.exp(losses[best].min(axis=0).mean())),
+        loss=math.exp(mean_loss),
         reason=reason,
+        is_frugal=question.is_frugal,
+    )
+    all_fit = all(each.fits for by_links in weighed for own in by_links for each in own)
+    return _Kept(
+        residency=residency,
+        num_situations=len(best_log_s),
+        mean_log_s=mean_loss + float(best_log_s.mean()),
+        is_free=all_fit and mean_loss < _FAVOUR,
     )
 
 
@@ -151,8 +208,11 @@ class _Offer:
     """By situation, beside the fastest that fits there."""
 
 
-def _offers(pool: Sequence[InferencePlan], weighed: Sequence[Sequence[Sequence[Weighed]]]) -> list[_Offer]:
-    """Of each plan of ``pool``, for each size of requests that it fits. ``weighed``: by request, plan and slowdown."""
+def _offers(
+    pool: Sequence[InferencePlan], weighed: Sequence[Sequence[Sequence[Weighed]]]
+) -> tuple[list[_Offer], NDArray[np.float64]]:
+    """Of each plan of ``pool``, for each size of requests that it fits; and the seconds of the fastest by situation,
+    infinite where none fits. ``weighed``: by request, plan and slowdown."""
     fastest_s = [
         min((own[number].price_s for own in by_plan if own[number].fits), default=math.inf)
         for by_plan in weighed
@@ -173,7 +233,7 @@ def _offers(pool: Sequence[InferencePlan], weighed: Sequence[Sequence[Sequence[W
                 for own_s, best_s in zip(seconds, fastest_s, strict=True)
             )
             offers.append(_Offer(plan=plan, room_bytes=room, losses=losses))
-    return offers
+    return offers, np.array(fastest_s)
 
 
 def _is_within(needs: Sequence[int], room: Sequence[int]) -> bool:
@@ -182,11 +242,10 @@ def _is_within(needs: Sequence[int], room: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class _Held:
-    """What one device has of the plans kept so far: numbers of pieces, their bytes, and room for requests."""
+    """What devices have of the plans kept so far: which parts, and room for requests, by device."""
 
-    pieces: frozenset[int] = frozenset()
-    num_bytes: int = 0
-    room_bytes: int = 0
+    parts: NDArray[np.bool_]
+    room_bytes: NDArray[np.int64]
 
 
 class _Search:
@@ -198,28 +257,25 @@ class _Search:
 
     def __init__(self, question: Question, offers: Sequence[_Offer], losses: NDArray[np.float64]) -> None:
         """``losses``: by offer and situation."""
-        self._offers, self._losses = offers, losses
-        ranks = range(len(question.profile.devices))
-        self._budgets = [question.budget_bytes(rank) for rank in ranks]
+        self._losses = losses
+        num_devices = len(question.profile.devices)
+        self._budgets = np.array([question.budget_bytes(rank) for rank in range(num_devices)])
         self._num_situations = losses.shape[1] - 1
-        numbers: dict[Piece, int] = {}
-        self._pieces: dict[InferencePlan, list[frozenset[int]]] = {}
-        for plan in dict.fromkeys(offer.plan for offer in offers):
-            own = pieces_of(plan, question.spec)
-            self._pieces[plan] = [frozenset(numbers.setdefault(each, len(numbers)) for each in part) for part in own]
-        self._piece_bytes = [piece.num_bytes(question.spec) for piece in numbers]
+        self._parts, self._part_bytes = _parts_of([offer.plan for offer in offers], question)
+        self._rooms = np.zeros((len(offers), num_devices), dtype=np.int64)
+        for own, offer in zip(self._rooms, offers, strict=True):
+            own[list(offer.plan.devices)] = offer.room_bytes
         self._best: tuple[float, list[int]] = (math.inf, [])
         self._num_nodes = 0
 
     def run(self) -> list[int]:
         """Numbers of offers."""
         nothing = np.full(self._losses.shape[1], 2 * _MISSING)
-        self._extend([], nothing, [_Held() for _ in self._budgets], np.arange(len(self._offers)))
+        held = _Held(np.zeros_like(self._parts[0]), np.zeros_like(self._budgets))
+        self._extend([], nothing, held, np.arange(len(self._losses)))
         return self._best[1]
 
-    def _extend(
-        self, taken: list[int], losses: NDArray[np.float64], held: list[_Held], others: NDArray[np.intp]
-    ) -> None:
+    def _extend(self, taken: list[int], losses: NDArray[np.float64], held: _Held, others: NDArray[np.intp]) -> None:
         self._num_nodes += 1
         cost = self._mean(losses) + (len(taken) - 1) * _PRICE
         if cost < self._best[0]:
@@ -233,23 +289,44 @@ class _Search:
         for place, number in enumerate(others):
             if self._mean(least[place]) + len(taken) * _PRICE >= self._best[0]:
                 return
-            joined = self._joined(held, self._offers[number])
+            joined = self._joined(held, number)
             if joined is not None:
                 better = np.minimum(losses, self._losses[number])
                 self._extend([*taken, int(number)], better, joined, others[place + 1 :])
 
-    def _joined(self, held: list[_Held], offer: _Offer) -> list[_Held] | None:
-        """What devices have with ``offer``; None where it does not fit."""
-        joined = list(held)
-        parts = zip(offer.plan.devices, self._pieces[offer.plan], offer.room_bytes, strict=True)
-        for rank, pieces, room_bytes in parts:
-            before = held[rank]
-            num_bytes = before.num_bytes + sum(self._piece_bytes[number] for number in pieces - before.pieces)
-            room_bytes = max(before.room_bytes, room_bytes)
-            if num_bytes + room_bytes > self._budgets[rank]:
-                return None
-            joined[rank] = _Held(before.pieces | pieces, num_bytes, room_bytes)
-        return joined
+    def _joined(self, held: _Held, number: np.intp) -> _Held | None:
+        """What devices have with this offer; None where it does not fit."""
+        joined = _Held(held.parts | self._parts[number], np.maximum(held.room_bytes, self._rooms[number]))
+        fits = (joined.parts @ self._part_bytes + joined.room_bytes <= self._budgets).all()
+        return joined if fits else None
 
     def _mean(self, losses: NDArray[np.float64]) -> float:
         return float(losses.sum()) / self._num_situations
+
+
+def _parts_of(plans: Sequence[InferencePlan], question: Question) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
+    """Which parts every device has under each of ``plans`` (devices × parts), and their bytes. What is there under the
+    same plans on the same devices is one part."""
+    spec = question.spec
+    pieces = {plan: pieces_of(plan, spec) for plan in plans}
+    kept = cut(
+        spec,
+        {piece for by_device in pieces.values() for own in by_device for piece in own},
+        is_frugal=question.is_frugal,
+    )
+    numbers: dict[Piece, int] = {}
+    numbered = {piece: [numbers.setdefault(part, len(numbers)) for part in parts] for piece, parts in kept.items()}
+    where: list[list[tuple[int, int]]] = [[] for _ in numbers]
+    for place, (plan, by_device) in enumerate(pieces.items()):
+        for rank, own in zip(plan.devices, by_device, strict=True):
+            for number in itertools.chain.from_iterable(numbered[piece] for piece in own):
+                where[number].append((place, rank))
+    total_bytes: dict[tuple[tuple[int, int], ...], int] = {}
+    for part, places in zip(numbers, map(tuple, where), strict=True):
+        total_bytes[places] = total_bytes.get(places, 0) + part.num_bytes(spec)
+    has = np.zeros((len(pieces), len(question.profile.devices), len(total_bytes)), dtype=bool)
+    for number, places in enumerate(total_bytes):
+        for place, rank in places:
+            has[place, rank, number] = True
+    by_plan = dict(zip(pieces, has, strict=True))
+    return [by_plan[plan] for plan in plans], np.array(list(total_bytes.values()), dtype=np.int64)

@@ -141,7 +141,11 @@ def _sum_step_s(group: Group, compute: Callable[[], object], num_values: int) ->
 
 
 def _overlapping(group: Group, compute: Callable[[], object], transfer: Transfer) -> Overlapping:
-    """Of this device. Computing lasts longer than the exchange that goes on meanwhile, whose cost is so all in it."""
+    """Of this device. Computing lasts longer than the exchange that goes on meanwhile, whose cost is so all in it.
+
+    Sending is the same work for every processor, so it is taken to cost each as much of its own computing: the mean
+    over devices. A difference of two windows is off by a third on a busy machine, and the slowest device is waited for.
+    """
     smallest = _exchange(group, 4)
     more_s = [
         _timed(lambda: group.start(smallest).wait(), _ROUNDS) - _timed(smallest, _ROUNDS) for _ in range(_OVERLAPS)
@@ -150,10 +154,11 @@ def _overlapping(group: Group, compute: Callable[[], object], transfer: Transfer
     num_bytes, lasting_s = transfer.num_bytes[-1], 1.5 * transfer.seconds[-1] + _PAUSE_S
     exchange = _exchange(group, num_bytes)
     exchange()
-    found = []
+    found, alone_s = [], []
     for _ in range(_OVERLAPS):
         start(group)
         own_s = mean_s(compute, lasting_s)
+        alone_s.append(own_s)
         start(group)
         handle, count, start_s = group.start(exchange), 0, time.perf_counter()
         while not handle.is_done() or time.perf_counter() - start_s < lasting_s:
@@ -161,7 +166,9 @@ def _overlapping(group: Group, compute: Callable[[], object], transfer: Transfer
             count += 1
         found.append(time.perf_counter() - start_s - count * own_s)
         handle.wait()
-    return Overlapping(starting_s=starting_s, s_per_byte=max(0.0, statistics.median(found)) / num_bytes)
+    own_s = statistics.median(alone_s)
+    more = max(0.0, _mean(group, statistics.median(found) / own_s))
+    return Overlapping(starting_s=starting_s, s_per_byte=more * own_s / num_bytes)
 
 
 def _most(group: Group, seconds: float) -> float:

@@ -1,4 +1,5 @@
-"""The C library's heap: memory that was freed stays with the process, to be used again without page faults."""
+"""The C library's heap: whether memory that was freed stays with the process, to be used again without page faults, or
+goes back at once, to others who have little of it."""
 
 from __future__ import annotations
 
@@ -16,9 +17,23 @@ def keep_freed_memory() -> bool:
     Threads share one heap from here on, so that what one frees another can use. Returns False, having changed nothing,
     where the C library is another.
     """
+    return _set((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, _LARGEST_INT), (_M_ARENA_MAX, 1))
+
+
+def return_freed_memory() -> bool:
+    """Lets glibc's malloc give back what is freed, tensors of 128 KiB and more at once; for the whole process, from now
+    on. Returns False, having changed nothing, where the C library is another.
+
+    By itself it learns to keep blocks as large as have been freed before, up to 32 MiB, and what lies between those
+    that are in use is nobody's: a text of 512 tokens that needs 14 MiB at once (BERT-base, one of two devices) takes 34
+    to 48 so, and 17 when it is given back. Page faults make it slower, by 1 % with 128 tokens, 15 % with 512.
+    """
+    return _set((_M_MMAP_THRESHOLD, 128 << 10), (_M_TRIM_THRESHOLD, 128 << 10))
+
+
+def _set(*settings: tuple[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, _LARGEST_INT), (_M_ARENA_MAX, 1))
     return all([mallopt(name, value) == 1 for name, value in settings])

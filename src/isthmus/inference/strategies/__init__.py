@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from isthmus.inference.layer import Layer
 from isthmus.inference.model import LocalModel
@@ -28,10 +28,12 @@ def make_strategy(
     progress: Callable[[float], None] = lambda share: None,
     known: dict[Piece, Layer] | None = None,
     mates: Group | None = None,
+    kept: Mapping[Piece, tuple[Piece, ...]] | None = None,
 ) -> Strategy:
     """Reads what this device needs under ``plan`` and makes its strategy. ``group`` holds the plan's devices, in their
     order, and is None for one; ``mates`` those that share sub-blocks with this one (``team_of``), and is None where it
-    has them to itself. What ``known`` has is not read again; what is read is added to it."""
+    has them to itself. What ``known`` has is not read again; what is read is added to it. ``kept``: see
+    ``LocalModel``."""
     codec = None if plan.codec == "fp32" else plan.codec
     rank = 0 if group is None else group.rank
     spec = reader.spec
@@ -43,6 +45,7 @@ def make_strategy(
         block_part=block_parts(plan, spec)[rank],
         original_shares=original_shares(plan, spec)[rank],
         known=known,
+        kept=kept,
         progress=progress,
     )
     if spec.decoupling is not None:
