@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
-from isthmus.profiling.dense import no_experts
+from isthmus.profiling.dense import Forward, loss_of, no_experts
 
 
-def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
+def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor], run: Forward = loss_of) -> int:
     """Runs the dense part forward once and counts what autograd saves, each storage once, parameters left out.
 
     ``inputs``: a micro-batch with labels; dense units must be bound. Replaces the model's experts function. Blocks.
@@ -27,7 +27,7 @@ def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
     model.set_experts_function(no_experts)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         device = next(bound_parameters(model)).device
-        loss = model.module(**on_device(inputs, device), **model.forward_arguments()).loss
+        loss = run(model, on_device(inputs, device))
     total = sum(storage.nbytes() for storage in saved.values())
     del loss
     return total
