@@ -140,6 +140,12 @@ Plain = Annotated[
 ]
 
 
+RankTimeout = Annotated[
+    float,
+    _hardware("Started by torchrun: seconds that one process waits for another before it gives up.", metavar="SECONDS"),
+]
+
+
 def tune(
     model: Model,
     *,
@@ -164,6 +170,7 @@ def tune(
     num_stages: NumStages = None,
     emulate: Emulate = None,
     cpu_speed: CpuSpeed = 1.0,
+    rank_timeout: RankTimeout = 600.0,
     output: Output,
     report: Report = None,
     timeline: Timeline = None,
@@ -177,6 +184,7 @@ def tune(
     """Fine-tune a Mixture-of-Experts model whose experts do not fit the accelerator.
 
     Experts that few tokens chose are computed on the CPU beside their weights; popular ones are loaded in time.
+    torchrun --nproc-per-node 4 -m isthmus tune … divides the model's layers among processes, in stages.
     """
     options = dict(locals())
     from isthmus.tuning.run import tune as run

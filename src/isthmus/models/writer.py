@@ -83,8 +83,8 @@ def write_checkpoint(
     ``source(key)`` returns the unit's tensors by name with the layout's shapes, on any device. ``dtype`` (``fp32``,
     ``bf16``) is what they are cast to; parameters that the model keeps in FP32 stay FP32. ``tokenizer_from`` is a
     directory (usually the original checkpoint) whose tokenizer files and generation_config.json are copied. With
-    ``share`` only this process's share is written, in files of its own; the checkpoint is whole when all have returned. Beside
-    the units, one chunk of one tensor is in memory at a time. Raises ``ValueError`` for a bad ``path`` or
+    ``share`` only this process's share is written, in files of its own; the checkpoint is whole when all have returned.
+    Beside the units, one chunk of one tensor is in memory at a time. Raises ``ValueError`` for a bad ``path`` or
     ``max_shard_bytes``, ``OSError`` on a full disk. Blocks.
     """
     if not path.is_dir() or (share is None and any(path.iterdir())):

@@ -42,7 +42,7 @@ def map_stages(spec: ModelSpec, *, num_slots: int, num_stages: int | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """Which of several processes has what: stage ``s`` is rank ``s mod num_ranks``'s, so that neighbouring stages are on
+    """Which of several processes has what: stage ``s`` is rank ``s mod num_ranks``'s, so neighbouring stages are on
     different ones (APTMoE, section 3); what lies outside every layer is rank 0's."""
 
     stages: tuple[Stage, ...]
@@ -51,7 +51,7 @@ class Division:
     def __post_init__(self) -> None:
         if len(self.stages) < self.num_ranks:
             raise IsthmusError(
-                f"num_stages: got {len(self.stages)} for {self.num_ranks} processes, wanted at least one stage for each: "
+                f"num_stages: got {len(self.stages)} for {self.num_ranks} processes, wanted at least one stage each: "
                 "raise --num-stages (up to the number of layers) or start fewer processes."
             )
 

@@ -75,7 +75,8 @@ def measure_profile(
     run: Forward = loss_of,
     progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Profile:
-    """The profile for what ``model`` holds (dense units bound) on this machine, from the cache if it was measured before.
+    """The profile for what ``model`` holds (dense units bound) on this machine, from the cache if it was measured
+    before. ``run`` runs that.
 
     ``max_tokens``: the most tokens one expert may get in a step. Blocks for seconds when measuring. Replaces the
     model's experts function and adds to its gradients.

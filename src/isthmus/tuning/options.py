@@ -50,6 +50,7 @@ class TuneOptions:
     resume: bool
     overwrite: bool
     plain: bool | None
+    rank_timeout: float
 
     def check(self) -> None:
         """Raises ``ValueError`` for what can be seen to be wrong without model, data and machine."""
@@ -68,6 +69,8 @@ class TuneOptions:
             raise IsthmusError(f"policy: got {self.policy!r}, wanted one of {', '.join(sorted(POLICIES))}.")
         if self.resume and self.overwrite:
             raise IsthmusError("resume, overwrite: got both; --resume continues a run, --overwrite deletes it first.")
+        if self.rank_timeout <= 0:
+            raise IsthmusError(f"rank_timeout: got {self.rank_timeout}, wanted seconds above 0.")
         torch_dtype(self.dtype)
         learning_rate_at(
             0, schedule=self.schedule, learning_rate=self.learning_rate, num_steps=self.steps, warmup=self.warmup

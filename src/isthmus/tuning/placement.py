@@ -78,8 +78,8 @@ def place_dense(
     """(the dense units, all resident if the budget allows, else streamed; activation bytes of steps like ``example``).
 
     ``make(num_buffers)`` allocates them with weights to measure with. Raises ``BudgetError`` if even streamed they
-    leave no room for activations and the policy's fewest slots; the model's parameters then lie in the store. A ``part``
-    is never streamed.
+    leave no room for activations and the policy's fewest slots; the model's parameters then lie in the store. A
+    ``part`` is never streamed.
     """
     spec, activation_bytes = model.spec, None
     if not accelerator.is_separate:

@@ -62,6 +62,8 @@ class SessionOptions:
     num_stages: int | None = None
     num_layers: int | None = None
     num_waves: int | None = None
+    num_cores: int | None = None
+    """What to compute with; None: ``OMP_NUM_THREADS`` or what this process may use."""
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
@@ -133,7 +135,7 @@ class Session:
         if self.links is not None:
             self.pipeline = Pipeline(model, self.links, options.num_stages)
         self._read_weights(progress)
-        num_threads, num_cpu_threads = thread_split(accelerator, options.emulation)
+        num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
         torch.set_num_threads(num_threads)
         self.optimizer = StoreOptimizer(
             self.store,
@@ -320,12 +322,14 @@ class Session:
         self.close()
 
 
-def thread_split(accelerator: Accelerator, emulation: Emulation | None) -> tuple[int, int]:
-    """(threads of the computing thread, threads of the CPU experts) on the cores this process may use.
+def thread_split(
+    accelerator: Accelerator, emulation: Emulation | None, num_cores: int | None = None
+) -> tuple[int, int]:
+    """(threads of the computing thread, threads of the CPU experts) on ``num_cores``, or those this process may use.
 
     ``OMP_NUM_THREADS``, where it is set, stands for the number of cores.
     """
-    cores = int(os.environ.get("OMP_NUM_THREADS", num_cpus_usable()))
+    cores = num_cores or int(os.environ.get("OMP_NUM_THREADS", num_cpus_usable()))
     if not accelerator.is_separate:
         return cores, cores
     if accelerator.device.type == "cuda":

@@ -1,7 +1,7 @@
 """Several processes that train one model, as torchrun would start them: made for a list of jobs, and always ended.
 
-``run`` is for tests. The module itself (``python -m tests.tuning.pipeline.ranks NUM FOLDER``) imports everything once and
-forks, which is all that makes several processes cheap enough for a test.
+``run`` is for tests. The module itself (``python -m tests.tuning.pipeline.ranks NUM FOLDER``) imports everything once
+and forks: so several processes are cheap enough for a test.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Job:
     num_micro_batches: int = 3
     options: dict[str, Any] = field(default_factory=dict)
     more_slots: int | None = None
-    """Emulated: the least budget that each rank accepts, and room for so many more experts; None: as ``options`` says."""
+    """Emulated: each rank has the least budget it accepts, and room for so many more experts."""
 
 
 def run(num_ranks: int, jobs: list[Job], folder: Path, *, timeout_s: float = 240.0) -> dict[str, list[float]]:

@@ -1,14 +1,15 @@
-"""What crosses from one process to another in a forward pass, found out by running the model's own code without weights.
+"""What crosses from one process to another in a forward pass: found by running the model's own code without weights.
 
-A *border* lies before and after each layer. Which tensors cross it is what autograd says: everything a layer or a module
-with weights returns is marked as needing a gradient, and what is marked when it reaches a layer depends on weights, so
-it must come from who computed it. Masks and rotary tables are not: every process makes its own. A second run, with only
-those marks that training itself would make, says which of the tensors have gradients.
+A *border* lies before and after each layer. Which tensors cross it is what autograd says: everything that a layer or a
+module with weights returns is marked as needing a gradient, and what is marked when it reaches a layer depends on
+weights, so it must come from who computed it. Masks and rotary tables are not: every process makes its own. A second
+run, with only those marks that training itself would make, says which of the tensors have gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +68,8 @@ def find_route(
         survey = _Survey(model, steering, device, marks_all=marks_all)
         state = random_state(device)
         with steering.using(survey), torch.enable_grad():
-            try:
+            with suppress(Abandoned):
                 model.module(**inputs, **arguments)
-            except Abandoned:
-                pass
         restore_random_state(device, state)
         if len(survey.layers) != len(model.layers):
             raise _not_in_order(len(survey.layers), len(model.layers))
@@ -95,8 +94,8 @@ def _passings(marked: dict[int, Form], real: dict[int, Form]) -> tuple[Passing, 
 
 def _not_in_order(found: int, wanted: int) -> IsthmusError:
     return IsthmusError(
-        f"model: its forward came to layer {found} where another was due ({wanted} in all); wanted every layer once, in "
-        "order (set layerdrop to 0 in config.json), or start one process."
+        f"model: its forward came to layer {found} where another was due ({wanted} in all); wanted every layer "
+        "once, in order (set layerdrop to 0 in config.json), or start one process."
     )
 
 

@@ -25,7 +25,7 @@ from isthmus.tuning.protocols import Policy
 @dataclass(slots=True)
 class PolicySetup:
     """``num_tokens``: routed tokens of one step, all micro-batches together. ``is_pipelined``: every micro-batch is a
-    wave and passes through a whole stage by itself, so all layers of a stage are in use, and hold gradients, at once."""
+    wave and passes through a whole stage by itself: all layers of a stage are in use, and hold gradients, at once."""
 
     spec: ModelSpec
     costs: CostModel
