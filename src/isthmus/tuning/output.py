@@ -18,6 +18,8 @@ def write_final(session: Session, output: Path, source: Path) -> None:
     if session.pipeline is None:
         with published(output) as aside:
             _write(session, aside, source, None)
+            written = _weights(aside)
+        _remove_others(output, written)
         return
     links = session.pipeline.links
     share = Share(rank=links.rank, rank_of=session.pipeline.division.rank_of)
@@ -29,6 +31,19 @@ def write_final(session: Session, output: Path, source: Path) -> None:
         links.from_first(str(aside.absolute()), "the directory of the trained model")
         _write(session, aside, source, share)
         links.gather(None, "the trained model's files")
+        written = _weights(aside)
+    _remove_others(output, written)
+
+
+def _weights(directory: Path) -> set[str]:
+    return {file.name for file in directory.glob("model*.safetensors*")}
+
+
+def _remove_others(output: Path, written: set[str]) -> None:
+    """Files of weights that an earlier end of the run has left, when other processes cut the model otherwise: who loads
+    the model would take ``model.safetensors`` for it, whatever else is there."""
+    for name in _weights(output) - written:
+        (output / name).unlink()
 
 
 def _write(session: Session, directory: Path, source: Path, share: Share | None) -> None:

@@ -45,6 +45,8 @@ class Journey(Run):
     route: Route = field(default_factory=lambda: Route((), ()))
     arrival: Arrival | None = None
     """What it waits for."""
+    gradients: dict[int, Arrival] = field(default_factory=dict)
+    """In backward: what comes back, by border."""
     logits: dict[int, Tensor] = field(default_factory=dict)
     """On rank 0: where the auxiliary loss will read the router logits of layers that are not here."""
     num_outer: int = 0
@@ -224,16 +226,14 @@ class PipelineEngine(Engine):
         """Takes all micro-batches to where they wait for another rank next; returns those that are not at their end."""
         active, waiting = list(groups), []
         while active:
-            for group in list(active):
-                (run,) = group.runs
-                assert isinstance(run, Journey)
+            for group in self._going_on(active):
+                run = _journey_of(group)
                 output: object = None
                 if group.waiting is not None:
                     (output,) = group.waiting.finish()
                     group.waiting = None
                 elif run.arrival is not None:
-                    with self._waiting(run.arrival):
-                        output, run.arrival = run.arrival.wait(), None
+                    output = self._wait(run)
                 event: Any = self._resume(run, output)
                 if isinstance(event, ExpertsCall):
                     self._start_wave(group, [event])
@@ -244,8 +244,17 @@ class PipelineEngine(Engine):
                     waiting.append(group)
         return waiting
 
-    def _waiting(self, arrival: Arrival) -> Any:
-        return self.resources.accelerator.recorder.span("accelerator", arrival.what, kind="wait")
+    @staticmethod
+    def _going_on(active: list[Group]) -> list[Group]:
+        """Those that wait for nothing, for what is here, or for experts of ours; where there are none, the first."""
+        arrivals = [(group, _journey_of(group).arrival) for group in active]
+        return [group for group, arrival in arrivals if arrival is None or arrival.is_here()] or active[:1]
+
+    def _wait(self, run: Journey) -> list[Tensor]:
+        arrival, run.arrival = run.arrival, None
+        assert arrival is not None
+        with self.resources.accelerator.recorder.span("accelerator", arrival.what, kind="wait"):
+            return arrival.wait()
 
     def _loss(self, groups: list[Group]) -> float:
         """Rank 0's, told to all."""
@@ -256,18 +265,21 @@ class PipelineEngine(Engine):
     # --- backward ----------------------------------------------------------------------------------------------------
 
     def _backward(self, groups: list[Group]) -> None:
-        active = groups
-        while active:
-            for group in active:
-                self._await_gradients(group)
-            self._in_turns([self._backward_part(group) for group in active])
-            active = [group for group in active if group.runs[0].tape.segments]
+        for group in groups:
+            self._await_gradients(_journey_of(group))
+        while groups:
+            parts = {id(group): self._backward_part(group) for group in groups}
+            active, over = list(groups), object()
+            while active:
+                for group in self._going_on(active):
+                    if next(parts[id(group)], over) is over:
+                        active.remove(group)
+            groups = [group for group in groups if group.runs[0].tape.segments]
         self.links.flush()
 
     def _backward_part(self, group: Group) -> Iterator[None]:
         """Backward of one micro-batch to where its gradients go to another rank."""
-        (run,) = group.runs
-        assert isinstance(run, Journey)
+        run = _journey_of(group)
         if run.tape.loss is not None:
             with self.resources.accelerator.compute("head backward", kind="dense"):
                 run.tape.backward_loss(run.weight)
@@ -279,28 +291,27 @@ class PipelineEngine(Engine):
                 if segment.number % _NUM_KINDS != _ROUTER:
                     return
             elif isinstance(segment, Sent):
-                self._backward_sent(run, segment)
-                self._await_gradients(group)
+                run.arrival = run.gradients.pop(segment.number)
+                yield
+                gradients = [gradient.to(self._device) for gradient in self._wait(run)]
+                with self.resources.accelerator.compute("gap backward", kind="dense"):
+                    segment.finish(gradients)
             else:
                 yield from self._backward_layer(group, [segment])
-                self._await_gradients(group)
 
-    def _await_gradients(self, group: Group) -> None:
-        """If what the micro-batch needs next are gradients, their memory is ready for them from here on."""
-        (run,) = group.runs
-        assert isinstance(run, Journey)
-        if run.arrival is None and run.tape.segments and isinstance(sent := run.tape.segments[-1], Sent):
-            tag, what = self._tag(run, sent.number, is_gradient=True), f"gradients of {_name(run, sent.number)}"
-            forms = [Form(tuple(leaf.shape), leaf.dtype) for leaf in sent.leaves]
-            run.arrival = self.links.receive(forms, sent.to, tag, what)
+    def _await_gradients(self, run: Journey) -> None:
+        """From here on there is memory for all that will come back."""
+        for sent in reversed(run.tape.segments):
+            if isinstance(sent, Sent):
+                tag, what = self._tag(run, sent.number, is_gradient=True), f"gradients of {_name(run, sent.number)}"
+                forms = [Form(tuple(leaf.shape), leaf.dtype) for leaf in sent.leaves]
+                run.gradients[sent.number] = self.links.receive(forms, sent.to, tag, what)
 
-    def _backward_sent(self, run: Journey, sent: Sent) -> None:
-        arrival, run.arrival = run.arrival, None
-        assert arrival is not None
-        with self._waiting(arrival):
-            gradients = arrival.wait()
-        with self.resources.accelerator.compute("gap backward", kind="dense"):
-            sent.finish([gradient.to(self._device) for gradient in gradients])
+
+def _journey_of(group: Group) -> Journey:
+    (run,) = group.runs
+    assert isinstance(run, Journey)
+    return run
 
 
 def _border(layer: int, kind: int) -> int:

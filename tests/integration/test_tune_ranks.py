@@ -1,0 +1,137 @@
+"""``isthmus tune`` as several processes: the model that one makes, resumed by any number of them, ended if one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.integration.support import VOCAB_SIZE, Inputs, Tune, losses, succeed
+from transformers import AutoModelForCausalLM
+
+from isthmus.models.tiny import write_tiny_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def deep(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """As ``inputs``, with a model of four layers."""
+    model = tmp_path_factory.mktemp("deep") / "model"
+    write_tiny_checkpoint("mixtral", model, 0, "fp32", vocab_size=VOCAB_SIZE, num_hidden_layers=4)
+    for file in inputs.model.glob("*token*"):
+        shutil.copy(file, model)
+    return Inputs(model, inputs.data, inputs.eval_data)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def torchrun(num_ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return subprocess.run(
+        [*command, "-m", "isthmus", *arguments], env=environment(), capture_output=True, text=True, timeout=240
+    )
+
+
+def start(num_ranks: int, arguments: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """The same without torchrun, which would end the others itself; each writes ``folder / rank-<r>.log``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "isthmus", *arguments],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=(folder / f"rank-{rank}.log").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def test_two_processes_and_then_four_make_the_model_that_one_makes(deep: Inputs, run: Tune, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    evaluation = ("--eval-data", str(deep.eval_data), "--eval-every", "2")
+    succeed(run(deep.arguments(alone, *evaluation)))
+
+    # As if it had been stopped after two of four steps, on whose number the schedule depends.
+    interrupted = torchrun(2, deep.arguments(together, *evaluation, "--save-every", "2"))
+    assert interrupted.returncode == 0, interrupted.stderr
+    shutil.rmtree(together / "checkpoints" / "step-00000004")
+    for file in ("report.json", "model.safetensors.index.json"):
+        (together / file).unlink()
+    resumed = torchrun(4, deep.arguments(together, *evaluation, "--resume", "--num-stages", "4"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after step 2" in resumed.stderr
+
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+    report = json.loads((together / "report.json").read_text())
+    assert report["steps"][-1]["evaluation_loss"] == pytest.approx(
+        json.loads((alone / "report.json").read_text())["steps"][-1]["evaluation_loss"], rel=1e-5
+    )
+    models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (alone, together)]
+    before = AutoModelForCausalLM.from_pretrained(deep.model).state_dict()
+    difference = sum(float((models[0][name] - models[1][name]).square().sum()) for name in before)
+    update = sum(float((models[0][name] - before[name]).square().sum()) for name in before)
+    assert difference**0.5 <= 1e-3 * update**0.5
+    assert all(torch.isfinite(tensor).all() for tensor in models[1].values())
+
+
+def test_a_process_that_dies_ends_the_others_with_its_number(deep: Inputs, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    processes = start(
+        3, deep.arguments(output, "--steps", "100000", "--num-stages", "4", "--save-every", "1"), tmp_path
+    )
+    try:
+        deadline_s = time.monotonic() + 200
+        while not list(output.glob("checkpoints/step-0000000[2-9]")):
+            assert time.monotonic() < deadline_s and processes[1].poll() is None, _said(tmp_path)
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGKILL)
+        codes = [process.wait(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes[0] not in (0, None) and codes[2] not in (0, None)
+    said = _said(tmp_path)
+    # Each tells whom it waited for: rank 1, or one that had lost rank 1 before.
+    assert "rank 0: waited for" in said and "from rank 1: rank 1 has ended" in said
+    assert "rank 2: waited for" in said
+    assert "Traceback" not in said
+
+
+def _said(folder: Path) -> str:
+    return "\n".join(log.read_text() for log in sorted(folder.glob("rank-*.log")))
+
+
+def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_path: Path) -> None:
+    processes = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank, seed in enumerate(("0", "1")):
+        arguments = deep.arguments(tmp_path / "out", "--seed", seed)
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "isthmus", *arguments],
+                env=environment() | variables,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert all("seed: rank 1 got 1, rank 0 0" in text for text in said), said

@@ -1,0 +1,75 @@
+"""What crosses between processes is found from the model's own code, without weights, for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.tuning.pipeline.test_exactness import layers
+
+from isthmus.models.moe_model import MoeModel
+from isthmus.models.tiny import FAMILIES, tiny_config
+from isthmus.profiling.dense import no_experts
+from isthmus.spec.errors import IsthmusError
+from isthmus.tuning.pipeline.links import Form
+from isthmus.tuning.pipeline.route import Route, find_route, ghost_of
+from isthmus.tuning.pipeline.steering import Steering
+
+CPU = torch.device("cpu")
+
+
+def route_of(family: str, **changes: float) -> Route:
+    model = MoeModel.build(tiny_config(family, **layers(family, 4), **changes), "fp32")
+    model.set_experts_function(no_experts)
+    model.module.train()
+    inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.ones(2, 8, dtype=torch.long)}
+    if model.spec.is_encoder_decoder:
+        inputs["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
+    return find_route(model, Steering(model), inputs, model.forward_arguments(), CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_cross_every_border_and_masks_none(family: str) -> None:
+    route = route_of(family)
+    assert len(route.layers) == 4
+    for layer in route.layers:
+        assert layer.inputs[0].form == Form((2, 8, 32), torch.float32)
+        assert layer.inputs[0].is_differentiable
+        assert layer.outputs[0].form == Form((2, 8, 32), torch.float32)
+    if family not in ("switch_transformers", "nllb-moe"):
+        assert [len(layer.inputs) for layer in route.layers] == [1] * 4
+        assert [layer.follows_outer for layer in route.layers] == [True, False, False, False]
+
+
+def test_an_encoders_output_and_position_biases_cross_too() -> None:
+    nllb, switch = route_of("nllb-moe"), route_of("switch_transformers")
+    assert [layer.follows_outer for layer in nllb.layers] == [True, False, True, False]
+    assert [len(layer.inputs) for layer in nllb.layers] == [1, 1, 2, 2]
+    assert [layer.follows_outer for layer in switch.layers] == [True, False, True, False]
+    # Hidden states, the bias of self-attention, the encoder's output, and cross-attention's bias, a mask that the
+    # decoder's first layer makes: its values must travel, its gradient need not.
+    assert [len(layer.inputs) for layer in switch.layers] == [1, 2, 2, 4]
+    assert sum(passing.is_differentiable for passing in switch.layers[3].inputs) == 3
+
+
+def test_router_logits_are_known_where_a_layer_has_experts() -> None:
+    route = route_of("qwen2_moe")
+    assert [layer.router_logits for layer in route.layers] == [None, *[Form((16, 8), torch.float32)] * 3]
+
+
+def test_finding_a_route_draws_no_random_numbers() -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    route_of("nllb-moe", dropout=0.5)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_a_model_that_skips_layers_is_refused() -> None:
+    with pytest.raises(IsthmusError, match="wanted every layer once, in order"):
+        route_of("nllb-moe", encoder_layerdrop=1.0)
+
+
+def test_a_ghost_takes_no_memory_and_is_not_a_number() -> None:
+    ghost = ghost_of(Form((1000, 1000), torch.float32), CPU)
+    assert ghost.untyped_storage().nbytes() == 4
+    assert torch.isnan(ghost).all()
