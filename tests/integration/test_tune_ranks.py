@@ -1,4 +1,4 @@
-"""``isthmus tune`` as several processes: the model that one makes, resumed by any number of them, ended if one is lost."""
+"""``isthmus tune`` as several processes: the model that one makes, resumed by any number, ended if one is lost."""
 
 from __future__ import annotations
 
@@ -43,21 +43,31 @@ def torchrun(num_ranks: int, arguments: list[str]) -> subprocess.CompletedProces
     )
 
 
-def start(num_ranks: int, arguments: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
-    """The same without torchrun, which would end the others itself; each writes ``folder / rank-<r>.log``."""
+def start(commands: list[list[str]], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """A process for each, without torchrun, which would end the others itself; they write ``folder / rank-<r>.log``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "isthmus", *arguments],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"rank-{rank}.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(num_ranks)
-    ]
+    shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(commands))}
+    processes = []
+    for rank, arguments in enumerate(commands):
+        with (folder / f"rank-{rank}.log").open("wb") as log:
+            command = [sys.executable, "-m", "isthmus", *arguments]
+            ranked = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=ranked, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
+def end(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int | None]:
+    """Exit codes, None of those that had to be killed."""
+    deadline_s = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    return codes
 
 
 def test_two_processes_and_then_four_make_the_model_that_one_makes(deep: Inputs, run: Tune, tmp_path: Path) -> None:
@@ -88,27 +98,27 @@ def test_two_processes_and_then_four_make_the_model_that_one_makes(deep: Inputs,
     assert all(torch.isfinite(tensor).all() for tensor in models[1].values())
 
 
-def test_a_process_that_dies_ends_the_others_with_its_number(deep: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_lost_ends_the_others_which_name_it(
+    signal_number: signal.Signals, deep: Inputs, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
-    processes = start(
-        3, deep.arguments(output, "--steps", "100000", "--num-stages", "4", "--save-every", "1"), tmp_path
-    )
+    arguments = deep.arguments(output, "--steps", "100000", "--num-stages", "4", "--save-every", "1")
+    processes = start([[*arguments, "--rank-timeout", "20"]] * 3, tmp_path)
     try:
         deadline_s = time.monotonic() + 200
         while not list(output.glob("checkpoints/step-0000000[2-9]")):
             assert time.monotonic() < deadline_s and processes[1].poll() is None, _said(tmp_path)
             time.sleep(0.1)
-        processes[1].send_signal(signal.SIGKILL)
-        codes = [process.wait(timeout=60) for process in processes]
+        processes[1].send_signal(signal_number)
+        codes = end([processes[0], processes[2]], timeout_s=60)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes[0] not in (0, None) and codes[2] not in (0, None)
+        end(processes, timeout_s=0)
     said = _said(tmp_path)
-    # Each tells whom it waited for: rank 1, or one that had lost rank 1 before.
-    assert "rank 0: waited for" in said and "from rank 1: rank 1 has ended" in said
-    assert "rank 2: waited for" in said
+    assert codes == [1, 1], said
+    # Each says whom it waited for: rank 1, or one that had lost rank 1 before.
+    lost = "rank 1 has ended" if signal_number == signal.SIGKILL else "nothing came within 20 s"
+    assert "rank 0: waited for" in said and "rank 2: waited for" in said and f"from rank 1: {lost}" in said
     assert "Traceback" not in said
 
 
@@ -117,21 +127,6 @@ def _said(folder: Path) -> str:
 
 
 def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_path: Path) -> None:
-    processes = []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank, seed in enumerate(("0", "1")):
-        arguments = deep.arguments(tmp_path / "out", "--seed", seed)
-        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "isthmus", *arguments],
-                env=environment() | variables,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
-    assert all("seed: rank 1 got 1, rank 0 0" in text for text in said), said
+    processes = start([deep.arguments(tmp_path / "out", "--seed", seed) for seed in ("0", "1")], tmp_path)
+    assert end(processes, timeout_s=200) == [2, 2]
+    assert _said(tmp_path).count("seed: rank 1 got 1, rank 0 0; wanted the same everywhere") == 2
