@@ -95,10 +95,7 @@ def tune(
     console = None if is_first else Console(quiet=True)
     with PeakHostMemory() as memory, TrainingProgress(steps, console=console, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
-            result = _tune(options, memory, progress, stop, links)
-    if links is not None:
-        links.close()
-    return result
+            return _tune(options, memory, progress, stop, links)
 
 
 def _tune(
@@ -130,6 +127,8 @@ def _tune(
             steps=tuple(trainer.records),
             summary=summarise(session, trainer, memory.peak_bytes),
         )
+        if links is not None:
+            links.close()
         if not is_first:
             return result
         for place in {output / "report.json", Path(options.report or output / "report.json")}:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _train(job: Job, links: Links, folder: Path) -> list[float]:
             Session(path, options, steps[0], Recorder(enabled=False), links=links)
         except BudgetError as error:
             memory_bytes = error.minimum_bytes + job.more_slots * 24 * 1024
-            options = SessionOptions(**fields | {"accelerator_memory_bytes": memory_bytes})
+            options = replace(options, accelerator_memory_bytes=memory_bytes)
     losses = []
     with Session(path, options, steps[0], Recorder(keep_spans=False), links=links) as session:
         for number, batches in enumerate(steps, start=1):
