@@ -261,9 +261,10 @@ class Engine:
 
     # --- whole passes ----------------------------------------------------------------------------------------------
 
-    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
+    @staticmethod
+    def _runs(batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Run]:
         total = sum(batch.num_label_tokens for batch in batches)
-        runs = [
+        return [
             Run(
                 batch=batch,
                 weight=batch.num_label_tokens / total,
@@ -272,6 +273,9 @@ class Engine:
             )
             for i, batch in enumerate(batches)
         ]
+
+    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
+        runs = self._runs(batches, seed, recording=recording)
         num_waves = min(self.policy.num_waves, len(runs))
         return [Group(runs=runs[i::num_waves]) for i in range(num_waves)]
 

@@ -29,17 +29,19 @@ def require_same(links: Links, facts: Mapping[str, object]) -> None:
 
 def share_cores(links: Links) -> int:
     """Pins this process to its share of the cores that the processes of its host were given together; leaves them where
-    they are if they were given different ones. Returns the number of cores it may use."""
-    usable = num_cpus_usable()
+    they are if they were given different ones. Returns the number of cores to compute on: no more than
+    ``OMP_NUM_THREADS``, unless that is 1, which torchrun sets by itself."""
     mine = [socket.gethostname(), sorted(os.sched_getaffinity(0))]
     told = links.gather(mine, "the cores it may use")
     here = [rank for rank, (host, _) in enumerate(told) if host == mine[0]]
-    if any(told[rank][1] != mine[1] for rank in here):
-        return usable
-    place, cores = here.index(links.rank), mine[1]
-    first, last = (len(cores) * at // len(here) for at in (place, place + 1))
-    os.sched_setaffinity(0, cores[first:last] or [cores[place % len(cores)]])
-    return max(1, usable // len(here))
+    num_cores, cores = num_cpus_usable(), mine[1]
+    if all(told[rank][1] == cores for rank in here):
+        place = here.index(links.rank)
+        first, last = (len(cores) * at // len(here) for at in (place, place + 1))
+        os.sched_setaffinity(0, cores[first:last] or [cores[place % len(cores)]])
+        num_cores = max(1, num_cores // len(here))
+    asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    return min(num_cores, asked) if asked > 1 else num_cores
 
 
 def choose_device(accelerator: str) -> None:

@@ -42,7 +42,7 @@ class Journey(Run):
     """A micro-batch on its way through this rank's part of the model."""
 
     number: int = 0
-    route: Route = field(default_factory=lambda: Route((), ()))
+    route: Route = field(default_factory=lambda: Route(layers=(), outer=()))
     arrival: Arrival | None = None
     """What it waits for."""
     gradients: dict[int, Arrival] = field(default_factory=dict)
@@ -76,6 +76,9 @@ class PipelineEngine(Engine):
         assert len(passings) <= _MOST_TENSORS
         values = [leaves[passing.position] for passing in passings]
         flags = [passing.is_differentiable for passing in passings]
+        for value, passing in zip(values, passings, strict=True):
+            if Form(tuple(value.shape), value.dtype) != passing.form:
+                raise RuntimeError(f"{_name(run, border)}: got {value.shape} {value.dtype}, wanted {passing.form}")
         leaving = run.tape.send(values, to=to, number=border, are_differentiable=flags)
         self.links.send(leaving, to, self._tag(run, border, is_gradient=False), _name(run, border))
 
@@ -195,23 +198,18 @@ class PipelineEngine(Engine):
 
     def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
         """Every micro-batch by itself."""
-        groups = super()._groups(batches, seed, recording=recording)
-        runs = sorted((run for group in groups for run in group.runs), key=lambda run: run.seed)
-        return [
-            Group(
-                runs=[
-                    Journey(
-                        batch=run.batch,
-                        weight=run.weight,
-                        tape=run.tape,
-                        seed=run.seed,
-                        number=number,
-                        route=self.pipeline.route(on_device(run.batch.inputs, self._device)),
-                    )
-                ]
+        journeys = [
+            Journey(
+                batch=run.batch,
+                weight=run.weight,
+                tape=run.tape,
+                seed=run.seed,
+                number=number,
+                route=self.pipeline.route(on_device(run.batch.inputs, self._device)),
             )
-            for number, run in enumerate(runs)
+            for number, run in enumerate(self._runs(batches, seed, recording=recording))
         ]
+        return [Group(runs=[journey]) for journey in journeys]
 
     def _start(self, run: Run) -> None:
         with suppress(Abandoned):
