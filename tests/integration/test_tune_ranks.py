@@ -18,6 +18,7 @@ from tests.integration.support import VOCAB_SIZE, Inputs, Tune, losses, succeed
 from transformers import AutoModelForCausalLM
 
 from isthmus.models.tiny import write_tiny_checkpoint
+from isthmus.training.checkpoints import read_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,3 +131,31 @@ def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_pa
     processes = start([deep.arguments(tmp_path / "out", "--seed", seed) for seed in ("0", "1")], tmp_path)
     assert end(processes, timeout_s=200) == [2, 2]
     assert _said(tmp_path).count("seed: rank 1 got 1, rank 0 0; wanted the same everywhere") == 2
+
+
+def test_a_process_that_fails_tells_its_own_error_and_the_others_name_it(deep: Inputs, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.jsonl"
+    commands = [deep.arguments(tmp_path / "out", data=data) for data in (deep.data, missing)]
+    assert end(start(commands, tmp_path), timeout_s=200) == [1, 2]
+    first, second = ((tmp_path / f"rank-{rank}.log").read_text() for rank in range(2))
+    assert second.startswith("error: ") and "missing.jsonl" in second
+    assert "rank 0: waited for what it was started with from rank 1: rank 1 has ended" in first
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(deep: Inputs, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = deep.arguments(output, "--steps", "100000", "--save-every", "0")
+    processes = start([arguments] * 2, tmp_path)
+    try:
+        deadline_s = time.monotonic() + 200
+        while "step 1/" not in _said(tmp_path):
+            assert time.monotonic() < deadline_s and processes[1].poll() is None, _said(tmp_path)
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+    finally:
+        codes = end(processes, timeout_s=60)
+    assert codes == [128 + signal.SIGTERM] * 2, _said(tmp_path)
+    (checkpoint,) = (output / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert _said(tmp_path).count(f"stopped by SIGTERM after step {step}; its state is saved") == 2
+    read_state(checkpoint)
