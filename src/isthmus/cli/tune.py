@@ -140,6 +140,10 @@ Plain = Annotated[
 ]
 
 
+Wire = Annotated[
+    Literal["bf16"] | None,
+    _hardware("Started by torchrun: what an fp32 model's activations travel in. Left out: fp32."),
+]
 RankTimeout = Annotated[
     float,
     _hardware("Started by torchrun: seconds that one process waits for another before it gives up.", metavar="SECONDS"),
@@ -170,6 +174,7 @@ def tune(
     num_stages: NumStages = None,
     emulate: Emulate = None,
     cpu_speed: CpuSpeed = 1.0,
+    wire: Wire = None,
     rank_timeout: RankTimeout = 600.0,
     output: Output,
     report: Report = None,

@@ -71,6 +71,7 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     plain: bool | None = None,
+    wire: str | None = None,
     rank_timeout: float = DEFAULT_TIMEOUT_S,
 ) -> TuneReport:
     """Fine-tunes a Mixture-of-Experts model and writes it, loadable by ``from_pretrained``, to ``output``.

@@ -15,6 +15,7 @@ from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.reader import read_checkpoint
+from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.problem import CostModel
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
@@ -64,6 +65,8 @@ class SessionOptions:
     num_waves: int | None = None
     num_cores: int | None = None
     """What to compute with; None: ``OMP_NUM_THREADS`` or what this process may use."""
+    wire: str | None = None
+    """In what activations and their gradients go between processes; None: as they are."""
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
@@ -133,7 +136,7 @@ class Session:
         if not accelerator.is_separate:
             use_blocked_attention(model.module)
         if self.links is not None:
-            self.pipeline = Pipeline(model, self.links, options.num_stages)
+            self.pipeline = Pipeline(model, self.links, options.num_stages, options.wire and torch_dtype(options.wire))
         self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
         torch.set_num_threads(num_threads)

@@ -102,6 +102,14 @@ def test_four_processes_train_as_plain_transformers_with_experts_on_both_sides(t
     train_and_compare(4, jobs, tmp_path / "out")
 
 
+def test_activations_in_bf16_on_the_wire_stay_within_one_percent(tmp_path: Path) -> None:
+    job = make_job("switch_transformers", tmp_path, 6, accelerator="host", num_stages=6, wire="bf16")
+    losses = ranks.run(2, [job], tmp_path / "out")[job.name][:NUM_STEPS]
+    wanted = reference.train(Path(job.model), steps_of(job), learning_rate=ranks.LEARNING_RATE, **OPTIMIZER)
+    assert losses == pytest.approx(wanted.losses, rel=1e-2)
+    assert losses != pytest.approx(wanted.losses, rel=1e-5)
+
+
 def test_dropout_draws_the_same_numbers_in_one_process_and_in_two(tmp_path: Path) -> None:
     dropouts = {"mixtral": {"attention_dropout": 0.3}, "nllb-moe": {"dropout": 0.3, "moe_token_dropout": 0.2}}
     jobs = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,16 +80,29 @@ class PipelineEngine(Engine):
             if Form(tuple(value.shape), value.dtype) != passing.form:
                 raise RuntimeError(f"{_name(run, border)}: got {value.shape} {value.dtype}, wanted {passing.form}")
         leaving = run.tape.send(values, to=to, number=border, are_differentiable=flags)
-        self.links.send(leaving, to, self._tag(run, border, is_gradient=False), _name(run, border))
+        self._set_off(leaving, to, border, self._tag(run, border, is_gradient=False), _name(run, border))
 
-    def _await(self, run: Journey, forms: Sequence[Form], source: int, border: int) -> Arrival:
-        return self.links.receive(forms, source, self._tag(run, border, is_gradient=False), _name(run, border))
+    def _set_off(self, values: list[Tensor], to: int, border: int, tag: int, name: str) -> None:
+        self.links.send([value.to(self._on_wire(value.dtype, border)) for value in values], to, tag, name)
+
+    def _await(
+        self, run: Journey, forms: Sequence[Form], source: int, border: int, *, is_gradient: bool = False
+    ) -> Arrival:
+        name = f"gradients of {_name(run, border)}" if is_gradient else _name(run, border)
+        arriving = [replace(form, dtype=self._on_wire(form.dtype, border)) for form in forms]
+        return self.links.receive(arriving, source, self._tag(run, border, is_gradient=is_gradient), name)
+
+    def _on_wire(self, dtype: torch.dtype, border: int) -> torch.dtype:
+        """In what activations and their gradients travel. Router logits, which are few, go as they are."""
+        wire = self.pipeline.wire
+        return wire if wire is not None and dtype == torch.float32 and border % _NUM_KINDS != _ROUTER else dtype
 
     def _receive(self, run: Journey, passings: Sequence[Passing], source: int, border: int) -> list[Tensor]:
         """Inside a micro-batch's greenlet: lets the others go on until the tensors are here."""
         assert self._hub is not None
         arrival = self._await(run, [passing.form for passing in passings], source, border)
-        values = [value.to(self._device) for value in self._hub.switch(arrival)]
+        received = zip(self._hub.switch(arrival), passings, strict=True)
+        values = [value.to(self._device, passing.form.dtype) for value, passing in received]
         are_differentiable = [passing.is_differentiable for passing in passings]
         run.tape.receive(values, source=source, number=border, are_differentiable=are_differentiable)
         return values
@@ -284,14 +297,15 @@ class PipelineEngine(Engine):
         while run.tape.segments:
             segment = run.tape.segments.pop()
             if isinstance(segment, Received):
-                tag = self._tag(run, segment.number, is_gradient=True)
-                self.links.send(segment.gradients(), segment.source, tag, f"gradients of {_name(run, segment.number)}")
-                if segment.number % _NUM_KINDS != _ROUTER:
+                border, tag = segment.number, self._tag(run, segment.number, is_gradient=True)
+                self._set_off(segment.gradients(), segment.source, border, tag, f"gradients of {_name(run, border)}")
+                if border % _NUM_KINDS != _ROUTER:
                     return
             elif isinstance(segment, Sent):
                 run.arrival = run.gradients.pop(segment.number)
                 yield
-                gradients = [gradient.to(self._device) for gradient in self._wait(run)]
+                received = zip(self._wait(run), segment.leaves, strict=True)
+                gradients = [gradient.to(self._device, leaf.dtype) for gradient, leaf in received]
                 with self.resources.accelerator.compute("gap backward", kind="dense"):
                     segment.finish(gradients)
             else:
@@ -301,9 +315,8 @@ class PipelineEngine(Engine):
         """From here on there is memory for all that will come back."""
         for sent in reversed(run.tape.segments):
             if isinstance(sent, Sent):
-                tag, what = self._tag(run, sent.number, is_gradient=True), f"gradients of {_name(run, sent.number)}"
                 forms = [Form(tuple(leaf.shape), leaf.dtype) for leaf in sent.leaves]
-                run.gradients[sent.number] = self.links.receive(forms, sent.to, tag, what)
+                run.gradients[sent.number] = self._await(run, forms, sent.to, sent.number, is_gradient=True)
 
 
 def _journey_of(group: Group) -> Journey:

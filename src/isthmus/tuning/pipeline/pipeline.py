@@ -20,10 +20,13 @@ from isthmus.tuning.pipeline.steering import Abandoned, Forward, Steering
 class Pipeline:
     """Restricts ``model`` to this rank's stages and takes its forward over."""
 
-    def __init__(self, model: MoeModel, links: Links, num_stages: int | None) -> None:
-        """Raises ``IsthmusError`` for more stages than layers or fewer than processes, ``ValueError`` for a model whose
-        layers share parameters."""
-        self.model, self.links, self.rank = model, links, links.rank
+    def __init__(self, model: MoeModel, links: Links, num_stages: int | None, wire: torch.dtype | None = None) -> None:
+        """``wire``: in what FP32 activations and their gradients travel, None: as they are.
+
+        Raises ``IsthmusError`` for more stages than layers or fewer than processes, ``ValueError`` for a model whose
+        layers share parameters.
+        """
+        self.model, self.links, self.rank, self.wire = model, links, links.rank, wire
         self.division = divide(model.spec, num_ranks=links.size, num_stages=num_stages)
         self.layers = self.division.layers_of(self.rank)
         model.restrict(self.layers, has_outer=self.rank == 0)
