@@ -105,7 +105,9 @@ AcceleratorMemory = Annotated[
 NumStages = Annotated[
     int | None,
     _hardware(
-        "Consecutive layers form this many stages, loaded together. Left out: chosen to fit.", min=1, metavar="N"
+        "Consecutive layers form this many stages, loaded together. Left out: chosen to fit, or two per process.",
+        min=1,
+        metavar="N",
     ),
 ]
 Emulate = Annotated[

@@ -17,7 +17,7 @@ from isthmus.tuning.session import Session, SessionOptions
 
 NUM_STEPS = 6
 # In so few steps Adam would scale gradients that are rounding alone up to full steps: some of the embeddings' are.
-OPTIMIZER = {"weight_decay": 0.01, "epsilon": 1e-6}
+OPTIMIZER: dict[str, Any] = {"weight_decay": 0.01, "epsilon": 1e-6}
 EMULATED_POLICIES = {
     "mixtral": "affinity",
     "qwen3_moe": "paper",

@@ -99,9 +99,9 @@ class Links:
             return call()
         except RuntimeError as error:
             reason = _first_line(error)
-            if "imed out" in reason:
+            if any(sign in reason for sign in ("imed out", "timeout")):
                 reason = f"nothing came within {self.timeout_s:g} s"
-            elif "closed" in reason or "reset" in reason or "efused" in reason:
+            elif any(sign in reason for sign in ("closed", "reset", "efused", "roken pipe")):
                 reason = f"rank {other} has ended"
             raise RankLost(f"rank {self.rank}: waited for {what} from rank {other}: {reason}.") from error
 
