@@ -252,4 +252,5 @@ class Trainer:
             kept = f"{directory}, the state after step {self._saved_step}, is kept."
         return NonFiniteLoss(
             f"step {step}: {what}; {kept} Look at the data; try a lower --learning-rate, --clip-norm 1 or --dtype fp32."
+            + ("" if self._links is None else " If one process alone has a loss, several cannot train this model.")
         )

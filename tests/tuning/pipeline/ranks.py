@@ -44,7 +44,7 @@ class Job:
     """Emulated: each rank has the least budget it accepts, and room for so many more experts."""
 
 
-def run(num_ranks: int, jobs: list[Job], folder: Path, *, timeout_s: float = 240.0) -> dict[str, list[float]]:
+def run(num_ranks: int, jobs: list[Job], folder: Path, *, timeout_s: float = 280.0) -> dict[str, list[float]]:
     """The losses of each job; the trained models are ``folder / job.name``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
@@ -71,7 +71,7 @@ def fork(num_ranks: int, folder: Path) -> list[int]:
             log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            faulthandler.dump_traceback_later(200, exit=True)
+            faulthandler.dump_traceback_later(260, exit=True)
             os.environ |= {
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),

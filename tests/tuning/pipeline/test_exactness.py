@@ -25,8 +25,8 @@ EMULATED = {
     "switch_transformers": ("affinity", 8),
     "nllb-moe": ("mobius", 8),
 }
-"""Policy and number of stages, with four processes and eight layers. In four stages two layers hold gradients at once in
-few slots; in eight some of an encoder-decoder's processes have no routed experts at all."""
+"""Policy and number of stages, with four processes and eight layers. In four stages two layers hold gradients at once
+in few slots; in eight some of an encoder-decoder's processes have no routed experts at all."""
 
 
 def layers(family: str, number: int) -> dict[str, int]:

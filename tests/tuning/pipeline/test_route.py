@@ -65,8 +65,19 @@ def test_finding_a_route_draws_no_random_numbers() -> None:
 
 
 def test_a_model_that_skips_layers_is_refused() -> None:
-    with pytest.raises(IsthmusError, match="wanted every layer once, in order"):
-        route_of("nllb-moe", encoder_layerdrop=1.0)
+    with pytest.raises(IsthmusError, match=r"encoder_layerdrop: got 0\.1 in config.json, wanted 0"):
+        route_of("nllb-moe", encoder_layerdrop=0.1)
+
+
+def test_a_model_that_runs_its_layers_in_another_order_is_refused() -> None:
+    model = MoeModel.build(tiny_config("mixtral", num_hidden_layers=3), "fp32")
+    model.set_experts_function(no_experts)
+    layers_of_model = model.module.get_submodule("model.layers")
+    assert isinstance(layers_of_model, torch.nn.ModuleList)
+    layers_of_model[1], layers_of_model[2] = layers_of_model[2], layers_of_model[1]
+    inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
+    with pytest.raises(IsthmusError, match="came to layer 2 where another was due"):
+        find_route(model, Steering(model), inputs, model.forward_arguments(), CPU)
 
 
 def test_a_ghost_takes_no_memory_and_is_not_a_number() -> None:

@@ -63,6 +63,11 @@ def find_route(
 
     Raises ``IsthmusError`` for a model whose layers do not all run once, in order.
     """
+    for name, value in model.module.config.to_dict().items():
+        if name.endswith("layerdrop") and value:
+            raise IsthmusError(
+                f"{name}: got {value} in config.json, wanted 0: processes cannot skip layers together; start one."
+            )
     found = []
     for marks_all in (True, False):
         survey = _Survey(model, steering, device, marks_all=marks_all)
@@ -95,7 +100,7 @@ def _passings(marked: dict[int, Form], real: dict[int, Form]) -> tuple[Passing, 
 def _not_in_order(found: int, wanted: int) -> IsthmusError:
     return IsthmusError(
         f"model: its forward came to layer {found} where another was due ({wanted} in all); wanted every layer "
-        "once, in order (set layerdrop to 0 in config.json), or start one process."
+        "once, in order; start one process."
     )
 
 
