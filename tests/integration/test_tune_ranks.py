@@ -91,6 +91,8 @@ def test_two_processes_and_then_four_make_the_model_that_one_makes(deep: Inputs,
     assert report["steps"][-1]["evaluation_loss"] == pytest.approx(
         json.loads((alone / "report.json").read_text())["steps"][-1]["evaluation_loss"], rel=1e-5
     )
+    alone_bytes = json.loads((alone / "report.json").read_text())["summary"]["needed_host_bytes"]
+    assert report["summary"]["needed_host_bytes"] == pytest.approx(alone_bytes, rel=1e-2)  # nothing is kept twice
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (alone, together)]
     before = AutoModelForCausalLM.from_pretrained(deep.model).state_dict()
     difference = sum(float((models[0][name] - models[1][name]).square().sum()) for name in before)

@@ -31,7 +31,7 @@ from isthmus.training.output import check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
-from isthmus.tuning.pipeline.company import choose_device, require_same, share_cores
+from isthmus.tuning.pipeline.company import choose_device, of_all_ranks, require_same, share_cores
 from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
@@ -126,7 +126,7 @@ def _tune(
             config=options.plain_values(),
             environment=environment(),
             steps=tuple(trainer.records),
-            summary=summarise(session, trainer, memory.peak_bytes),
+            summary=of_all_ranks(summarise(session, trainer, memory.peak_bytes), links),
         )
         if links is not None:
             links.close()

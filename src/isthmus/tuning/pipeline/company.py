@@ -11,6 +11,7 @@ import torch
 
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.report import TuneSummary
 from isthmus.tuning.engine import StepCounts
 from isthmus.tuning.pipeline.links import Links
 
@@ -55,6 +56,22 @@ def choose_device(accelerator: str) -> None:
             "fewer processes, or say --accelerator host."
         )
     torch.cuda.set_device(number)
+
+
+def of_all_ranks(summary: TuneSummary, links: Links | None) -> TuneSummary:
+    """With the host memory of all processes together, and the accelerator memory of the one that took most."""
+    if links is None:
+        return summary
+    told = links.gather(
+        [summary.peak_host_bytes, summary.needed_host_bytes, summary.peak_accelerator_bytes], "the memory it took"
+    )
+    peaks, needed, on_accelerator = zip(*told, strict=True)
+    return replace(
+        summary,
+        peak_host_bytes=sum(peaks),
+        needed_host_bytes=sum(needed),
+        peak_accelerator_bytes=max(on_accelerator),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

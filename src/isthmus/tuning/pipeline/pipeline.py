@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -126,7 +125,3 @@ def _handed_on(structure: Any, args: tuple, kwargs: dict) -> Any:
 
 def _device(args: tuple, kwargs: dict) -> torch.device:
     return next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-
-
-def forms_of(passings: Sequence[Any]) -> list[Form]:
-    return [passing.form for passing in passings]
