@@ -136,7 +136,8 @@ class Session:
         if not accelerator.is_separate:
             use_blocked_attention(model.module)
         if self.links is not None:
-            self.pipeline = Pipeline(model, self.links, options.num_stages, options.wire and torch_dtype(options.wire))
+            wire = torch_dtype(options.wire) if options.wire else None
+            self.pipeline = Pipeline(model, self.links, options.num_stages, wire)
         self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
         torch.set_num_threads(num_threads)
