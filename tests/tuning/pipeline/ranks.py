@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.units import parse_emulate
+from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.output import write_final
 from isthmus.tuning.pipeline.links import Links
 from isthmus.tuning.placement import BudgetError
@@ -122,7 +123,9 @@ def _train(job: Job, links: Links, folder: Path) -> list[float]:
     losses = []
     with Session(path, options, steps[0], Recorder(keep_spans=False), links=links) as session:
         for number, batches in enumerate(steps, start=1):
-            losses.append(session.train_step(batches, step=number, learning_rate=LEARNING_RATE).loss)
+            outcome = session.train_step(batches, step=number, learning_rate=LEARNING_RATE)
+            losses.append(outcome.loss)
+            assert StepBounds(session).bound_s(outcome) > 0
         assert session.accelerator.peak_bytes <= session.accelerator.budget_bytes
         losses.append(session.evaluate(steps[0]))
         (folder / job.name).mkdir(exist_ok=True)
