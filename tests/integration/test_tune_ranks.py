@@ -25,12 +25,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def deep(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """As ``inputs``, with a model of four layers."""
-    model = tmp_path_factory.mktemp("deep") / "model"
+    """As ``inputs``, with a model of four layers, and short documents, several to a sequence."""
+    folder = tmp_path_factory.mktemp("deep")
+    model, data = folder / "model", folder / "train.jsonl"
+    texts = [json.loads(line)["text"] for line in inputs.data.read_text().splitlines()]
+    documents = [text[start : start + 30] for text in texts for start in range(0, 3000, 30) if text[start : start + 30]]
+    data.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     write_tiny_checkpoint("mixtral", model, 0, "fp32", vocab_size=VOCAB_SIZE, num_hidden_layers=4)
     for file in inputs.model.glob("*token*"):
         shutil.copy(file, model)
-    return Inputs(model, inputs.data, inputs.eval_data)
+    return Inputs(model, data, inputs.eval_data)
 
 
 def environment() -> dict[str, str]:

@@ -6,10 +6,13 @@ import pytest
 import torch
 from tests.tuning.pipeline.test_exactness import layers
 
+from isthmus.models.attention import use_blocked_attention
 from isthmus.models.moe_model import MoeModel
+from isthmus.models.skeleton import torch_dtype
 from isthmus.models.tiny import FAMILIES, tiny_config
 from isthmus.profiling.dense import no_experts
 from isthmus.spec.errors import IsthmusError
+from isthmus.tuning.data import keep_documents_apart
 from isthmus.tuning.pipeline.links import Form
 from isthmus.tuning.pipeline.route import Route, find_route, ghost_of
 from isthmus.tuning.pipeline.steering import Steering
@@ -17,13 +20,18 @@ from isthmus.tuning.pipeline.steering import Steering
 CPU = torch.device("cpu")
 
 
-def route_of(family: str, **changes: float) -> Route:
-    model = MoeModel.build(tiny_config(family, **layers(family, 4), **changes), "fp32")
+def route_of(family: str, *, dtype: str = "fp32", is_packed: bool = False, **changes: float) -> Route:
+    """Of micro-batches (2, 8), each sequence with padding or, ``is_packed``, of two documents."""
+    model = MoeModel.build(tiny_config(family, **layers(family, 4), **changes), dtype)
     model.set_experts_function(no_experts)
     model.module.train()
+    keep_documents_apart(model.module)
+    use_blocked_attention(model.module)
     inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.ones(2, 8, dtype=torch.long)}
     if model.spec.is_encoder_decoder:
-        inputs["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
+        inputs["attention_mask"] = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    elif is_packed:
+        inputs["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
     return find_route(model, Steering(model), inputs, model.forward_arguments(), CPU)
 
 
@@ -38,6 +46,14 @@ def test_hidden_states_cross_every_border_and_masks_none(family: str) -> None:
     if family not in ("switch_transformers", "nllb-moe"):
         assert [len(layer.inputs) for layer in route.layers] == [1] * 4
         assert [layer.follows_outer for layer in route.layers] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_in_one_sequence_change_nothing_that_crosses(family: str, dtype: str) -> None:
+    packed, plain = (route_of(family, dtype=dtype, is_packed=is_packed) for is_packed in (True, False))
+    assert [layer.inputs for layer in packed.layers] == [layer.inputs for layer in plain.layers]
+    assert packed.layers[0].inputs[0].form.dtype == torch_dtype(dtype)
 
 
 def test_an_encoders_output_and_position_biases_cross_too() -> None:
