@@ -96,6 +96,15 @@ def test_a_model_that_runs_its_layers_in_another_order_is_refused() -> None:
         find_route(model, Steering(model), inputs, model.forward_arguments(), CPU)
 
 
+def test_a_layer_whose_shapes_depend_on_values_is_refused() -> None:
+    model = MoeModel.build(tiny_config("mixtral"), "fp32")
+    model.layers[1].forward = lambda hidden, **rest: hidden[hidden.nonzero(as_tuple=True)]
+    model.set_experts_function(no_experts)
+    inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
+    with pytest.raises(IsthmusError, match=r"MixtralDecoderLayer cannot be run without values .*; start one process"):
+        find_route(model, Steering(model), inputs, model.forward_arguments(), CPU)
+
+
 def test_a_ghost_takes_no_memory_and_is_not_a_number() -> None:
     ghost = ghost_of(Form((1000, 1000), torch.float32), CPU)
     assert ghost.untyped_storage().nbytes() == 4

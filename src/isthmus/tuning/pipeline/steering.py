@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import MoeModel
+from isthmus.spec.errors import IsthmusError
 
 Forward = Callable[..., Any]
 
@@ -71,7 +72,7 @@ class Steering:
 
     def on_meta(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """What ``module`` would return, on ``meta``. Its weights are not looked at; the same tensor given twice is the
-        same tensor there."""
+        same tensor there. Raises ``IsthmusError`` for a module that needs values to say what shapes it returns."""
         known: dict[int, Tensor] = {}
 
         def there(value: Any) -> Any:
@@ -86,6 +87,11 @@ class Steering:
         self.is_on_meta = True
         try:
             return torch.func.functional_call(module, state, args, kwargs)
+        except RuntimeError as error:
+            raise IsthmusError(
+                f"model: {type(module).__name__} cannot be run without values ({str(error).partition('. ')[0]}), as "
+                "processes that do not have it must; start one process."
+            ) from error
         finally:
             self.is_on_meta = False
 
