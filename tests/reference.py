@@ -51,6 +51,7 @@ def train(
     learning_rate: float,
     clip_norm: float | None = 1.0,
     weight_decay: float = 0.0,
+    epsilon: float = 1e-8,
     dtype: torch.dtype = torch.float32,
 ) -> Reference:
     """Losses are means over label tokens, as a step over all micro-batches at once would give."""
@@ -61,7 +62,7 @@ def train(
         parameter: parameter if parameter.dtype == torch.float32 else torch.nn.Parameter(parameter.detach().float())
         for parameter in model.parameters()
     }
-    optimizer = torch.optim.AdamW(masters.values(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(masters.values(), lr=learning_rate, weight_decay=weight_decay, eps=epsilon)
     coefficients = (getattr(model.config, name, 0.0) or 0.0 for name in ("router_aux_loss_coef", "router_z_loss_coef"))
     arguments = {"use_cache": False}
     if any(value > 0 for value in coefficients):

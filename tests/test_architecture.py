@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "testbed": {"spec", "transport"},
     "serving": _RUNTIME | {"inference"},
 }
-SEES_EVERYTHING = {"__init__", "cli"}
+SEES_EVERYTHING = {"__init__", "__main__", "cli"}
 # Packages that import nothing from outside the standard library but what is named.
 MAY_INSTALL = {
     "spec": set[str](),

@@ -6,6 +6,8 @@ from transformers import Glm4MoeConfig, GraniteMoeConfig, LlamaConfig, ViTConfig
 
 from isthmus.models.layouts import expert_names
 from isthmus.models.moe_model import MoeModel, unit_views
+from isthmus.models.reader import read_checkpoint
+from isthmus.models.skeleton import build_skeleton
 from isthmus.models.tiny import tiny_config, write_random_checkpoint
 from isthmus.spec.model import DENSE, DENSE_FP32, OUTER_LAYER, UnitKey
 
@@ -288,3 +290,25 @@ def test_wrong_arguments_are_refused():
         MoeModel.build(tiny_config("nllb-moe", router_dtype="bfloat16"), "bf16")
     with pytest.raises(RuntimeError, match=r"call MoeModel.set_experts_function before"):
         model.experts[1](torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
+
+
+def test_a_part_of_a_model_reads_its_own_units_only_and_all_of_each(family, checkpoint, load):
+    whole, part = (
+        load(checkpoint(family), "fp32"),
+        MoeModel.build(load(checkpoint(family), "fp32").model.module.config, "fp32"),
+    )
+    part.restrict([1], has_outer=False)
+    assert {key.layer for key in part.held_layouts} == {1}
+    flats = {key: torch.full((layout.numel,), torch.nan) for key, layout in part.held_layouts.items()}
+    read_checkpoint(checkpoint(family), part, lambda key: unit_views(part.held_layouts[key], flats[key]))
+    for key, flat in flats.items():
+        assert torch.equal(flat, whole.flats[key].detach())
+
+
+def test_layers_that_share_parameters_cannot_be_divided():
+    module = build_skeleton(tiny_config("mixtral"), "fp32")
+    first, second = module.model.layers
+    second.input_layernorm.weight = first.input_layernorm.weight
+    model = MoeModel(module, "fp32")
+    with pytest.raises(ValueError, match=r"input_layernorm.weight of 'mixtral' belongs to model.layers.0 and to other"):
+        model.restrict([0], has_outer=True)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.planning.stages import map_stages
+from isthmus.planning.stages import divide, map_stages
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import ModelSpec
+from isthmus.spec.model import OUTER_LAYER, ModelSpec
 
 
 def sizes(spec: ModelSpec, **arguments: int) -> list[int]:
@@ -62,3 +62,36 @@ def test_more_stages_than_layers_are_refused(spec: ModelSpec) -> None:
     for number in (0, 7):
         with pytest.raises(IsthmusError, match=rf"num_stages: got {number}, wanted 1 to 6, the number of layers"):
             map_stages(spec, num_slots=8, num_stages=number)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_stages"), [(2, 2), (2, 5), (3, 4), (4, 6)])
+def test_every_layer_is_one_processes_and_neighbouring_stages_are_not_the_same_ones(
+    num_ranks: int, num_stages: int, spec: ModelSpec
+) -> None:
+    division = divide(spec, num_ranks=num_ranks, num_stages=num_stages)
+    owned = [layer for rank in range(num_ranks) for layer in division.layers_of(rank)]
+    assert sorted(owned) == list(range(6))
+    assert all(division.rank_of(layer) == rank for rank in range(num_ranks) for layer in division.layers_of(rank))
+    assert division.rank_of(0) == division.rank_of(OUTER_LAYER) == 0
+    ends = [stage.last_layer for stage in division.stages[:-1]]
+    assert all(division.rank_of(end) != division.rank_of(end + 1) for end in ends)
+
+
+def test_each_process_gets_two_stages_where_there_are_layers_for_it(spec: ModelSpec) -> None:
+    assert [len(divide(spec, num_ranks=num_ranks).stages) for num_ranks in (2, 3, 4, 6)] == [4, 6, 4, 6]
+
+
+@pytest.mark.parametrize(("num_ranks", "num_stages"), [(3, 2), (7, None)])
+def test_more_processes_than_stages_are_refused(num_ranks: int, num_stages: int | None, spec: ModelSpec) -> None:
+    with pytest.raises(
+        IsthmusError, match=f"num_stages: got . for {num_ranks} processes, wanted at least one stage each"
+    ):
+        divide(spec, num_ranks=num_ranks, num_stages=num_stages)
+
+
+def test_parts_of_a_model_make_the_whole(spec: ModelSpec) -> None:
+    division = divide(spec, num_ranks=2)
+    parts = [spec.part(division.layers_of(rank), has_outer=rank == 0) for rank in range(2)]
+    assert sum(part.num_parameters for part in parts) == spec.num_parameters
+    assert sorted(layer for part in parts for layer in part.moe_layers) == list(spec.moe_layers)
+    assert sum(part.num_held_layers for part in parts) == spec.num_layers

@@ -268,3 +268,29 @@ def test_torch_keeps_its_threads_elsewhere() -> None:
         assert found == [1] * 6
     finally:
         torch.set_num_threads(before)
+
+
+def test_stores_of_several_processes_are_clipped_by_the_norm_of_all() -> None:
+    gradients = [torch.full((64,), 3.0), torch.full((64,), 4.0)]
+    total = sum(float(gradient.square().sum()) for gradient in gradients)
+    for layer, gradient in enumerate(gradients):
+        key = UnitKey(layer, 0)
+        store = make_store("fp32", {key: 64})
+        optimizer = StoreOptimizer(store, learning_rate=0.1, clip_norm=1.0, sum_over_ranks=lambda own: total)
+        optimizer.add_gradient(key, gradient)
+        assert optimizer.begin_step(1) == 40.0
+        optimizer.step_units(store.keys)
+        optimizer.close()
+        torch.testing.assert_close(store.exp_avg(key), 0.1 * gradient / 40.0)
+
+
+def test_a_norm_that_another_process_makes_infinite_stops_the_step_here_too() -> None:
+    key = UnitKey(0, 0)
+    store = make_store("fp32", {key: 4})
+    before = store.master(key).clone()
+    optimizer = StoreOptimizer(store, learning_rate=0.1, sum_over_ranks=lambda own: math.inf)
+    optimizer.add_gradient(key, torch.ones(4))
+    with pytest.raises(NonFiniteGradient, match="what is not finite is another process's"):
+        optimizer.begin_step(1)
+    optimizer.close()
+    assert torch.equal(store.master(key), before)

@@ -105,7 +105,9 @@ AcceleratorMemory = Annotated[
 NumStages = Annotated[
     int | None,
     _hardware(
-        "Consecutive layers form this many stages, loaded together. Left out: chosen to fit.", min=1, metavar="N"
+        "Consecutive layers form this many stages, loaded together. Left out: chosen to fit, or two per process.",
+        min=1,
+        metavar="N",
     ),
 ]
 Emulate = Annotated[
@@ -148,6 +150,16 @@ Plain = Annotated[
 ]
 
 
+Wire = Annotated[
+    Literal["bf16"] | None,
+    _hardware("Started by torchrun: what an fp32 model's activations travel in. Left out: fp32."),
+]
+RankTimeout = Annotated[
+    float,
+    _hardware("Started by torchrun: seconds that one process waits for another before it gives up.", metavar="SECONDS"),
+]
+
+
 def tune(
     model: Model,
     *,
@@ -172,6 +184,8 @@ def tune(
     num_stages: NumStages = None,
     emulate: Emulate = None,
     cpu_speed: CpuSpeed = 1.0,
+    wire: Wire = None,
+    rank_timeout: RankTimeout = 600.0,
     output: Output,
     report: Report = None,
     timeline: Timeline = None,
@@ -186,6 +200,7 @@ def tune(
     """Fine-tune a Mixture-of-Experts model whose experts do not fit the accelerator.
 
     Experts that few tokens chose are computed on the CPU beside their weights; popular ones are loaded in time.
+    torchrun --nproc-per-node 4 -m isthmus tune … divides the model's layers among processes, in stages.
     """
     options = dict(locals())
     from isthmus.tuning.run import tune as run

@@ -57,11 +57,13 @@ def attention_forward(
 
     ``query`` (B, H, Q, D), ``key`` (B, G, K, D), ``value`` (B, G, K, V), ``attention_mask`` None or bool
     (B or 1, 1, Q, K). A query that may see no key gets some finite value. What this path does not know (dropout,
-    additive masks, a bias per position, a cache longer than the queries without a mask) goes to PyTorch.
+    additive masks, a bias per position, a cache longer than the queries without a mask, tensors on ``meta``, whose
+    masks say nothing) goes to PyTorch.
     """
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     known = (
         dropout == 0
+        and not query.is_meta
         and not any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache", "s_aux"))
         and (attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1))
         and (not causal or query.shape[2] == key.shape[2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
@@ -37,11 +37,13 @@ class MoeModel:
     """See the module's docstring. Build one with ``MoeModel.build``.
 
     ``layers``, ``experts`` and ``routers`` are parts of ``module``, the latter two by layer number. ``layouts`` has
-    every unit: each routed expert, and ``DENSE`` (and ``DENSE_FP32``) of each layer and of ``OUTER_LAYER``.
+    every unit: each routed expert, and ``DENSE`` (and ``DENSE_FP32``) of each layer and of ``OUTER_LAYER``. A process
+    that has a part of the model only (``restrict``) says so in ``spec`` and ``held_layouts``; all else stays whole.
     """
 
     module: PreTrainedModel
     spec: ModelSpec
+    whole_spec: ModelSpec
     dtype: str
     layer_names: tuple[str, ...]
     layers: tuple[nn.Module, ...]
@@ -49,6 +51,7 @@ class MoeModel:
     experts: dict[int, nn.Module]
     routers: dict[int, nn.Module]
     layouts: dict[UnitKey, UnitLayout]
+    held_layouts: dict[UnitKey, UnitLayout]
 
     def __init__(self, module: PreTrainedModel, dtype: str) -> None:
         layers = find_layers(module)
@@ -66,7 +69,8 @@ class MoeModel:
         self.experts = {number: parts.experts for number, parts in self.moe_parts.items()}
         self.routers = {number: parts.router for number, parts in self.moe_parts.items()}
         self.layouts = unit_layouts(module, self.layer_names, self.moe_parts, dtype)
-        self.spec = self._make_spec()
+        self.held_layouts = self.layouts
+        self.spec = self.whole_spec = self._make_spec()
         self._owners = owners_by_name(module)
         self._bound: dict[str, nn.Parameter] = {}
         self._logits_hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -86,10 +90,28 @@ class MoeModel:
         model._warn_of_expert_dropout()
         return model
 
+    def restrict(self, layers: Collection[int], *, has_outer: bool) -> None:
+        """From here on only these layers, and with ``has_outer`` what lies outside every layer, are this process's.
+
+        Raises ``ValueError`` where layers share parameters: those have no one place.
+        """
+        named = zip(self.layer_names, self.layers, strict=True)
+        inside = {id(child): name for name, layer in named for child in layer.modules()}
+        for name, owners in self._owners.items():
+            layers_with_it = sorted({inside[id(owner)] for owner, _ in owners if id(owner) in inside})
+            if len(layers_with_it) > 1 or (layers_with_it and any(id(owner) not in inside for owner, _ in owners)):
+                raise ValueError(
+                    f"model: {name} of {self.spec.model_type!r} belongs to {layers_with_it[0]} and to other parts; "
+                    "wanted layers that share no parameters: start one process."
+                )
+        self.spec = self.spec.part(layers, has_outer=has_outer)
+        held = {*layers, OUTER_LAYER} if has_outer else set(layers)
+        self.held_layouts = {key: layout for key, layout in self.layouts.items() if key.layer in held}
+
     @property
     def slot_numel(self) -> int:
-        """Parameters of the largest routed expert."""
-        return max(self.layouts[UnitKey(layer, 0)].numel for layer in self.spec.moe_layers)
+        """Parameters of the largest routed expert; 0 where there is none."""
+        return max((self.layouts[UnitKey(layer, 0)].numel for layer in self.spec.moe_layers), default=0)
 
     def bind(self, key: UnitKey, flat: torch.Tensor) -> None:
         """Makes the parameters of dense unit ``key`` views of ``flat`` (one-dimensional, the layout's numel and

@@ -3,6 +3,7 @@ dequantised on the way (``quantisation``)."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -55,7 +56,8 @@ def read_checkpoint(
     persistent buffers.
 
     ``destination(key)`` returns the unit's tensors by name: contiguous CPU views with the layout's shapes, FP32 or
-    bf16, which are overwritten (values are cast). Beside them, a chunk of one tensor is in memory at a time, or one
+    bf16, which are overwritten (values are cast); units that the model does not hold (``MoeModel.restrict``) are passed
+    over. Beside them, a chunk of one tensor is in memory at a time, or one
     expert as it is stored. Tensors of layers beyond the model's are skipped. ``progress`` gets the share of bytes done,
     0 to 1.
 
@@ -103,14 +105,14 @@ def _read_tensor(
             f"({model.spec.architecture} by its config.json)"
         )
     else:
-        first_element = 0
-        for piece in tensor.pieces:
+        for number, piece in enumerate(tensor.pieces):
+            state.fill(piece)
+            if piece.unit is not None and piece.unit not in model.held_layouts:
+                continue
             owner = buffers if piece.unit is None else destination(piece.unit)
             whole = owner[piece.tensor]
             part = whole if whole.dim() == 0 else whole[piece.first_row : piece.first_row + piece.num_rows]
-            weights.read_into(key, part, first_element)
-            first_element += part.numel()
-            state.fill(piece)
+            weights.read_into(key, part, number * (math.prod(tensor.shape) // len(tensor.pieces)))
     state.advance(weights.stored(key).num_bytes)
 
 

@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,20 @@ from isthmus.models.skeleton import torch_dtype
 from isthmus.spec.model import UnitKey
 
 Source = Callable[[UnitKey], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One of several processes that write one checkpoint: ``rank_of(layer)`` says who writes a layer's tensors. Rank 0
+    writes buffers and all that is not tensors."""
+
+    rank: int
+    rank_of: Callable[[int], int]
+
+    def of(self, tensor: CheckpointTensor) -> int:
+        unit = tensor.pieces[0].unit
+        return 0 if unit is None else self.rank_of(unit.layer)
+
 
 _GENERATION = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -60,28 +75,34 @@ def write_checkpoint(
     dtype: str,
     max_shard_bytes: int = 5_000_000_000,
     tokenizer_from: Path | None,
+    share: Share | None = None,
 ) -> None:
     """Writes all units, ``model``'s persistent buffers and its configuration into the existing, empty directory
     ``path``.
 
     ``source(key)`` returns the unit's tensors by name with the layout's shapes, on any device. ``dtype`` (``fp32``,
     ``bf16``) is what they are cast to; parameters that the model keeps in FP32 stay FP32. ``tokenizer_from`` is a
-    directory (usually the original checkpoint) whose tokenizer files and generation_config.json are copied. Beside
-    the units, one chunk of one tensor is in memory at a time. Raises ``ValueError`` for a bad ``path`` or
+    directory (usually the original checkpoint) whose tokenizer files and generation_config.json are copied. With
+    ``share`` only this process's share is written, in files of its own; the checkpoint is whole when all have returned.
+    Beside the units, one chunk of one tensor is in memory at a time. Raises ``ValueError`` for a bad ``path`` or
     ``max_shard_bytes``, ``OSError`` on a full disk. Blocks.
     """
-    if not path.is_dir() or any(path.iterdir()):
+    if not path.is_dir() or (share is None and any(path.iterdir())):
         raise ValueError(f"path: {path} must be an existing, empty directory")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, wanted a positive number")
-    shards = _shards(CheckpointKeys(model), model, torch_dtype(dtype), max_shard_bytes)
+    share = share or Share(rank=0, rank_of=lambda layer: 0)
+    shards = _shards(CheckpointKeys(model), model, torch_dtype(dtype), max_shard_bytes, share)
     buffers = persistent_buffers(model)
     file_of: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         to_write = [tensor for tensor, _ in shard]
-        write_safetensors(path / name, to_write, (_pieces(origin, source, buffers) for _, origin in shard))
+        if share.of(shard[0][1]) == share.rank:
+            write_safetensors(path / name, to_write, (_pieces(origin, source, buffers) for _, origin in shard))
         file_of |= {tensor.key: name for tensor in to_write}
+    if share.rank:
+        return
     if len(shards) > 1:
         total_bytes = sum(tensor.num_bytes for shard in shards for tensor, _ in shard)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(file_of.items()))}
@@ -93,16 +114,19 @@ def write_checkpoint(
 _Shard = list[tuple[TensorToWrite, CheckpointTensor]]
 
 
-def _shards(keys: CheckpointKeys, model: MoeModel, dtype: torch.dtype, max_shard_bytes: int) -> list[_Shard]:
-    """All tensors in execution order, cut where a shard would grow beyond ``max_shard_bytes`` (a larger tensor is
-    alone in one)."""
+def _shards(
+    keys: CheckpointKeys, model: MoeModel, dtype: torch.dtype, max_shard_bytes: int, share: Share
+) -> list[_Shard]:
+    """All tensors, by who writes them in execution order, cut where a shard would grow beyond ``max_shard_bytes`` (a
+    larger tensor is alone in one) or be two processes'."""
     shards: list[_Shard] = [[]]
     shard_bytes = 0
-    for tensor in keys.saved.values():
+    for tensor in sorted(keys.saved.values(), key=share.of):
         unit = tensor.pieces[0].unit
         keeps_dtype = unit is None or model.layouts[unit].dtype != model.dtype
         to_write = TensorToWrite(key=tensor.key, shape=tensor.shape, dtype=tensor.dtype if keeps_dtype else dtype)
-        if shards[-1] and shard_bytes + to_write.num_bytes > max_shard_bytes:
+        is_anothers = bool(shards[-1]) and share.of(shards[-1][0][1]) != share.of(tensor)
+        if is_anothers or (shards[-1] and shard_bytes + to_write.num_bytes > max_shard_bytes):
             shards.append([])
             shard_bytes = 0
         shards[-1].append((to_write, tensor))

@@ -87,7 +87,7 @@ def step_bound(
     Raises ``ValueError`` for a layer without experts or a shape not in the profile.
     """
     h2d_s_per_byte, d2h_s_per_byte = _link_rates(profile)
-    num_layer_tokens = num_tokens * spec.num_layers
+    num_layer_tokens = num_tokens * spec.num_held_layers
 
     def bound(constant: list[float], *, is_backward: bool) -> PassBound:
         parts = [

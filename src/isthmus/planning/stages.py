@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import ModelSpec
+from isthmus.spec.model import OUTER_LAYER, ModelSpec
 from isthmus.spec.plan import Stage
 
 
@@ -37,6 +38,47 @@ def map_stages(spec: ModelSpec, *, num_slots: int, num_stages: int | None = None
         if num_stages is not None or max(neighbours) <= num_slots or number == spec.num_layers:
             return tuple(Stage(first_layer=first, last_layer=last - 1) for first, last in bounds)
     raise AssertionError("a model has at least one layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Which of several processes has what: stage ``s`` is rank ``s mod num_ranks``'s, so neighbouring stages are on
+    different ones (APTMoE, section 3); what lies outside every layer is rank 0's."""
+
+    stages: tuple[Stage, ...]
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        if len(self.stages) < self.num_ranks:
+            raise IsthmusError(
+                f"num_stages: got {len(self.stages)} for {self.num_ranks} processes, wanted at least one stage each: "
+                "raise --num-stages (up to the number of layers) or start fewer processes."
+            )
+
+    def stages_of(self, rank: int) -> tuple[Stage, ...]:
+        return self.stages[rank :: self.num_ranks]
+
+    def layers_of(self, rank: int) -> tuple[int, ...]:
+        return tuple(
+            layer for stage in self.stages_of(rank) for layer in range(stage.first_layer, stage.last_layer + 1)
+        )
+
+    def rank_of(self, layer: int) -> int:
+        """Raises ``ValueError`` for a layer that no stage has."""
+        if layer == OUTER_LAYER:
+            return 0
+        for number, stage in enumerate(self.stages):
+            if stage.first_layer <= layer <= stage.last_layer:
+                return number % self.num_ranks
+        raise ValueError(f"layer: got {layer}, wanted one up to {self.stages[-1].last_layer}")
+
+
+def divide(spec: ModelSpec, *, num_ranks: int, num_stages: int | None = None) -> Division:
+    """Stages for several processes. ``num_stages`` None: two for each where there are enough layers, so that one can be
+    loaded while the other runs. Raises ``IsthmusError`` for more stages than layers or fewer than processes."""
+    if num_stages is None:
+        num_stages = 2 * num_ranks if spec.num_layers >= 2 * num_ranks else min(num_ranks, spec.num_layers)
+    return Division(stages=map_stages(spec, num_slots=0, num_stages=num_stages), num_ranks=num_ranks)
 
 
 class _BalancedCuts:

@@ -14,17 +14,17 @@ from torch.utils import _pytree as pytree
 from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.memory import SavedStorages
-from isthmus.profiling.dense import no_experts
+from isthmus.profiling.dense import Forward, loss_of, no_experts
 
 
-def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor]) -> int:
+def measure_saved_bytes(model: MoeModel, inputs: dict[str, Tensor], run: Forward = loss_of) -> int:
     """Runs the dense part forward once and counts what autograd saves, each storage once, parameters left out.
 
     ``inputs``: a micro-batch with labels; dense units must be bound. Replaces the model's experts function. Blocks.
     """
     device = next(bound_parameters(model)).device
     saved = _Saved(bound_parameters(model))
-    saved.run(model, on_device(inputs, device))
+    saved.run(model, on_device(inputs, device), run)
     return sum(storage.nbytes() for storage in saved.storages.values())
 
 
@@ -91,10 +91,10 @@ class _Saved:
     def enter(self, place: int) -> None:
         self._place = place
 
-    def run(self, model: MoeModel, inputs: dict[str, Tensor]) -> None:
+    def run(self, model: MoeModel, inputs: dict[str, Tensor], run: Forward = loss_of) -> None:
         model.set_experts_function(no_experts)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            loss = model.module(**inputs, **model.forward_arguments()).loss
+            loss = run(model, inputs)
         del loss
 
     def _pack(self, tensor: Tensor) -> Tensor:

@@ -17,8 +17,22 @@ def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tenso
     return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
 
+Forward = Callable[[MoeModel, dict[str, Tensor]], Tensor]
+"""Runs what this process has of a model on a micro-batch (tensors on the device): something to call ``backward`` on."""
+
+
+def loss_of(model: MoeModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The loss of a whole model."""
+    return model.module(**inputs, **model.forward_arguments()).loss
+
+
 def measure_dense(
-    model: MoeModel, inputs: dict[str, Tensor], *, num_tokens: int, synchronize: Callable[[], None] = lambda: None
+    model: MoeModel,
+    inputs: dict[str, Tensor],
+    *,
+    num_tokens: int,
+    synchronize: Callable[[], None] = lambda: None,
+    run: Forward = loss_of,
 ) -> tuple[float, float]:
     """(forward, backward) seconds per token and layer; embeddings, head and loss are spread over the layers.
 
@@ -27,10 +41,10 @@ def measure_dense(
     """
 
     model.set_experts_function(no_experts)
-    arguments = model.forward_arguments() | on_device(inputs, next(bound_parameters(model)).device)
+    inputs = on_device(inputs, next(bound_parameters(model)).device)
 
     def forward() -> Tensor:
-        loss = model.module(**arguments).loss
+        loss = run(model, inputs)
         synchronize()
         return loss
 
@@ -40,5 +54,5 @@ def measure_dense(
 
     forward_s = fastest_s(forward, repeats=3, budget_s=1.0)
     both_s = fastest_s(both, repeats=3, budget_s=2.0)
-    per = num_tokens * model.spec.num_layers
+    per = num_tokens * model.spec.num_held_layers
     return forward_s / per, max(both_s - forward_s, forward_s) / per

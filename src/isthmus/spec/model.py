@@ -6,7 +6,8 @@ Legend: ``H`` hidden size, ``I`` expert intermediate size, ``E`` experts of a la
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 OUTER_LAYER = -1
 """Layer number of what lies outside every layer: embeddings, final norm, head."""
@@ -116,6 +117,20 @@ class ModelSpec:
     @property
     def num_expert_parameters(self) -> int:
         return sum(layer.num_experts * layer.numel for layer in self.layers if layer is not None)
+
+    @property
+    def num_held_layers(self) -> int:
+        """Layers that have parameters: all of a whole model's, and of a part's (see ``part``) its own."""
+        return sum(numel > 0 for numel in self.dense_numel)
+
+    def part(self, layers: Collection[int], *, has_outer: bool) -> ModelSpec:
+        """What one of several processes has of the model: the numbering stays, other layers hold nothing."""
+        return replace(
+            self,
+            layers=tuple(layer if number in layers else None for number, layer in enumerate(self.layers)),
+            dense_numel=tuple(numel if number in layers else 0 for number, numel in enumerate(self.dense_numel)),
+            outer_numel=self.outer_numel if has_outer else 0,
+        )
 
     @property
     def num_parameters(self) -> int:

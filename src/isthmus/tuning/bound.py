@@ -44,7 +44,7 @@ class StepBounds:
         costs = CostModel(session.profile, session.model.spec)
         seconds = (
             outcome.num_tokens
-            * session.model.spec.num_layers
+            * session.model.spec.num_held_layers
             * (session.profile.dense_forward_s_per_token + session.profile.dense_backward_s_per_token)
         )
         for layer, counts in outcome.counts.counts_LE.items():

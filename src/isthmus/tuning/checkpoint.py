@@ -7,13 +7,20 @@ This module owns the format. A checkpoint is a directory ``checkpoints/step-0000
 - ``state.json``: everything else, and the size of each file; nothing is pickled.
 
 Each checkpoint appears whole, by a rename. Tensors are written from where they lie, one shard after the other.
+
+Several processes (``Crew``) write one checkpoint: each the units it has, from the second process on into files that
+begin with ``rank-1-`` and so on, below a directory that all of them see. Whoever resumes reads what it needs, whoever
+wrote it; so their number, and who has which layer, may change.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from isthmus.spec.files import atomic_directory
+from isthmus.spec.model import UnitKey, UnitLayout
 from isthmus.training.checkpoints import (
     SCHEMA_VERSION,
     STATE_FILE,
@@ -33,12 +41,21 @@ from isthmus.training.checkpoints import (
 )
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
+from isthmus.tuning.pipeline.links import Links
 
 DEFAULT_SHARD_BYTES = 1 << 30
 EXTRA_FILE = "extra.safetensors"
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """The processes that train one model together. ``layouts``: every unit of it, whoever has it."""
+
+    links: Links
+    layouts: Mapping[UnitKey, UnitLayout]
 
 
 def save_training_state(
@@ -50,8 +67,10 @@ def save_training_state(
     *,
     on_progress: Progress | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    crew: Crew | None = None,
 ) -> None:
-    """Writes ``directory`` whole or not at all; one that is there is replaced. Blocks until it is on the disk.
+    """Writes ``directory`` whole or not at all; one that is there is replaced. Blocks until it is on the disk. All of
+    a ``crew`` call this.
 
     ``trainer_state`` is JSON (its keys become strings), ``extra_tensors`` lie on the CPU. The states of the random
     generators of Python, NumPy and torch are saved too. Raises OSError as the file system does (full disk),
@@ -61,24 +80,54 @@ def save_training_state(
     state: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": "training-state",
-        "layout": _describe_layout(store),
+        "layout": _describe_layout(crew.layouts if crew else store.layouts),
         "optimizer": optimizer.state(),
         "rng": generators,
         "trainer": trainer_state,
     }
     json.dumps(state)  # what cannot be written is to fail before gigabytes have been
-    extra = {f"extra.{name}": tensor for name, tensor in (extra_tensors or {}).items()} | generator_tensors
+    extra = {f"extra.{name}": tensor for name, tensor in (extra_tensors or {}).items()}
+    rank = crew.links.rank if crew else 0
+    prefix = f"rank-{rank}-" if rank else ""
+    if not rank:
+        extra |= generator_tensors
     total_bytes = sum(tensor.nbytes for tensor in [*_unit_tensors(store).values(), *extra.values()])
     done_bytes = 0
-    with atomic_directory(directory) as aside:
+    with _directory_of(directory, crew) as aside:
         sizes: dict[str, int] = {}
         for name, tensors in _shards(store, extra, shard_bytes):
-            write_tensors(tensors, aside / name)
-            sizes[name] = (aside / name).stat().st_size
+            path = aside / f"{prefix}{name}"
+            write_tensors(tensors, path)
+            sizes[path.name] = path.stat().st_size
             done_bytes += sum(tensor.nbytes for tensor in tensors.values())
             if on_progress is not None:
                 on_progress(done_bytes, total_bytes)
-        (aside / STATE_FILE).write_text(json.dumps(state | {"file_bytes": sizes}, indent=1) + "\n")
+        if rank:
+            _flush([aside / name for name in sizes])
+        if crew:
+            sizes = {
+                name: size for part in crew.links.gather(sizes, "a checkpoint's files") for name, size in part.items()
+            }
+        if not rank:
+            (aside / STATE_FILE).write_text(json.dumps(state | {"file_bytes": sizes}, indent=1) + "\n")
+
+
+@contextmanager
+def _directory_of(directory: Path, crew: Crew | None) -> Iterator[Path]:
+    """Where to write what becomes ``directory``: rank 0 makes it, tells the others, and renames it in the end."""
+    if crew and crew.links.rank:
+        yield Path(crew.links.from_first(None, "the directory of a checkpoint"))
+        return
+    with atomic_directory(directory) as aside:
+        if crew:
+            crew.links.from_first(str(aside.absolute()), "the directory of a checkpoint")
+        yield aside
+
+
+def _flush(files: list[Path]) -> None:
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def load_training_state(
@@ -87,14 +136,16 @@ def load_training_state(
     optimizer: StoreOptimizer,
     *,
     on_progress: Progress | None = None,
+    crew: Crew | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fills the store and the optimizer, sets the random generators, and returns (trainer_state, extra_tensors).
+    """Fills the store and the optimizer, sets the random generators, and returns (trainer_state, extra_tensors). Units
+    that the store does not have are passed over.
 
     Weights are the masters, rounded. Raises CheckpointError, before anything is changed, where the checkpoint is
     incomplete or was written for other units or dtypes.
     """
     state = read_state(directory)
-    _require_same_layout(state["layout"], _describe_layout(store), directory)
+    _require_same_layout(state["layout"], _describe_layout(crew.layouts if crew else store.layouts), directory)
     destinations = _unit_tensors(store)
     if missing := sorted(destinations.keys() - stored_names(directory, state)):
         raise CheckpointError(
@@ -107,7 +158,7 @@ def load_training_state(
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 if name in destinations:
                     destinations[name].copy_(shard.get_tensor(name))
-                else:
+                elif not name.startswith("layer."):
                     rest[name] = shard.get_tensor(name).clone()
         done_bytes += num_bytes
         if on_progress is not None:
@@ -144,18 +195,18 @@ def _shards(
     yield EXTRA_FILE, extra
 
 
-def _describe_layout(store: ParameterStore) -> dict[str, Any]:
+def _describe_layout(layouts: Mapping[UnitKey, UnitLayout]) -> dict[str, Any]:
     """What must be the same for a checkpoint to fit: a digest of every unit's tensors, and counts for the message."""
     digest = hashlib.sha256()
     counts: dict[str, int] = {}
-    for key in store.keys:
-        layout = store.layout(key)
+    for key in sorted(layouts):
+        layout = layouts[key]
         digest.update(f"{key.layer} {key.expert} {layout.dtype}".encode())
         for tensor in layout.tensors:
             digest.update(f" {tensor.name}{list(tensor.shape)}".encode())
         digest.update(b"\n")
         counts[layout.dtype] = counts.get(layout.dtype, 0) + layout.numel
-    return {"fingerprint": digest.hexdigest(), "num_units": len(store.keys), "num_parameters": counts}
+    return {"fingerprint": digest.hexdigest(), "num_units": len(layouts), "num_parameters": counts}
 
 
 def _require_same_layout(saved: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:

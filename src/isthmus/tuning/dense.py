@@ -79,7 +79,7 @@ class DenseUnits:
         self.on_complete = on_complete
         self.num_buffers = num_buffers
         self.num_layers = model.spec.num_layers
-        self.keys = sorted(key for key in model.layouts if not key.is_expert)
+        self.keys = sorted(key for key in store.keys if not key.is_expert)
         self._by_layer = {key.layer: [other for other in self.keys if other.layer == key.layer] for key in self.keys}
         self._weights: dict[UnitKey, Tensor] = {}
         self._gradients: dict[UnitKey, Tensor] = {}
@@ -111,6 +111,11 @@ class DenseUnits:
                 self._blocks.append(block)
                 flats = {key: block[: flat.numel()] for key, flat in flats.items()}
             placed.update(flats)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose dense units these are, in order, ``OUTER_LAYER`` first if it is among them."""
+        return sorted(self._by_layer)
 
     @property
     def is_resident(self) -> bool:
@@ -229,8 +234,9 @@ class DenseUnits:
     # --- gradients ---------------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> None:
-        """Backward is about to start, with what lies behind the last layer."""
-        self._zero(OUTER_LAYER)
+        """Backward is about to start, with what lies behind the last layer, if that is here."""
+        if OUTER_LAYER in self._by_layer:
+            self._zero(OUTER_LAYER)
 
     def enter_backward(self, layer: int) -> None:
         """As ``enter_forward``; the layer's gradients are zero, and the one before it in its buffer has its own."""

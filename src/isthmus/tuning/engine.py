@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import greenlet
 import torch
@@ -41,6 +42,11 @@ class Run:
     greenlet: greenlet.greenlet | None = None
     random_state: list[Tensor] | None = None
     layer: int = OUTER_LAYER
+
+    def seed_place(self, place: int, num_layers: int) -> None:
+        """Random numbers from here on depend on the micro-batch and the place alone: place 2·l is the code before layer
+        ``l``, 2·l + 1 the layer. So they are the same wherever the places before run."""
+        torch.manual_seed((self.seed * (2 * num_layers + 1) + place) % (1 << 63))
 
 
 @dataclass(slots=True)
@@ -89,30 +95,38 @@ class Engine:
         self._left: dict[int, int] = {}
         """How many micro-batches (in backward: groups) have yet to leave each layer."""
         self._arguments = model.forward_arguments()
-        model.set_experts_function(self._experts)
-        model.wrap_routers(lambda layer, logits: self._run.tape.cut_router_logits(logits) if self._run else logits)
-        for number, layer in enumerate(model.layers):
-            layer.forward = self._hooked(number, layer.forward)
+        self._install()
 
     # --- hooks inside the model's forward code -------------------------------------------------------------------
 
-    def _hooked(self, layer: int, forward: Callable[..., object]) -> Callable[..., object]:
-        def run_layer(*args: object, **kwargs: object) -> object:
-            run = self._run
-            assert run is not None, "the model runs only inside the engine"
-            run.layer = layer
-            if layer not in self._entered:
-                self._entered.add(layer)
-                self._make_ready(layer)
-                self.policy.enter_forward(layer)
-            self.dense.require(layer)
-            returned = run.tape.run_layer(layer, forward, args, kwargs)
-            self._left[layer] -= 1
-            if not self._left[layer]:
-                self.dense.leave_forward(layer)
-            return returned
+    def _install(self) -> None:
+        self.model.set_experts_function(self._experts)
+        self.model.wrap_routers(self._router_logits)
+        for number, layer in enumerate(self.model.layers):
+            layer.forward = self._hooked(number, layer.forward)
 
-        return run_layer
+    def _hooked(self, layer: int, forward: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **kwargs: self._run_layer(layer, forward, args, kwargs)
+
+    def _run_layer(self, layer: int, forward: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        run, num_layers = self._run, self.model.spec.num_layers
+        assert run is not None, "the model runs only inside the engine"
+        run.layer = layer
+        if layer not in self._entered:
+            self._entered.add(layer)
+            self._make_ready(layer)
+            self.policy.enter_forward(layer)
+        self.dense.require(layer)
+        run.seed_place(2 * layer + 1, num_layers)
+        returned = run.tape.run_layer(layer, forward, args, kwargs)
+        run.seed_place(2 * layer + 2, num_layers)
+        self._left[layer] -= 1
+        if not self._left[layer]:
+            self.dense.leave_forward(layer)
+        return returned
+
+    def _router_logits(self, layer: int, logits: Tensor) -> Tensor:
+        return self._run.tape.cut_router_logits(logits) if self._run else logits
 
     def _make_ready(self, layer: int) -> None:
         self.optimizer.wait_dense(layer)
@@ -132,12 +146,12 @@ class Engine:
         outputs = self.model.module(**on_device(run.batch.inputs, self.resources.accelerator.device), **self._arguments)
         run.tape.loss = outputs.loss
 
-    def _resume(self, run: Run, output: Tensor | None) -> ExpertsCall | None:
+    def _resume(self, run: Run, output: object) -> ExpertsCall | None:
         """Runs a micro-batch up to its next experts (returned) or to its end (None)."""
         self._run = run
         if run.greenlet is None:
             run.greenlet = greenlet.greenlet(self._start)
-            torch.manual_seed(run.seed)
+            run.seed_place(0, self.model.spec.num_layers)
             argument: object = run
         else:
             assert run.random_state is not None
@@ -151,13 +165,17 @@ class Engine:
         self._run = None
         return call
 
-    def _forward(self, groups: list[Group]) -> None:
+    def _begin_forward(self, groups: list[Group]) -> None:
         self._hub = greenlet.getcurrent()
         self._entered = set()
         self._left = dict.fromkeys(range(self.model.spec.num_layers), sum(len(group.runs) for group in groups))
         self.policy.begin_forward()
         self.dense.begin_forward()
-        self._make_ready(OUTER_LAYER)
+        if self.dense.of_layer(OUTER_LAYER):
+            self._make_ready(OUTER_LAYER)
+
+    def _forward(self, groups: list[Group]) -> None:
+        self._begin_forward(groups)
         active = list(groups)
         while active:
             for group in list(active):
@@ -200,38 +218,41 @@ class Engine:
             with self.resources.accelerator.compute("head backward", kind="dense"):
                 run.tape.backward_loss(run.weight)
         while group.runs[0].tape.segments:
-            segments = [run.tape.segments.pop() for run in group.runs]
-            layer = segments[0].layer
-            if layer not in self._entered:
-                self._entered.add(layer)
-                self.dense.enter_backward(layer)
-                self.policy.enter_backward(layer)
-            wave = group.waves.pop(layer, None)
-            gradients: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(segments)
-            if wave is not None:
-                parts = [segment.gradient_of_experts_output() for segment in segments]
-                merged = torch.cat(
-                    [
-                        call.hidden.new_zeros(call.hidden.shape) if part is None else part
-                        for part, call in zip(parts, wave.calls, strict=True)
-                    ]
-                )
-                priority = backward_priority(layer, self.model.spec.num_layers)
-                work = BackwardPass(
-                    self.resources, wave, self.policy.split_backward(layer), priority=priority, name=f"L{layer}"
-                )
-                self._count(work)
-                work.start(merged)
-                yield
-                gradients = list(work.finish())
-                self.resources.deferred.run_before(layer)
-            self.dense.require(layer)
-            with self.resources.accelerator.compute(f"dense backward L{layer}", kind="dense"):
-                for segment, (hidden_gradient, weights_gradient) in zip(segments, gradients, strict=True):
-                    segment.finish(hidden_gradient, weights_gradient)
-            self._left[layer] -= 1
-            if not self._left[layer]:
-                self._leave(layer)
+            yield from self._backward_layer(group, [run.tape.segments.pop() for run in group.runs])
+
+    def _backward_layer(self, group: Group, segments: list[Any]) -> Iterator[None]:
+        """Backward of one layer of one group: ``segments`` are its micro-batches'."""
+        layer = segments[0].layer
+        if layer not in self._entered:
+            self._entered.add(layer)
+            self.dense.enter_backward(layer)
+            self.policy.enter_backward(layer)
+        wave = group.waves.pop(layer, None)
+        gradients: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(segments)
+        if wave is not None:
+            parts = [segment.gradient_of_experts_output() for segment in segments]
+            merged = torch.cat(
+                [
+                    call.hidden.new_zeros(call.hidden.shape) if part is None else part
+                    for part, call in zip(parts, wave.calls, strict=True)
+                ]
+            )
+            priority = backward_priority(layer, self.model.spec.num_layers)
+            work = BackwardPass(
+                self.resources, wave, self.policy.split_backward(layer), priority=priority, name=f"L{layer}"
+            )
+            self._count(work)
+            work.start(merged)
+            yield
+            gradients = list(work.finish())
+            self.resources.deferred.run_before(layer)
+        self.dense.require(layer)
+        with self.resources.accelerator.compute(f"dense backward L{layer}", kind="dense"):
+            for segment, (hidden_gradient, weights_gradient) in zip(segments, gradients, strict=True):
+                segment.finish(hidden_gradient, weights_gradient)
+        self._left[layer] -= 1
+        if not self._left[layer]:
+            self._leave(layer)
 
     def _leave(self, layer: int) -> None:
         self.optimizer.expect(self.dense.of_layer(layer))
@@ -240,9 +261,10 @@ class Engine:
 
     # --- whole passes ----------------------------------------------------------------------------------------------
 
-    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
+    @staticmethod
+    def _runs(batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Run]:
         total = sum(batch.num_label_tokens for batch in batches)
-        runs = [
+        return [
             Run(
                 batch=batch,
                 weight=batch.num_label_tokens / total,
@@ -251,11 +273,13 @@ class Engine:
             )
             for i, batch in enumerate(batches)
         ]
+
+    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
+        runs = self._runs(batches, seed, recording=recording)
         num_waves = min(self.policy.num_waves, len(runs))
         return [Group(runs=runs[i::num_waves]) for i in range(num_waves)]
 
-    @staticmethod
-    def _loss(groups: list[Group]) -> float:
+    def _loss(self, groups: list[Group]) -> float:
         """The mean over the label tokens of all micro-batches."""
         loss = 0.0
         for run in (run for group in groups for run in group.runs):
@@ -280,13 +304,22 @@ class Engine:
         self.policy.begin_backward(self.counts.counts_LE)
         self._entered = set()
         self._left = dict.fromkeys(range(self.model.spec.num_layers), len(groups))
-        active = [self._backward_of(group) for group in groups]
-        while active:
-            active = [backward for backward in active if next(backward, self) is not self]
+        self._backward(groups)
         self.resources.deferred.run_all()
-        self.optimizer.expect(self.dense.of_layer(OUTER_LAYER))
-        self.dense.leave_backward(OUTER_LAYER)
+        if self.dense.of_layer(OUTER_LAYER):
+            self.optimizer.expect(self.dense.of_layer(OUTER_LAYER))
+            self.dense.leave_backward(OUTER_LAYER)
         return loss
+
+    def _backward(self, groups: list[Group]) -> None:
+        self._in_turns([self._backward_of(group) for group in groups])
+
+    @staticmethod
+    def _in_turns(active: list[Iterator[None]]) -> None:
+        """Each goes on when all others have: while one waits for its experts, the next computes."""
+        over = object()
+        while active:
+            active = [backward for backward in active if next(backward, over) is not over]
 
     def _expect_gradients(self, groups: list[Group]) -> None:
         parts = Counter(

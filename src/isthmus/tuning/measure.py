@@ -16,7 +16,7 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import scale
 from isthmus.profiling.cache import cached_profile
-from isthmus.profiling.dense import measure_dense
+from isthmus.profiling.dense import Forward, loss_of, measure_dense
 from isthmus.profiling.experts import measure_expert
 from isthmus.profiling.links import LinkTimes, measure_link
 from isthmus.profiling.timing import in_thread
@@ -72,9 +72,11 @@ def measure_profile(
     max_tokens: int,
     num_cpu_threads: int,
     refresh: bool = False,
+    run: Forward = loss_of,
     progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Profile:
-    """The profile for ``model`` (dense units bound) on this machine, from the cache if it was measured before.
+    """The profile for what ``model`` holds (dense units bound) on this machine, from the cache if it was measured
+    before. ``run`` runs that.
 
     ``max_tokens``: the most tokens one expert may get in a step. Blocks for seconds when measuring. Replaces the
     model's experts function and adds to its gradients.
@@ -96,9 +98,11 @@ def measure_profile(
         "tokens": [max_tokens, *example.inputs["input_ids"].shape],
         "versions": [version("torch"), version("transformers"), version("isthmus")],
     }
+    if len(model.held_layouts) < len(model.layouts):
+        identity["layers"] = sorted({key.layer for key in model.held_layouts})
     return cached_profile(
         identity,
-        lambda: _measure(model, accelerator, example, max_tokens, num_cpu_threads, hardware, progress),
+        lambda: _measure(model, accelerator, example, max_tokens, num_cpu_threads, hardware, run, progress),
         refresh=refresh,
     )
 
@@ -110,11 +114,12 @@ def _measure(
     max_tokens: int,
     num_cpu_threads: int,
     hardware: Hardware,
+    run: Forward,
     progress: Callable[[str, float], None],
 ) -> Profile:
     item_bytes = 2 if model.dtype == "bf16" else 4
     progress("measuring the link", 0.0)
-    first = model.moe_parts[model.spec.moe_layers[0]].spec
+    first = next(iter(model.moe_parts.values())).spec
     times = LinkTimes.free()
     if accelerator.is_separate:
         times = measure_link(accelerator, min(first.numel * item_bytes, 64 << 20))
@@ -126,7 +131,7 @@ def _measure(
         hardware = replace(hardware, link=rate)
     progress("measuring the dense part", 0.1)
     forward_s, backward_s = measure_dense(
-        model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
+        model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize, run=run
     )
     experts, optimizer_s = _measure_experts(model, accelerator, max_tokens, num_cpu_threads, progress)
     return Profile(

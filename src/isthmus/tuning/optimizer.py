@@ -40,8 +40,9 @@ class NonFiniteGradient(IsthmusError):
     def __init__(self, step: int, norm: float, units: tuple[UnitKey, ...]) -> None:
         self.units = units
         named = ", ".join(str(unit) for unit in units[:4]) + (", …" if len(units) > 4 else "")
+        where = f"not finite in {len(units)} units: {named}" if units else "what is not finite is another process's"
         super().__init__(
-            f"gradient norm is {norm} in step {step}, want a finite number; not finite in {len(units)} units: {named}. "
+            f"gradient norm is {norm} in step {step}, want a finite number; {where}. "
             "Lower the learning rate or check the data, and resume from the last checkpoint."
         )
 
@@ -52,7 +53,8 @@ class StoreOptimizer:
     ``weight_decay`` applies to every parameter. ``clip_norm`` None: no clipping, the norm is still computed. Every
     method may be called from any thread; only contributions to the SAME unit through ``gradient_destination`` must be
     written one after the other by the callers. Arithmetic runs on ``num_threads`` threads (default: as many as torch
-    uses here) of the optimizer's own, whoever calls.
+    uses here) of the optimizer's own, whoever calls. ``sum_over_ranks`` (several processes, each with units of its own)
+    makes of this store's squared norm the whole model's, the same bits everywhere; called once a step.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class StoreOptimizer:
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
         num_threads: int | None = None,
+        sum_over_ranks: Callable[[float], float] = lambda squared_norm: squared_norm,
     ) -> None:
         if learning_rate < 0:
             raise ValueError(f"learning_rate: got {learning_rate}, want a number from 0 up")
@@ -80,6 +83,7 @@ class StoreOptimizer:
         self._eps = eps
         self._weight_decay = weight_decay
         self._clip_norm = clip_norm
+        self._sum_over_ranks = sum_over_ranks
         self._num_threads = num_threads or torch.get_num_threads()
         self._pool = _pool_of_single_threads(self._num_threads)
         self._scratch = threading.local()
@@ -145,9 +149,10 @@ class StoreOptimizer:
             self._squared_norms.clear()
 
     def global_norm(self) -> float:
-        """The Euclidean norm over all finished gradients; the same whatever the order they came in."""
+        """The Euclidean norm over all finished gradients, of all ranks; the same whatever the order they came in."""
         with self._changed:
-            return math.sqrt(math.fsum(self._squared_norms.values()))
+            squared = list(self._squared_norms.values())
+        return math.sqrt(self._sum_over_ranks(math.fsum(squared)))
 
     def _squared_norm(self, part: Tensor) -> float:
         if part.dtype != torch.float32:

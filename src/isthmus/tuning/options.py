@@ -51,6 +51,8 @@ class TuneOptions:
     resume: bool
     overwrite: bool
     plain: bool | None
+    wire: str | None
+    rank_timeout: float
 
     def check(self) -> None:
         """Raises ``ValueError`` for what can be seen to be wrong without model, data and machine."""
@@ -69,6 +71,10 @@ class TuneOptions:
             raise IsthmusError(f"policy: got {self.policy!r}, wanted one of {', '.join(sorted(POLICIES))}.")
         if self.resume and self.overwrite:
             raise IsthmusError("resume, overwrite: got both; --resume continues a run, --overwrite deletes it first.")
+        if self.rank_timeout <= 0:
+            raise IsthmusError(f"rank_timeout: got {self.rank_timeout}, wanted seconds above 0.")
+        if self.wire not in (None, "bf16"):
+            raise IsthmusError(f"wire: got {self.wire!r}, wanted bf16, or nothing for full precision.")
         torch_dtype(self.dtype)
         learning_rate_at(
             0, schedule=self.schedule, learning_rate=self.learning_rate, num_steps=self.steps, warmup=self.warmup
@@ -86,6 +92,7 @@ class TuneOptions:
             cpu_speed=self.cpu_speed,
             num_stages=self.num_stages,
             num_layers=self.num_layers,
+            wire=self.wire,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm or None,
             seed=self.seed,

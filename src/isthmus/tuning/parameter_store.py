@@ -76,6 +76,10 @@ class ParameterStore:
         """Every unit, sorted."""
         return tuple(self._layouts)
 
+    @property
+    def layouts(self) -> Mapping[UnitKey, UnitLayout]:
+        return self._layouts
+
     def layout(self, key: UnitKey) -> UnitLayout:
         return self._layouts[key]
 

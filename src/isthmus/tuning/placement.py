@@ -15,7 +15,9 @@ from isthmus.planning.memory import num_dense_buffers
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
+from isthmus.profiling.dense import Forward, loss_of
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.model import ModelSpec
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
 from isthmus.tuning.accelerator.base import Accelerator
@@ -28,6 +30,19 @@ from isthmus.tuning.parameter_store import ParameterStore
 from isthmus.tuning.policies import POLICIES, PREDICTING, InPlace, PolicySeat, PolicySetup
 from isthmus.tuning.predictor import PopularityPredictor
 from isthmus.tuning.protocols import Loader, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one of several processes has of a model: its stages, in the order they run, and how to run its layers alone,
+    to be measured. All micro-batches pass through a stage one by one, so all its layers hold gradients at once."""
+
+    stages: tuple[Stage, ...]
+    run: Forward
+
+    def num_experts(self, spec: ModelSpec) -> int:
+        """Experts of the stage that has the most."""
+        return max(sum(_experts(spec)[stage.first_layer : stage.last_layer + 1]) for stage in self.stages)
 
 
 class BudgetError(IsthmusError):
@@ -58,22 +73,25 @@ def place_dense(
     example: list[MicroBatch],
     policy: str,
     make: Callable[[int], DenseUnits],
+    part: Part | None = None,
 ) -> tuple[DenseUnits, int]:
     """(the dense units, all resident if the budget allows, else streamed; activation bytes of steps like ``example``).
 
     ``make(num_buffers)`` allocates them with weights to measure with. Raises ``BudgetError`` if even streamed they
-    leave no room for activations and the policy's fewest slots; the model's parameters then lie in the store.
+    leave no room for activations and the policy's fewest slots; the model's parameters then lie in the store. A
+    ``part`` is never streamed.
     """
     spec, activation_bytes = model.spec, None
     if not accelerator.is_separate:
         return make(spec.num_layers), 0
-    slots_bytes = least_slots(model, policy) * model.slot_numel * torch_dtype(model.dtype).itemsize
-    for num_buffers in sorted({spec.num_layers, num_dense_buffers(spec)}, reverse=True):
+    slots_bytes = least_slots(model, policy, part) * model.slot_numel * torch_dtype(model.dtype).itemsize
+    choices = {spec.num_layers} if part else {spec.num_layers, num_dense_buffers(spec)}
+    for num_buffers in sorted(choices, reverse=True):
         needed_bytes = dense_bytes(store, num_buffers) + slots_bytes
         if needed_bytes > accelerator.budget_bytes:
             continue
         dense = make(num_buffers)
-        activation_bytes = activations(model, example, accelerator)
+        activation_bytes = activations(model, example, accelerator, part)
         if needed_bytes + activation_bytes <= accelerator.budget_bytes:
             return dense, activation_bytes
         dense.free()
@@ -82,8 +100,8 @@ def place_dense(
         model.move_buffers(torch.device("cpu"))
         for key in (key for key in store.keys if not key.is_expert):
             model.bind(key, store.weight(key))
-        activation_bytes = activations(model, example, accelerator)
-    raise _budget_error(model, policy, accelerator.budget_bytes, activation_bytes, store)
+        activation_bytes = activations(model, example, accelerator, part)
+    raise _budget_error(model, policy, accelerator.budget_bytes, activation_bytes, store, part)
 
 
 def place(
@@ -100,6 +118,7 @@ def place(
     num_cpu_threads: int,
     cpu_speed: float,
     progress: Callable[[str, float], None],
+    part: Part | None = None,
 ) -> Placement:
     """Plans for steps like ``example``, given what ``place_dense`` found. Blocks while measuring.
 
@@ -115,13 +134,14 @@ def place(
         example[0],
         max_tokens=num_tokens,
         num_cpu_threads=num_cpu_threads,
+        run=part.run if part else loss_of,
         progress=progress,
     )
-    if not accelerator.is_separate:
-        return _in_place(model, store, measured)
+    if not accelerator.is_separate or not spec.moe_layers:
+        return _in_place(model, store, measured, part)
     profile = at_cpu_speed(measured, cpu_speed)
-    num_waves = num_waves or min(2, len(example))
-    plan = fit(model, accelerator, dense, activation_bytes, profile.copy_window, policy, num_stages, num_waves)
+    num_waves = len(example) if part else num_waves or min(2, len(example))
+    plan = fit(model, accelerator, dense, activation_bytes, profile.copy_window, policy, num_stages, num_waves, part)
     seat = PolicySeat()
     loader = _make_loader(model, store, accelerator, plan, seat)
     setup = PolicySetup(
@@ -131,6 +151,7 @@ def place(
         loader=loader,
         num_tokens=num_tokens,
         recorder=accelerator.recorder,
+        is_pipelined=part is not None,
         predictor=make_predictor(model, store, accelerator),
     )
     seat.policy = POLICIES[policy](setup)
@@ -160,11 +181,12 @@ def _make_loader(
     )
 
 
-def _in_place(model: MoeModel, store: ParameterStore, profile: Profile) -> Placement:
-    """Without a separate memory there is nothing to decide: all micro-batches form one wave, experts run in place."""
+def _in_place(model: MoeModel, store: ParameterStore, profile: Profile, part: Part | None) -> Placement:
+    """Without a separate memory, or without experts, there is nothing to decide: experts run in place, where all
+    micro-batches pass together those of all form one wave."""
     plan = Plan(
         policy=InPlace.name,
-        stages=(Stage(first_layer=0, last_layer=model.spec.num_layers - 1),),
+        stages=part.stages if part else (Stage(first_layer=0, last_layer=model.spec.num_layers - 1),),
         num_slots=0,
         slot_bytes=0,
         dense_bytes=0,
@@ -184,16 +206,19 @@ def fit(
     policy: str,
     num_stages: int | None,
     num_waves: int,
+    part: Part | None,
 ) -> Plan:
     """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
     expert."""
     slot_bytes = model.slot_numel * torch_dtype(model.dtype).itemsize
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
-    experts = [layer.num_experts for layer in model.spec.layers if layer is not None]
-    num_slots = min(free_bytes // slot_bytes, sum(experts) + max(experts))
+    experts = _experts(model.spec)
+    num_with_gradients = part.num_experts(model.spec) if part else max(experts)
+    num_slots = min(free_bytes // slot_bytes, sum(experts) + num_with_gradients)
+    stages = part.stages if part else None
     return Plan(
         policy=policy,
-        stages=map_stages(model.spec, num_slots=num_slots - max(experts), num_stages=num_stages),
+        stages=stages or map_stages(model.spec, num_slots=num_slots - max(experts), num_stages=num_stages),
         num_slots=num_slots,
         slot_bytes=slot_bytes,
         dense_bytes=accelerator.allocated_bytes,
@@ -204,23 +229,31 @@ def fit(
     )
 
 
-def least_slots(model: MoeModel, policy: str) -> int:
+def _experts(spec: ModelSpec) -> list[int]:
+    """Routed experts of every layer."""
+    return [0 if layer is None else layer.num_experts for layer in spec.layers]
+
+
+def least_slots(model: MoeModel, policy: str, part: Part | None = None) -> int:
     """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for their
-    gradients."""
-    experts = [layer.num_experts for layer in model.spec.layers if layer is not None]
+    gradients, a ``part``'s for those of a whole stage."""
+    experts = _experts(model.spec)
+    num_with_gradients = part.num_experts(model.spec) if part else max(experts)
     return {
-        "resident": sum(experts) + max(experts),
-        "mobius": 2 * max(experts) + 1,
-        "gpipe-offload": 2 * max(experts) + 1,
-    }.get(policy, 2)
+        "resident": sum(experts) + num_with_gradients,
+        "mobius": max(experts) + num_with_gradients + 1,
+        "gpipe-offload": max(experts) + num_with_gradients + 1,
+    }.get(policy, 2 if any(experts) else 0)
 
 
 def _budget_error(
-    model: MoeModel, policy: str, budget_bytes: int, activation_bytes: int, store: ParameterStore
+    model: MoeModel, policy: str, budget_bytes: int, activation_bytes: int, store: ParameterStore, part: Part | None
 ) -> BudgetError:
     """The error that says what the least budget is and what it is made of."""
-    slot_bytes, num_slots = model.slot_numel * torch_dtype(model.dtype).itemsize, least_slots(model, policy)
+    slot_bytes, num_slots = model.slot_numel * torch_dtype(model.dtype).itemsize, least_slots(model, policy, part)
     num_layers, num_buffers = model.spec.num_layers, num_dense_buffers(model.spec)
+    if part:
+        num_buffers = num_layers
     least_bytes = dense_bytes(store, num_buffers)
     minimum = least_bytes + activation_bytes + num_slots * slot_bytes
     at_once = f" (of {num_buffers} of the {num_layers} layers at a time)" if num_buffers < num_layers else ""
@@ -234,15 +267,17 @@ def _budget_error(
     )
 
 
-def activations(model: MoeModel, example: list[MicroBatch], accelerator: Accelerator) -> int:
+def activations(model: MoeModel, example: list[MicroBatch], accelerator: Accelerator, part: Part | None = None) -> int:
     """Accelerator bytes of one step's activations: what the dense part saves, the experts' inputs, results and
     intermediate values, and the rows of weight gradients that one layer leaves to the next."""
     spec, item = model.spec, torch_dtype(model.dtype).itemsize
-    saved = max(measure_saved_bytes(model, batch.inputs) for batch in example) * len(example)
+    run = part.run if part else loss_of
+    saved = max(measure_saved_bytes(model, batch.inputs, run) for batch in example) * len(example)
     num_tokens = sum(batch.num_tokens for batch in example)
     experts = [layer for layer in spec.layers if layer is not None]
     kept = sum(num_tokens * layer.hidden_size * item for layer in experts)
-    widest = max(layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in experts)
+    widths = [layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in experts]
+    widest = max(widths, default=0)
     scratch = scratch_bytes(model) if should_group(model, accelerator) else 0
     return saved + kept + num_tokens * widest * item + scratch
 

@@ -95,8 +95,10 @@ class PopularityPredictor:
         return {str(layer): weight for layer, weight in self._weights.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Layers that are not predicted here are passed over, those of which nothing was saved stay."""
         for layer, weight in state.items():
-            self._weights[int(layer)].copy_(weight)
+            if int(layer) in self._weights:
+                self._weights[int(layer)].copy_(weight)
 
 
 def _least(counts_E: Sequence[float], num: int) -> set[int]:

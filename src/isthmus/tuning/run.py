@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from isthmus.data import load_tokenizer
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
@@ -28,6 +32,8 @@ from isthmus.training.output import check_file, check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
+from isthmus.tuning.pipeline.company import choose_device, of_all_ranks, require_same, share_cores
+from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
 from isthmus.tuning.trainer import Trainer
@@ -67,35 +73,52 @@ def tune(
     resume: bool = False,
     overwrite: bool = False,
     plain: bool | None = None,
+    wire: str | None = None,
+    rank_timeout: float = DEFAULT_TIMEOUT_S,
 ) -> TuneReport:
     """Fine-tunes a Mixture-of-Experts model and writes it, loadable by ``from_pretrained``, to ``output``.
 
     Parameters are those of ``isthmus tune`` (see its ``--help``); sizes may be text (``8GiB``). ``clip_norm`` 0 turns
     clipping off. Returns the report, which is also written to ``output/report.json``. Blocks until done. Takes SIGINT
-    and SIGTERM over while it runs, if called from the main thread.
+    and SIGTERM over while it runs, if called from the main thread. Where torchrun has started several processes, each
+    calls this; they train one model together (``rank_timeout``: seconds that one waits for another), and rank 0 tells
+    and reports. A process that is lost raises ``RankLost`` in the others.
 
     Raises ``ValueError`` or ``OSError`` for input that cannot work, naming the field and the fix; ``NonFiniteLoss``
     and ``Interrupted`` as ``Trainer.run``. Whatever is raised, the last checkpoint in ``output`` is whole.
     """
     options = TuneOptions(**locals())
     options.check()
-    inputs = [source for source in (model, data, eval_data) if source is not None]
-    check_output(Path(output), inputs, resume=resume, overwrite=overwrite)
-    if trace is not None:
-        check_file("trace", Path(trace))
-    with PeakHostMemory() as memory, TrainingProgress(steps, plain=plain) as progress:
+    links = Links.connect(rank_timeout) if is_one_of_several() else None
+    is_first = links is None or not links.rank
+    if is_first:
+        inputs = [source for source in (model, data, eval_data) if source is not None]
+        check_output(Path(output), inputs, resume=resume, overwrite=overwrite)
+        if trace is not None:
+            check_file("trace", Path(trace))
+    # Rank 0 speaks for all; errors are told by whoever meets them.
+    console = None if is_first else Console(quiet=True)
+    with PeakHostMemory() as memory, TrainingProgress(steps, console=console, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
-            return _tune(options, memory, progress, stop)
+            return _tune(options, memory, progress, stop, links)
 
 
-def _tune(options: TuneOptions, memory: PeakHostMemory, progress: TrainingProgress, stop: StopSignals) -> TuneReport:
+def _tune(
+    options: TuneOptions, memory: PeakHostMemory, progress: TrainingProgress, stop: StopSignals, links: Links | None
+) -> TuneReport:
     output = Path(options.output)
     recorder = Recorder(keep_spans=False)
     path = _checked_checkpoint(options)
     stream, evaluation = _read_data(options, path, progress)
-    with Session(path, options.session(), stream.peek(), recorder, progress.phase) as session:
+    session_options = options.session()
+    if links is not None:
+        require_same(links, _facts(options, path, stream))
+        choose_device(options.accelerator)
+        session_options = replace(session_options, num_cores=share_cores(links))
+    is_first = links is None or not links.rank
+    with Session(path, session_options, stream.peek(), recorder, progress.phase, links=links) as session:
         trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
-        if options.overwrite:
+        if options.overwrite and is_first:
             # Not before: a run is only replaced by one whose input is known to be good.
             clear_output(output)
         if options.resume and not trainer.resume():
@@ -107,15 +130,27 @@ def _tune(options: TuneOptions, memory: PeakHostMemory, progress: TrainingProgre
             config=options.plain_values(),
             environment=environment(),
             steps=tuple(trainer.records),
-            summary=summarise(session, trainer, memory.peak_bytes),
+            summary=of_all_ranks(summarise(session, trainer, memory.peak_bytes), links),
         )
+        if links is not None:
+            links.close()
+        if not is_first:
+            return result
         for place in {output / "report.json", Path(options.report or output / "report.json")}:
             atomic_write(place, to_json(result))
         if options.trace is not None and trainer.counts:
-            write_trace(PopularityTrace.of_steps(session.model.spec, trainer.counts), Path(options.trace))
+            write_trace(PopularityTrace.of_steps(session.model.whole_spec, trainer.counts), Path(options.trace))
         progress.phase("drawing")
         draw(output, trainer, recorder, options.policy, Path(options.timeline or output / "timeline.json"))
     return result
+
+
+def _facts(options: TuneOptions, path: Path, stream: BatchStream) -> dict[str, object]:
+    """What must be the same in all processes of a run."""
+    names = {"plain", "report", "timeline", "trace", "model", "data", "eval_data", "output"}
+    values = {name: value for name, value in options.plain_values().items() if name not in names}
+    config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()[:16]
+    return values | {"config.json of the model": config, "data": stream.state_dict()["dataset"]}
 
 
 def _checked_checkpoint(options: TuneOptions) -> Path:

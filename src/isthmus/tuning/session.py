@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,11 +15,11 @@ from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.reader import read_checkpoint
+from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.problem import CostModel
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import OUTER_LAYER
 from isthmus.spec.plan import Plan
 from isthmus.spec.profile import Profile
 from isthmus.spec.units import Emulation
@@ -37,7 +38,10 @@ from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.measure import at_cpu_speed
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
-from isthmus.tuning.placement import Placement, place, place_dense
+from isthmus.tuning.pipeline.engine import PipelineEngine
+from isthmus.tuning.pipeline.links import Links
+from isthmus.tuning.pipeline.pipeline import Pipeline
+from isthmus.tuning.placement import Part, Placement, place, place_dense
 from isthmus.tuning.policies import POLICIES, PolicySeat
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.wave import Resources
@@ -59,6 +63,10 @@ class SessionOptions:
     num_stages: int | None = None
     num_layers: int | None = None
     num_waves: int | None = None
+    num_cores: int | None = None
+    """What to compute with; None: ``OMP_NUM_THREADS`` or what this process may use."""
+    wire: str | None = None
+    """In what activations and their gradients go between processes; None: as they are."""
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
@@ -90,9 +98,11 @@ class Session:
         recorder: Recorder,
         progress: Callable[[str, float], None] = lambda text, fraction: None,
         copy_delay: Callable[[], float] | None = None,
+        links: Links | None = None,
     ) -> None:
         """Reads the checkpoint at ``path`` and measures what the plan needs. ``example``: one step's micro-batches, for
-        their sizes. ``copy_delay`` (for tests): seconds by which an emulated copy is late."""
+        their sizes. ``copy_delay`` (for tests): seconds by which an emulated copy is late. ``links``: this process is
+        one of several, each of which makes a session with the same arguments and calls the same methods."""
         keep_freed_memory()
         self.options = options
         self.recorder = recorder
@@ -111,6 +121,8 @@ class Session:
             copy_delay=copy_delay,
         )
         self._worker: CpuWorker | None = None
+        self.links = links
+        self.pipeline: Pipeline | None = None
         self.num_steps = 0
         """The number of the last step that ``train_step`` took."""
         try:
@@ -123,8 +135,11 @@ class Session:
         options, accelerator, model = self.options, self.accelerator, self.model
         if not accelerator.is_separate:
             use_blocked_attention(model.module)
+        if self.links is not None:
+            wire = torch_dtype(options.wire) if options.wire else None
+            self.pipeline = Pipeline(model, self.links, options.num_stages, wire)
         self._read_weights(progress)
-        num_threads, num_cpu_threads = thread_split(accelerator, options.emulation)
+        num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
         torch.set_num_threads(num_threads)
         self.optimizer = StoreOptimizer(
             self.store,
@@ -134,6 +149,7 @@ class Session:
             weight_decay=options.weight_decay,
             clip_norm=options.clip_norm,
             num_threads=num_cpu_threads,
+            sum_over_ranks=self._sum_over_ranks,
         )
         if accelerator.is_separate:
             self._worker = CpuWorker(self.recorder, num_threads=num_cpu_threads, speed=options.cpu_speed)
@@ -147,8 +163,9 @@ class Session:
             on_layer_stepped=lambda layer: self.placement.policy.layer_ready(layer),
         )
         model.move_buffers(accelerator.device)
+        part = Part(stages=self.pipeline.stages, run=self.pipeline.rehearse) if self.pipeline else None
         self.dense, activation_bytes = place_dense(
-            model, self.store, accelerator, example, options.policy, self._dense_units
+            model, self.store, accelerator, example, options.policy, self._dense_units, part
         )
         self.placement: Placement = place(
             model,
@@ -163,18 +180,21 @@ class Session:
             num_cpu_threads=num_cpu_threads,
             cpu_speed=options.cpu_speed,
             progress=progress,
+            part=part,
         )
-        self.engine = Engine(
-            model,
-            self._resources(),
-            self.dense,
-            self.placement.policy,
-            self.steps,
-        )
+        parts = self._resources(), self.dense, self.placement.policy, self.steps
+        self.engine = PipelineEngine(self.pipeline, *parts) if self.pipeline else Engine(model, *parts)
         self.weights_changed()
 
+    def _sum_over_ranks(self, squared_norm: float) -> float:
+        """In the order of ranks, so that all get the same bits."""
+        if self.links is None:
+            return squared_norm
+        told = self.links.gather(squared_norm.hex(), "the norm of the gradients")
+        return math.fsum(map(float.fromhex, told))
+
     def _read_weights(self, progress: Callable[[str, float], None]) -> None:
-        self.store = ParameterStore(self.model.layouts, self.accelerator.allocate_host)
+        self.store = ParameterStore(self.model.held_layouts, self.accelerator.allocate_host)
         read_checkpoint(
             self.path,
             self.model,
@@ -189,7 +209,7 @@ class Session:
         dense = DenseUnits(
             self.model, self.store, self.accelerator, self.optimizer, self.steps.complete, num_buffers=num_buffers
         )
-        for layer in range(OUTER_LAYER, self.model.spec.num_layers):
+        for layer in dense.layers:
             dense.upload(layer)
         self.accelerator.synchronize()
         return dense
@@ -238,7 +258,7 @@ class Session:
         for key in self.store.keys:
             self.store.publish(key)
         self._begin_step()
-        for layer in range(OUTER_LAYER, self.model.spec.num_layers):
+        for layer in self.dense.layers:
             self.dense.upload(layer)
             self.placement.policy.layer_ready(layer)
 
@@ -306,12 +326,14 @@ class Session:
         self.close()
 
 
-def thread_split(accelerator: Accelerator, emulation: Emulation | None) -> tuple[int, int]:
-    """(threads of the computing thread, threads of the CPU experts) on the cores this process may use.
+def thread_split(
+    accelerator: Accelerator, emulation: Emulation | None, num_cores: int | None = None
+) -> tuple[int, int]:
+    """(threads of the computing thread, threads of the CPU experts) on ``num_cores``, or those this process may use.
 
     ``OMP_NUM_THREADS``, where it is set, stands for the number of cores.
     """
-    cores = int(os.environ.get("OMP_NUM_THREADS", num_cpus_usable()))
+    cores = num_cores or int(os.environ.get("OMP_NUM_THREADS", num_cpus_usable()))
     if not accelerator.is_separate:
         return cores, cores
     if accelerator.device.type == "cuda":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,13 +86,44 @@ class Segment:
         self.outputs, self.routers, self.entering, self.experts = [], [], [], None
 
 
+@dataclass(slots=True)
+class Sent:
+    """Tensors that left for another process, ``to``, whose backward sends their gradients back."""
+
+    to: int
+    number: int
+    """Of the border (see ``pipeline.route``), the same on both sides."""
+    leaves: list[Tensor] = field(default_factory=list)
+    entering: list[Cut] = field(default_factory=list)
+
+    def finish(self, gradients: list[Tensor]) -> None:
+        """Accumulates what came back into the leaves of earlier segments and, through gaps, into parameters."""
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        torch.autograd.backward([cut.root for cut in self.entering], [cut.leaf.grad for cut in self.entering])
+        self.leaves, self.entering = [], []
+
+
+@dataclass(slots=True)
+class Received:
+    """Tensors that came from another process: leaves whose gradients go back to it."""
+
+    source: int
+    number: int
+    leaves: list[Tensor]
+
+    def gradients(self) -> list[Tensor]:
+        """Zeros where nothing depends on a tensor."""
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+
+
 class Tape:
-    """The segments of one micro-batch in the order they ran. With ``recording`` False (evaluation) nothing is cut or
-    kept."""
+    """The segments of one micro-batch in the order they ran, and what crossed to and from other processes between them.
+    With ``recording`` False (evaluation) nothing is cut or kept."""
 
     def __init__(self, *, recording: bool) -> None:
         self.recording = recording
-        self.segments: list[Segment] = []
+        self.segments: list[Segment | Sent | Received] = []
         self.loss: Tensor | None = None
         self._current: Segment | None = None
         self._leaves: dict[int, Cut] = {}
@@ -99,11 +131,13 @@ class Tape:
     def _cut(self, value: Tensor) -> Cut:
         return Cut(root=value, leaf=value.detach().requires_grad_())
 
-    def _enter(self, value: object, segment: Segment) -> object:
-        if not isinstance(value, Tensor) or not value.requires_grad or value.is_leaf:
+    def _enter(self, value: object, segment: Segment | Sent) -> object:
+        if not isinstance(value, Tensor):
             return value
         cut = self._leaves.get(id(value))
         if cut is None:
+            if not self.recording or not value.requires_grad or value.is_leaf:
+                return value
             cut = self._leaves[id(value)] = self._cut(value)
             segment.entering.append(cut)
         return cut.leaf
@@ -117,10 +151,11 @@ class Tape:
 
     def run_layer(self, layer: int, forward: Callable[..., object], args: tuple, kwargs: dict) -> object:
         """Runs one layer as a segment of its own and returns what it returned, cut from its graph."""
+        segment = Segment(layer=layer)
+        if self.recording or self._leaves:
+            args, kwargs = pytree.tree_map(lambda value: self._enter(value, segment), (args, kwargs))
         if not self.recording:
             return forward(*args, **kwargs)
-        segment = Segment(layer=layer)
-        args, kwargs = pytree.tree_map(lambda value: self._enter(value, segment), (args, kwargs))
         self._current = segment
         try:
             returned = forward(*args, **kwargs)
@@ -136,6 +171,33 @@ class Tape:
         cut = self._cut(logits)
         self._current.routers.append(cut)
         return cut.leaf
+
+    def send(self, values: list[Tensor], *, to: int, number: int, are_differentiable: list[bool]) -> list[Tensor]:
+        """What is to be sent for ``values``: what stands for them here, detached."""
+        sent = Sent(to, number)
+        standing: list[Any] = [self._enter(value, sent) for value in values]
+        if self.recording:
+            if [value.requires_grad for value in standing] != are_differentiable:
+                raise RuntimeError(
+                    f"border {number}: other tensors need gradients than a run without weights has shown"
+                )
+            sent.leaves = [value for value in standing if value.requires_grad]
+            self.segments += [sent] if sent.leaves else []
+        return [value.detach() for value in standing]
+
+    def receive(self, values: list[Tensor], *, source: int, number: int, are_differentiable: list[bool]) -> None:
+        """``values`` (just received, nobody else's) become leaves that collect gradients, where they are differentiable
+        and this is recorded."""
+        if not self.recording:
+            return
+        for value, is_differentiable in zip(values, are_differentiable, strict=True):
+            value.requires_grad_(is_differentiable)
+        if leaves := [value for value in values if value.requires_grad]:
+            self.segments.append(Received(source, number, leaves))
+
+    def stand_in(self, ghost: Tensor, value: Tensor) -> None:
+        """From here on layers that are given ``ghost`` get ``value``."""
+        self._leaves[id(ghost)] = Cut(root=ghost, leaf=value)
 
     def open_experts(self, call: ExpertsCall) -> None:
         if self.recording and self._current is not None:

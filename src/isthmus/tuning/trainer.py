@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isthmus.reporting.progress import StepView, TrainingProgress
@@ -14,9 +15,10 @@ from isthmus.training.checkpoints import checkpoint_directory, find_resumable, p
 from isthmus.training.interruption import Interrupted, StopSignals
 from isthmus.training.schedule import learning_rate_at
 from isthmus.tuning.bound import StepBounds
-from isthmus.tuning.checkpoint import load_training_state, save_training_state
+from isthmus.tuning.checkpoint import Crew, load_training_state, save_training_state
 from isthmus.tuning.data.batches import BatchStream, MicroBatch
 from isthmus.tuning.optimizer import NonFiniteGradient
+from isthmus.tuning.pipeline.company import StepFacts
 from isthmus.tuning.session import Session, StepOutcome
 
 
@@ -39,7 +41,10 @@ class TrainerOptions:
 
 
 class Trainer:
-    """Owns one run in ``output`` from its first step (or the one after the last checkpoint) to its last."""
+    """Owns one run in ``output`` from its first step (or the one after the last checkpoint) to its last.
+
+    Of several processes each has one, and all call the same methods; rank 0's keeps the records.
+    """
 
     def __init__(
         self,
@@ -65,6 +70,8 @@ class Trainer:
         self._bounds = StepBounds(session)
         self._saved_step = -1
         self._first_step = 1
+        self._links = session.links
+        self._crew = Crew(links=session.links, layouts=session.model.layouts) if session.links else None
 
     # --- state on disk ----------------------------------------------------------------------------------------------
 
@@ -74,10 +81,16 @@ class Trainer:
         Raises ``IsthmusError`` where it does not fit model, data or number of steps, ``CheckpointError`` where all are
         broken.
         """
-        directory = find_resumable(self.output, notify=self.progress.message)
+        directory = None
+        if self._links is None or not self._links.rank:
+            directory = find_resumable(self.output, notify=self.progress.message)
+        if self._links is not None:
+            name = self._links.from_first(directory and str(directory.absolute()), "the checkpoint to resume from")
+            directory = Path(name) if name else None
         if directory is None:
             return False
-        state, tensors = load_training_state(directory, self.session.store, self.session.optimizer)
+        session = self.session
+        state, tensors = load_training_state(directory, session.store, session.optimizer, crew=self._crew)
         self.session.weights_changed()
         self.stream.load_state_dict(state["stream"])
         self.records = [StepRecord(**record) for record in state["records"]]
@@ -107,8 +120,10 @@ class Trainer:
             {"stream": self.stream.state_dict(), "records": [vars(record) for record in self.records]},
             predictor.state_dict() if predictor is not None else None,
             on_progress=lambda done, total: self.progress.phase("saving a checkpoint", done / max(1, total)),
+            crew=self._crew,
         )
-        prune_checkpoints(self.output)
+        if self._links is None or not self._links.rank:
+            prune_checkpoints(self.output)
         self._saved_step = step
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -126,11 +141,18 @@ class Trainer:
                 self._step(step)
                 if step == options.num_steps or (options.save_every and step % options.save_every == 0):
                     self.save()
-                if self.stop.requested is not None:
+                if (number := self._requested()) is not None:
                     self.save()
-                    name = self.stop.requested.name
-                    message = f"stopped by {name} after step {step}; its state is saved. Continue with --resume."
-                    raise Interrupted(message, self.stop.requested)
+                    message = f"stopped by {number.name} after step {step}; its state is saved. Continue with --resume."
+                    raise Interrupted(message, number)
+
+    def _requested(self) -> signal.Signals | None:
+        """The signal that asks for an end; that of any rank, since all stop after the same step."""
+        requested = self.stop.requested
+        if self._links is None:
+            return requested
+        number = max(self._links.gather(int(requested or 0), "whether to stop"))
+        return signal.Signals(number) if number else None
 
     def _is_in_timeline(self, step: int) -> bool:
         """A few steps in the steady state: from the middle on of those that this process takes."""
@@ -155,12 +177,23 @@ class Trainer:
             raise self._not_finite(step, "the norm of the gradient is not finite") from error
         if not outcome.is_finite:
             raise self._not_finite(step, f"the loss is {outcome.loss}")
+        bound_s, outcome = self._with_others(outcome)
         duration_s = recorder.now_s() - start_s
         is_due = step % options.eval_every == 0 or step == options.num_steps
         evaluation_loss = self._evaluate(step) if self.evaluation and is_due else None
         self.counts.append(outcome.counts.counts_LE)
         optimizer_s = recorder.busy_s("optimizer") - optimizer_before_s
-        self._record(step, rate, outcome, duration_s, optimizer_s, evaluation_loss)
+        self._record(step, rate, outcome, bound_s, duration_s, optimizer_s, evaluation_loss)
+
+    def _with_others(self, outcome: StepOutcome) -> tuple[float, StepOutcome]:
+        """(the step's bound, its outcome on all ranks together)."""
+        bound_s = self._bounds.bound_s(outcome)
+        if self._links is None:
+            return bound_s, outcome
+        bytes_here = {"h2d_bytes": outcome.h2d_bytes, "d2h_bytes": outcome.d2h_bytes}
+        facts = StepFacts(counts=outcome.counts, bound_s=bound_s, **bytes_here).of_all(self._links)
+        bytes_everywhere = {"h2d_bytes": facts.h2d_bytes, "d2h_bytes": facts.d2h_bytes}
+        return facts.bound_s, replace(outcome, counts=facts.counts, **bytes_everywhere)
 
     def _evaluate(self, step: int) -> float:
         loss = self.session.evaluate(self.evaluation)
@@ -174,11 +207,11 @@ class Trainer:
         step: int,
         rate: float,
         outcome: StepOutcome,
+        bound_s: float,
         duration_s: float,
         optimizer_s: float,
         evaluation_loss: float | None,
     ) -> None:
-        bound_s = self._bounds.bound_s(outcome)
         record = StepRecord(
             step=step,
             loss=outcome.loss,
@@ -219,4 +252,5 @@ class Trainer:
             kept = f"{directory}, the state after step {self._saved_step}, is kept."
         return NonFiniteLoss(
             f"step {step}: {what}; {kept} Look at the data; try a lower --learning-rate, --clip-norm 1 or --dtype fp32."
+            + ("" if self._links is None else " If one process alone has a loss, several cannot train this model.")
         )

@@ -96,7 +96,8 @@ class Affinity(StagedPolicy):
         self._found[True].close()
         self._num_steps += 1
         # Popularity changes slowly: this is asked after 1, 2, 4, 8, … steps.
-        if self._num_steps & (self._num_steps - 1) == 0 and self.setup.plan.num_waves > 1:
+        is_free = self.setup.plan.num_waves > 1 and not self.setup.is_pipelined
+        if is_free and self._num_steps & (self._num_steps - 1) == 0:
             self.num_waves = min((1, self.setup.plan.num_waves), key=self._predicted_step_s)
 
     def _predicted_step_s(self, num_waves: int) -> float:

@@ -24,7 +24,8 @@ from isthmus.tuning.protocols import Policy
 
 @dataclass(slots=True)
 class PolicySetup:
-    """``num_tokens``: routed tokens of one step, all micro-batches together."""
+    """``num_tokens``: routed tokens of one step, all micro-batches together. ``is_pipelined``: every micro-batch is a
+    wave and passes through a whole stage by itself: all layers of a stage are in use, and hold gradients, at once."""
 
     spec: ModelSpec
     costs: CostModel
@@ -33,6 +34,7 @@ class PolicySetup:
     num_tokens: int
     recorder: Recorder
     predictor: PopularityPredictor | None = None
+    is_pipelined: bool = False
 
 
 class StagedPolicy(Policy):
@@ -55,6 +57,9 @@ class StagedPolicy(Policy):
         ]
         self.history: dict[int, tuple[float, ...]] = {}
         self.counts: dict[int, list[int]] = {}
+        self._num_gradients = max(map(self.num_experts, self.layers))
+        if setup.is_pipelined:
+            self._num_gradients = max(sum(map(self.num_experts, layers)) for layers in self.stages)
         self._lock = threading.RLock()
         self._ready: set[int] = set()
         self._wanted: list[UnitKey] = []
@@ -92,9 +97,11 @@ class StagedPolicy(Policy):
         """Experts of a layer that backward may put on the accelerator.
 
         Each holds a slot for its gradient until the layer's last wave, while the first wave may be in the next layer
-        already; one more slot holds weights.
+        already, in a pipeline in any of the stage's; one more slot holds weights.
         """
         num_layers = 1 if self.num_waves == 1 else 2
+        if self.setup.is_pipelined:
+            num_layers = len(self.stages[self.stage_of[layer]])
         return min(self.num_experts(layer), (self.setup.plan.num_slots - 1) // num_layers)
 
     def expected_counts(self, layer: int) -> list[int]:
@@ -181,7 +188,7 @@ class StagedPolicy(Policy):
         self._decided = {}
         self.loader.clear(Phase.LAYER)
         self.loader.clear(Phase.EXPERT)
-        self.loader.num_reserved = min(max(map(self.num_experts, self.layers)), self.setup.plan.num_slots // 2)
+        self.loader.num_reserved = min(self._num_gradients, self.setup.plan.num_slots // 2)
         self.plan_backward()
 
     def enter_backward(self, layer: int) -> None:
@@ -189,8 +196,13 @@ class StagedPolicy(Policy):
 
     def _enter(self, layer: int) -> None:
         previous, self._layer = self._layer, layer
-        if self.stage_of.get(previous) != self.stage_of[layer]:
-            self.enter_stage(self.stage_of[layer])
+        stage = self.stage_of[layer]
+        if self.setup.is_pipelined:
+            # The next micro-batch will come to the stage's first layer again.
+            bounds = self.setup.plan.stages[stage]
+            self._layer = bounds.last_layer if self._is_backward else bounds.first_layer
+        if self.stage_of.get(previous) != stage:
+            self.enter_stage(stage)
 
     def split_backward(self, layer: int) -> LayerSplit:
         if layer not in self._decided:

@@ -1,0 +1,1 @@
+"""Several processes train one model, each its own stages (APTMoE, section 3)."""

@@ -1,0 +1,105 @@
+"""What the processes of one run agree on before it and after every step, and how those of one host share its cores."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from isthmus.reporting.environment import num_cpus_usable
+from isthmus.spec.errors import IsthmusError
+from isthmus.spec.report import TuneSummary
+from isthmus.tuning.engine import StepCounts
+from isthmus.tuning.pipeline.links import Links
+
+
+def require_same(links: Links, facts: Mapping[str, object]) -> None:
+    """Raises ``IsthmusError`` naming the first of ``facts`` (JSON) in which a rank differs from rank 0."""
+    told = links.gather(dict(facts), "what it was started with")
+    for rank, others in enumerate(told):
+        for name, value in others.items():
+            if value != told[0].get(name):
+                raise IsthmusError(
+                    f"{name}: rank {rank} got {value!r}, rank 0 {told[0].get(name)!r}; wanted the same everywhere: "
+                    "start all processes with the same command, and see that they read the same files."
+                )
+
+
+def share_cores(links: Links) -> int:
+    """Pins this process to its share of the cores that the processes of its host were given together; leaves them where
+    they are if they were given different ones. Returns the number of cores to compute on: no more than
+    ``OMP_NUM_THREADS``, unless that is 1, which torchrun sets by itself."""
+    mine = [socket.gethostname(), sorted(os.sched_getaffinity(0))]
+    told = links.gather(mine, "the cores it may use")
+    here = [rank for rank, (host, _) in enumerate(told) if host == mine[0]]
+    num_cores, cores = num_cpus_usable(), mine[1]
+    if all(told[rank][1] == cores for rank in here):
+        place = here.index(links.rank)
+        first, last = (len(cores) * at // len(here) for at in (place, place + 1))
+        os.sched_setaffinity(0, cores[first:last] or [cores[place % len(cores)]])
+        num_cores = max(1, num_cores // len(here))
+    asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    return min(num_cores, asked) if asked > 1 else num_cores
+
+
+def choose_device(accelerator: str) -> None:
+    """Each process of a host takes a GPU of its own, where GPUs are used. Raises ``IsthmusError`` without one."""
+    if accelerator not in ("auto", "cuda") or not torch.cuda.is_available():
+        return
+    number, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= num_devices:
+        raise IsthmusError(
+            f"accelerator: got {num_devices} GPUs for process {number + 1} of this host, wanted one each: start "
+            "fewer processes, or say --accelerator host."
+        )
+    torch.cuda.set_device(number)
+
+
+def of_all_ranks(summary: TuneSummary, links: Links | None) -> TuneSummary:
+    """With the host memory of all processes together, and the accelerator memory of the one that took most."""
+    if links is None:
+        return summary
+    told = links.gather(
+        [summary.peak_host_bytes, summary.needed_host_bytes, summary.peak_accelerator_bytes], "the memory it took"
+    )
+    peaks, needed, on_accelerator = zip(*told, strict=True)
+    return replace(
+        summary,
+        peak_host_bytes=sum(peaks),
+        needed_host_bytes=sum(needed),
+        peak_accelerator_bytes=max(on_accelerator),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """What each rank has to tell of a step."""
+
+    counts: StepCounts
+    h2d_bytes: int
+    d2h_bytes: int
+    bound_s: float
+
+    def of_all(self, links: Links) -> StepFacts:
+        """Sums over ranks; of bounds the largest. The same on all."""
+        counts = self.counts
+        computed = [counts.num_on_cpu, counts.num_on_accelerator, counts.cpu_tokens, counts.tokens]
+        told = links.gather(
+            {
+                "counts": [[layer, tokens] for layer, tokens in counts.counts_LE.items()],
+                "sums": [*computed, self.h2d_bytes, self.d2h_bytes],
+                "bound": self.bound_s,
+            },
+            "what happened in the step",
+        )
+        sums = [sum(column) for column in zip(*(fact["sums"] for fact in told), strict=True)]
+        return replace(
+            self,
+            counts=StepCounts({layer: tokens for fact in told for layer, tokens in fact["counts"]}, *sums[:4]),
+            h2d_bytes=sums[4],
+            d2h_bytes=sums[5],
+            bound_s=max(fact["bound"] for fact in told),
+        )

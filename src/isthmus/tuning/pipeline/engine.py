@@ -1,0 +1,334 @@
+"""A training step of several processes: each runs the model's own forward code for every micro-batch, in greenlets as
+one process does, but leaves out what is another rank's and exchanges what crosses the borders.
+
+The order is the looped breadth-first one (APTMoE, section 4): a rank takes all micro-batches, one after the other,
+through one of its stages before it goes on to its next; while one waits for its experts on the CPU, the next computes.
+Backward is the same in reverse. Every rank follows this one order, in which whatever is waited for comes earlier, so
+nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from isthmus.models.moe_model import on_device
+from isthmus.profiling.dense import no_experts
+from isthmus.tuning.data.batches import MicroBatch
+from isthmus.tuning.dense import DenseUnits
+from isthmus.tuning.engine import Engine, Group, Run
+from isthmus.tuning.pipeline.links import FIRST_FREE_TAG, Arrival, Form
+from isthmus.tuning.pipeline.pipeline import Pipeline
+from isthmus.tuning.pipeline.route import Passing, Route, fill_in, ghost_of
+from isthmus.tuning.pipeline.steering import Abandoned, Forward
+from isthmus.tuning.protocols import Policy
+from isthmus.tuning.step_optimizer import StepOptimizer
+from isthmus.tuning.tape import ExpertsCall, Received, Sent
+from isthmus.tuning.wave import Resources
+
+_INPUTS, _OUTPUTS, _ROUTER, _NUM_KINDS = 0, 1, 2, 3
+_MOST_TENSORS = 64
+"""At one border, of one micro-batch."""
+
+
+@dataclass(slots=True)
+class Journey(Run):
+    """A micro-batch on its way through this rank's part of the model."""
+
+    number: int = 0
+    route: Route = field(default_factory=lambda: Route(layers=(), outer=()))
+    arrival: Arrival | None = None
+    """What it waits for."""
+    gradients: dict[int, Arrival] = field(default_factory=dict)
+    """In backward: what comes back, by border."""
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """On rank 0: where the auxiliary loss will read the router logits of layers that are not here."""
+    num_outer: int = 0
+
+
+class PipelineEngine(Engine):
+    """``Engine`` for one of several ranks. The micro-batches of a pass must be the same on all."""
+
+    def __init__(
+        self, pipeline: Pipeline, resources: Resources, dense: DenseUnits, policy: Policy, optimizer: StepOptimizer
+    ) -> None:
+        self.pipeline, self.links, self.rank = pipeline, pipeline.links, pipeline.rank
+        super().__init__(pipeline.model, resources, dense, policy, optimizer)
+        self._device = resources.accelerator.device
+
+    def _install(self) -> None:
+        self.model.set_experts_function(self._experts)
+        self.pipeline.steering.walk = self
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def _tag(self, run: Journey, border: int, *, is_gradient: bool) -> int:
+        number = run.number * _NUM_KINDS * self.model.spec.num_layers + border
+        return FIRST_FREE_TAG + (2 * number + is_gradient) * _MOST_TENSORS
+
+    def _send(self, run: Journey, leaves: list[Any], passings: Sequence[Passing], to: int, border: int) -> None:
+        assert len(passings) <= _MOST_TENSORS
+        values = [leaves[passing.position] for passing in passings]
+        flags = [passing.is_differentiable for passing in passings]
+        for value, passing in zip(values, passings, strict=True):
+            if Form(tuple(value.shape), value.dtype) != passing.form:
+                raise RuntimeError(f"{_name(run, border)}: got {value.shape} {value.dtype}, wanted {passing.form}")
+        leaving = run.tape.send(values, to=to, number=border, are_differentiable=flags)
+        self._set_off(leaving, to, border, self._tag(run, border, is_gradient=False), _name(run, border))
+
+    def _set_off(self, values: list[Tensor], to: int, border: int, tag: int, name: str) -> None:
+        self.links.send([value.to(self._on_wire(value.dtype, border)) for value in values], to, tag, name)
+
+    def _await(
+        self, run: Journey, forms: Sequence[Form], source: int, border: int, *, is_gradient: bool = False
+    ) -> Arrival:
+        name = f"gradients of {_name(run, border)}" if is_gradient else _name(run, border)
+        arriving = [replace(form, dtype=self._on_wire(form.dtype, border)) for form in forms]
+        return self.links.receive(arriving, source, self._tag(run, border, is_gradient=is_gradient), name)
+
+    def _on_wire(self, dtype: torch.dtype, border: int) -> torch.dtype:
+        """In what activations and their gradients travel. Router logits, which are few, go as they are."""
+        wire = self.pipeline.wire
+        return wire if wire is not None and dtype == torch.float32 and border % _NUM_KINDS != _ROUTER else dtype
+
+    def _receive(self, run: Journey, passings: Sequence[Passing], source: int, border: int) -> list[Tensor]:
+        """Inside a micro-batch's greenlet: lets the others go on until the tensors are here."""
+        assert self._hub is not None
+        arrival = self._await(run, [passing.form for passing in passings], source, border)
+        received = zip(self._hub.switch(arrival), passings, strict=True)
+        values = [value.to(self._device, passing.form.dtype) for value, passing in received]
+        are_differentiable = [passing.is_differentiable for passing in passings]
+        run.tape.receive(values, source=source, number=border, are_differentiable=are_differentiable)
+        return values
+
+    # --- the walk (see ``Walk``) -------------------------------------------------------------------------------------
+
+    def layer(self, number: int, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        run, pipeline = self._journey, self.pipeline
+        here = run.route.layers[number]
+        owner = pipeline.division.rank_of(number)
+        before, after = (pipeline.runs_gap(run.route, layer) for layer in (number, number + 1))
+        leaves = pytree.tree_leaves((args, kwargs))
+        if before == self.rank != owner:
+            self._send(run, leaves, here.inputs, owner, _border(number, _INPUTS))
+        if self.rank and number > pipeline.layers[-1]:
+            raise Abandoned
+        if owner != self.rank:
+            returned = self._leave_out(run, number)
+        else:
+            if before != self.rank:
+                values = self._receive(run, here.inputs, before, _border(number, _INPUTS))
+                for passing, value in zip(here.inputs, values, strict=True):
+                    run.tape.stand_in(leaves[passing.position], value)
+            returned = self._run_layer(number, forward, args, kwargs)
+            self._send_what_others_read(run, number, returned, after)
+        if number + 1 == len(run.route.layers):
+            if self.rank:
+                raise Abandoned
+            self._collect_logits(run)
+        run.seed_place(2 * number + 2, len(run.route.layers))
+        return returned
+
+    def outer(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        if not self.rank:
+            return forward(*args, **kwargs)
+        run = self._journey
+        run.num_outer += 1
+        return self._ghosts(run.route.outer[run.num_outer - 1])
+
+    def logits(self, layer: int, logits: Tensor) -> Tensor:
+        if layer not in self.pipeline.layers:
+            return logits
+        return self._router_logits(layer, logits)
+
+    @property
+    def _journey(self) -> Journey:
+        assert isinstance(self._run, Journey), "the model runs only inside the engine"
+        return self._run
+
+    def _experts(self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        if hidden.is_meta:
+            return no_experts(layer, module, hidden, index, weights)
+        return super()._experts(layer, module, hidden, index, weights)
+
+    def _ghosts(self, structure: Any) -> Any:
+        return fill_in(structure, lambda form: ghost_of(form, self._device))
+
+    def _leave_out(self, run: Journey, number: int) -> Any:
+        """What a layer of another rank returns here: ghosts, or on rank 0, where the gap behind it needs them, what
+        has been sent."""
+        here, owner = run.route.layers[number], self.pipeline.division.rank_of(number)
+        if self.rank:
+            return self._ghosts(here.structure)
+        if here.router_logits is not None and self.pipeline.has_router_loss:
+            form = here.router_logits
+            run.logits[number] = torch.empty(form.shape, dtype=form.dtype, device=self._device)
+            self.pipeline.steering.pass_router(number, run.logits[number])
+        returned = self._ghosts(here.structure)
+        if self.pipeline.runs_gap(run.route, number + 1) == 0:
+            values = self._receive(run, here.outputs, owner, _border(number, _OUTPUTS))
+            leaves, structure = pytree.tree_flatten(returned)
+            for passing, value in zip(here.outputs, values, strict=True):
+                leaves[passing.position] = value
+            returned = pytree.tree_unflatten(leaves, structure)
+        return returned
+
+    def _send_what_others_read(self, run: Journey, number: int, returned: Any, after: int) -> None:
+        """What rank 0 reads of a layer of ours: its outputs, if the gap behind it is rank 0's, and router logits."""
+        here = run.route.layers[number]
+        if not self.rank:
+            return
+        if after == 0:
+            self._send(run, pytree.tree_leaves(returned), here.outputs, 0, _border(number, _OUTPUTS))
+        if number in run.logits:
+            assert here.router_logits is not None
+            passing = Passing(0, here.router_logits, is_differentiable=True)
+            self._send(run, [run.logits[number]], [passing], 0, _border(number, _ROUTER))
+
+    def _router_logits(self, layer: int, logits: Tensor) -> Tensor:
+        cut = super()._router_logits(layer, logits)
+        if self.rank and self.pipeline.has_router_loss:
+            self._journey.logits[layer] = cut
+        return cut
+
+    def _collect_logits(self, run: Journey) -> None:
+        """Before the last gap rank 0 gets all router logits there are; the auxiliary loss has their places already."""
+        for number in sorted(run.logits):
+            form = run.route.layers[number].router_logits
+            assert form is not None
+            source, border = self.pipeline.division.rank_of(number), _border(number, _ROUTER)
+            (value,) = self._await(run, [form], source, border).wait()
+            run.logits[number].copy_(value)
+            run.tape.receive([run.logits[number]], source=source, number=border, are_differentiable=[True])
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
+        """Every micro-batch by itself."""
+        journeys = [
+            Journey(
+                batch=run.batch,
+                weight=run.weight,
+                tape=run.tape,
+                seed=run.seed,
+                number=number,
+                route=self.pipeline.route(on_device(run.batch.inputs, self._device)),
+            )
+            for number, run in enumerate(self._runs(batches, seed, recording=recording))
+        ]
+        return [Group(runs=[journey]) for journey in journeys]
+
+    def _start(self, run: Run) -> None:
+        with suppress(Abandoned):
+            super()._start(run)
+
+    def _forward(self, groups: list[Group]) -> None:
+        self._begin_forward(groups)
+        while groups:
+            groups = self._forward_part(groups)
+
+    def _forward_part(self, groups: list[Group]) -> list[Group]:
+        """Takes all micro-batches to where they wait for another rank next; returns those that are not at their end."""
+        active, waiting = list(groups), []
+        while active:
+            for group in self._going_on(active):
+                run = _journey_of(group)
+                output: object = None
+                if group.waiting is not None:
+                    (output,) = group.waiting.finish()
+                    group.waiting = None
+                elif run.arrival is not None:
+                    output = self._wait(run)
+                event: Any = self._resume(run, output)
+                if isinstance(event, ExpertsCall):
+                    self._start_wave(group, [event])
+                    continue
+                active.remove(group)
+                if isinstance(event, Arrival):
+                    run.arrival = event
+                    waiting.append(group)
+        return waiting
+
+    @staticmethod
+    def _going_on(active: list[Group]) -> list[Group]:
+        """Those that wait for nothing, for what is here, or for experts of ours; where there are none, the first."""
+        arrivals = [(group, _journey_of(group).arrival) for group in active]
+        return [group for group, arrival in arrivals if arrival is None or arrival.is_here()] or active[:1]
+
+    def _wait(self, run: Journey) -> list[Tensor]:
+        arrival, run.arrival = run.arrival, None
+        assert arrival is not None
+        with self.resources.accelerator.recorder.span("accelerator", arrival.what, kind="wait"):
+            return arrival.wait()
+
+    def _loss(self, groups: list[Group]) -> float:
+        """Rank 0's, told to all."""
+        loss = super()._loss(groups) if not self.rank else 0.0
+        self.links.flush()
+        return float.fromhex(self.links.from_first(loss.hex(), "the loss"))
+
+    # --- backward ----------------------------------------------------------------------------------------------------
+
+    def _backward(self, groups: list[Group]) -> None:
+        for group in groups:
+            self._await_gradients(_journey_of(group))
+        while groups:
+            parts = {id(group): self._backward_part(group) for group in groups}
+            active, over = list(groups), object()
+            while active:
+                for group in self._going_on(active):
+                    if next(parts[id(group)], over) is over:
+                        active.remove(group)
+            groups = [group for group in groups if group.runs[0].tape.segments]
+        self.links.flush()
+
+    def _backward_part(self, group: Group) -> Iterator[None]:
+        """Backward of one micro-batch to where its gradients go to another rank."""
+        run = _journey_of(group)
+        if run.tape.loss is not None:
+            with self.resources.accelerator.compute("head backward", kind="dense"):
+                run.tape.backward_loss(run.weight)
+        while run.tape.segments:
+            segment = run.tape.segments.pop()
+            if isinstance(segment, Received):
+                border, tag = segment.number, self._tag(run, segment.number, is_gradient=True)
+                self._set_off(segment.gradients(), segment.source, border, tag, f"gradients of {_name(run, border)}")
+                if border % _NUM_KINDS != _ROUTER:
+                    return
+            elif isinstance(segment, Sent):
+                run.arrival = run.gradients.pop(segment.number)
+                yield
+                received = zip(self._wait(run), segment.leaves, strict=True)
+                gradients = [gradient.to(self._device, leaf.dtype) for gradient, leaf in received]
+                with self.resources.accelerator.compute("gap backward", kind="dense"):
+                    segment.finish(gradients)
+            else:
+                yield from self._backward_layer(group, [segment])
+
+    def _await_gradients(self, run: Journey) -> None:
+        """From here on there is memory for all that will come back."""
+        for sent in reversed(run.tape.segments):
+            if isinstance(sent, Sent):
+                forms = [Form(tuple(leaf.shape), leaf.dtype) for leaf in sent.leaves]
+                run.gradients[sent.number] = self._await(run, forms, sent.to, sent.number, is_gradient=True)
+
+
+def _journey_of(group: Group) -> Journey:
+    (run,) = group.runs
+    assert isinstance(run, Journey)
+    return run
+
+
+def _border(layer: int, kind: int) -> int:
+    return _NUM_KINDS * layer + kind
+
+
+def _name(run: Journey, border: int) -> str:
+    layer, kind = divmod(border, _NUM_KINDS)
+    return f"the {('inputs', 'outputs', 'router logits')[kind]} of layer {layer}, micro-batch {run.number + 1}"

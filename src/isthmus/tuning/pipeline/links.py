@@ -1,0 +1,161 @@
+"""Messages between the processes of one training run: tensors from one to another, and small facts for all.
+
+Everything goes over gloo, between GPUs through host memory. Every wait has a limit and says for what and for whom it
+waited. Ranks are trusted, but nothing is pickled: facts are JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from isthmus.spec.errors import IsthmusError
+
+DEFAULT_TIMEOUT_S = 600.0
+_FACT_LENGTH, _FACT, FIRST_FREE_TAG = 1, 2, 16
+"""Tags of facts; those of tensors begin at the last one."""
+
+
+class RankLost(IsthmusError):
+    """Another process has ended, or said nothing for the time limit."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a message holds."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def is_one_of_several() -> bool:
+    """Whether this process was started as one of several (torchrun sets WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+_BLANK = torch.tensor([0xFE, 0xCA, 0xED, 0x7F], dtype=torch.uint8)
+"""What lies at the end of memory into which nothing has been written yet; as FP32 no number."""
+
+
+class Arrival:
+    """Tensors that are on their way here. Their memory is taken when this is made."""
+
+    def __init__(self, links: Links, forms: Sequence[Form], source: int, first_tag: int, what: str) -> None:
+        self._links, self._source, self.what = links, source, what
+        self._tensors = [torch.empty(form.shape, dtype=form.dtype) for form in forms]
+        self._end = self._tensors[-1].view(-1).view(torch.uint8)[-4:]
+        self._end.copy_(_BLANK[-len(self._end) :])
+        self._works = [
+            links.guarded(lambda at=at: dist.irecv(self._tensors[at], source, tag=first_tag + at), source, what)
+            for at in range(len(forms))
+        ]
+
+    def is_here(self) -> bool:
+        """Whether ``wait`` will not block, as far as can be seen: gloo tells only who waits. False may be wrong."""
+        return not torch.equal(self._end, _BLANK[-len(self._end) :])
+
+    def wait(self) -> list[Tensor]:
+        """Blocks until all are here. Raises ``RankLost``."""
+        for work in self._works:
+            self._links.guarded(work.wait, self._source, self.what)
+        return self._tensors
+
+
+class Links:
+    """This process among the others. For one thread."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.timeout_s = timeout_s
+        self._leaving: list[tuple[Any, Tensor, int, str]] = []
+
+    @classmethod
+    def connect(cls, timeout_s: float = DEFAULT_TIMEOUT_S) -> Links:
+        """Meets the others by torchrun's variables. Blocks; raises ``RankLost`` if they do not all come."""
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        except (RuntimeError, ValueError) as error:
+            rank, size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+            raise RankLost(f"rank {rank}: waited for {size} processes to meet: {_first_line(error)}") from error
+        return cls(timeout_s)
+
+    def close(self) -> None:
+        """After success only: on an error the connections are to last until it has been told."""
+        dist.destroy_process_group()
+
+    def guarded(self, call: Any, other: int, what: str) -> Any:
+        """``call()``; what it raises says that ``what`` was waited for, and from whom."""
+        try:
+            return call()
+        except RuntimeError as error:
+            reason = _first_line(error)
+            if any(sign in reason for sign in ("imed out", "timeout")):
+                reason = f"nothing came within {self.timeout_s:g} s"
+            elif any(sign in reason for sign in ("closed", "reset", "efused", "roken pipe")):
+                reason = f"rank {other} has ended"
+            raise RankLost(f"rank {self.rank}: waited for {what} from rank {other}: {reason}.") from error
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def send(self, tensors: Sequence[Tensor], to: int, first_tag: int, what: str) -> None:
+        """They leave for ``to``, one message each. Does not block; they must not change before ``flush``."""
+        for at, tensor in enumerate(tensors):
+            there = tensor.detach().to("cpu").contiguous()
+            work = self.guarded(lambda there=there, at=at: dist.isend(there, to, tag=first_tag + at), to, what)
+            self._leaving.append((work, there, to, what))
+
+    def receive(self, forms: Sequence[Form], source: int, first_tag: int, what: str) -> Arrival:
+        """Tensors of these forms are awaited from now on. Does not block."""
+        return Arrival(self, forms, source, first_tag, what)
+
+    def flush(self) -> None:
+        """Blocks until all that was sent has been taken."""
+        leaving, self._leaving = self._leaving, []
+        for work, _, to, what in leaving:
+            self.guarded(work.wait, to, f"{what} to be taken")
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    def gather(self, fact: object, what: str) -> list[Any]:
+        """Every rank's ``fact`` (JSON) in the order of ranks, the same on all. Blocks until all have called this."""
+        if self.rank:
+            self._tell(fact, 0, what)
+            return self._hear(0, what)
+        facts = [json.loads(json.dumps(fact)), *(self._hear(other, what) for other in range(1, self.size))]
+        for other in range(1, self.size):
+            self._tell(facts, other, what)
+        return facts
+
+    def from_first(self, fact: object, what: str) -> Any:
+        """Rank 0's ``fact`` (JSON), on all. Blocks the others until it comes."""
+        if self.rank:
+            return self._hear(0, what)
+        for other in range(1, self.size):
+            self._tell(fact, other, what)
+        return fact
+
+    def _tell(self, fact: object, to: int, what: str) -> None:
+        data = torch.frombuffer(bytearray(json.dumps(fact).encode()), dtype=torch.uint8)
+        self.send([torch.tensor([len(data)])], to, _FACT_LENGTH, what)
+        self.send([data], to, _FACT, what)
+        self.flush()
+
+    def _hear(self, source: int, what: str) -> Any:
+        (length,) = self.receive([Form((1,), torch.int64)], source, _FACT_LENGTH, what).wait()
+        (data,) = self.receive([Form((int(length),), torch.uint8)], source, _FACT, what).wait()
+        return json.loads(bytes(data.numpy()))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text.rpartition("] ")[2] or text
