@@ -175,18 +175,18 @@ class LayerCosts:
         """Of all parameters of the layer, on the process's part of the memory bandwidth."""
         return self.num_parameters * ADAM_BYTES_PER_PARAMETER / self.optimizer_bytes_per_s
 
-    def problem(self, counts_E: Sequence[float], *, is_backward: bool, load_factor: float = 1.0) -> LayerProblem:
+    def problem(self, counts_E: Sequence[float], *, is_backward: bool, cpu_weight: float = 1.0) -> LayerProblem:
         """The layer of a whole step as the split rules see it: all micro-batches, nothing there yet.
 
-        ``load_factor``: link seconds count for so much.
+        ``cpu_weight``: seconds of the cores count for so much.
         """
         part_E = np.asarray(counts_E, dtype=np.float64) / self.num_parts
         return LayerProblem(
             counts=tuple(round(count) for count in counts_E),
-            cpu_s=tuple((self.num_parts * self.cpu_s(part_E, is_backward=is_backward)).tolist()),
+            cpu_s=tuple((cpu_weight * self.num_parts * self.cpu_s(part_E, is_backward=is_backward)).tolist()),
             accelerator_s=tuple((self.num_parts * self.accelerator_s(part_E, is_backward=is_backward)).tolist()),
-            load_s=load_factor * self.load_s,
-            unload_s=load_factor * self.unload_s if is_backward else 0.0,
+            load_s=self.load_s,
+            unload_s=self.unload_s if is_backward else 0.0,
             token_h2d_s=self.row_h2d_s,
             token_d2h_s=self.row_d2h_s * (2 if is_backward else 1),
             dense_s=self.num_parts * self.dense_s[is_backward],

@@ -12,6 +12,7 @@ from isthmus.planning.popularity import skewness
 from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
 from isthmus.simulation.tuning.candidates import Choice, choose
 from isthmus.simulation.tuning.costs import Costs
+from isthmus.simulation.tuning.device import Backlog
 from isthmus.simulation.tuning.mapping import (
     check_hosts,
     device_order,
@@ -133,16 +134,18 @@ class _Runner:
         is_free = policy == "affinity" and costs.job.num_stages is None
         self._mappings = other_mappings(costs, stages) if is_free else []
         self._choice: Choice | None = None
-        self._seen: tuple[Counts, Counts] | None = None
+        self._seen: tuple[object, ...] = ()
+        self._backlogs: tuple[Backlog, ...] = ()
         self._seconds = 0.0
         self._num_steps = 0
 
     def step(self, counts: Counts, *, keeps_spans: bool) -> float:
         expected = self._history.expected(counts)
         self._num_steps += 1
-        is_new = self._seen != (counts, expected)
+        seen = (counts, expected, self._backlogs)
+        is_new = self._seen != seen
         if is_new or keeps_spans:
-            self._seen = (counts, expected)
+            self._seen = seen
             self._play(counts, expected, is_new, keeps_spans)
         self._history.learn(counts)
         return self._seconds
@@ -154,16 +157,30 @@ class _Runner:
             self._seconds = zero3_step_s(self.work)
             self.note = "cost model"
             return
+        waiting_s = 0.0
         if self._policy == "affinity":
+            choice = self._choice
             # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
-            if self._choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
-                likely = StepWork(self._costs, self._stages, self._order, expected)
-                self._choice = choose(likely, self._mappings)
-                self.note = f"{self._choice.name} ({self._choice.num_tried} schedules compared)"
+            if choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
+                choice, waiting_s = self._plan(expected)
             if is_new:
-                self.work = StepWork(self._costs, self._choice.stages, self._order, counts)
-            policy = self._choice.make(self.work, expected)
+                self.work = StepWork(self._costs, choice.stages, self._order, counts)
+            policy = choice.make(self.work, expected)
         else:
             policy = FIXED[self._policy](self.work, expected)
-        self.last = simulate_step(self.work, policy, keeps_spans=keeps_spans)
-        self._seconds = self.last.seconds
+        self.last = simulate_step(self.work, policy, backlogs=self._backlogs, keeps_spans=keeps_spans)
+        self._seconds = waiting_s + self.last.seconds
+        self._backlogs = self.last.backlogs if policy.overlaps_steps else ()
+
+    def _plan(self, expected: Counts) -> tuple[Choice, float]:
+        """Chooses anew; mappings are compared until some popularity is known. Also the seconds for which another
+        mapping has to wait: until every layer has been stepped where it was."""
+        before = self._choice
+        likely = StepWork(self._costs, self._stages, self._order, expected)
+        choice = self._choice = choose(likely, self._mappings, last=before if self._num_steps > 2 else None)
+        self.note = f"{choice.name} ({choice.num_tried} schedules compared)"
+        if before is None or before.stages == choice.stages:
+            return choice, 0.0
+        left_s = [sum(s for layers in backlog for _, s in layers) for backlog in self._backlogs]
+        self._backlogs = ()
+        return choice, max(left_s, default=0.0)
