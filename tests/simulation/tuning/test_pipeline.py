@@ -12,7 +12,6 @@ from tests.simulation.tuning import tiny
 
 from isthmus.simulation.tuning.bound import step_bound_s
 from isthmus.simulation.tuning.candidates import Make, choose, steady_step
-from isthmus.simulation.tuning.device import Backlog
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import (
     Affinity,
@@ -25,7 +24,7 @@ from isthmus.simulation.tuning.policies import (
     RuntimeAptmoe,
     StepPolicy,
 )
-from isthmus.simulation.tuning.work import StepWork
+from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.spec.timeline import LANES
 
 

@@ -20,6 +20,9 @@ GOLDEN = (5**0.5 - 1) / 2
 NUM_SECTIONS = 12
 """After which the optimizer's share is known to 1/500."""
 
+TOLERANCE = 1e-3
+"""By which a device may be busier than the one that was taken for the busiest."""
+
 
 def bubble_factor(num_micro_batches: int, num_stages: int, num_devices: int) -> float:
     """(M·R + D - 1) ÷ (M·R): micro-batches, rounds over the devices, devices."""
@@ -29,26 +32,41 @@ def bubble_factor(num_micro_batches: int, num_stages: int, num_devices: int) -> 
 
 def step_bound_s(work: StepWork) -> float:
     """Seconds, without the bubble factor."""
-    return max(_device_s(work, device) for device in range(len(work.order)))
+    devices = [_Device(work, device) for device in range(len(work.order))]
+    best_s = 0.0
+    # The most that a device's bound can be says whether it is worth the search.
+    for device in sorted(devices, key=lambda device: -device.most_s):
+        if device.most_s > best_s:
+            best_s = max(best_s, _least(device.seconds, device.optimizer_s, best_s))
+    return best_s
 
 
-def _device_s(work: StepWork, device: int) -> float:
-    layers = [layer for run in work.runs[device] if not run.is_backward for layer in run.layers]
-    optimizer_s = sum(work.layer_costs(layer).optimizer_s for layer in layers)
-    largest = max(work.layer_costs(layer).expert_bytes for layer in layers)
-    memory_bytes = work.costs.seats[device].host.accelerator.memory_bytes
-    forward = _Pass(work, layers, is_backward=False, num_kept=0)
-    backward = _Pass(work, layers, is_backward=True, num_kept=memory_bytes // largest if largest else 0)
-    return _least(lambda share_s: forward.seconds(share_s) + backward.seconds(optimizer_s - share_s), optimizer_s)
+class _Device:
+    """``seconds(optimizer_s)`` of both passes, with so much of the optimizer in forward and the rest in backward."""
+
+    def __init__(self, work: StepWork, device: int) -> None:
+        layers = [layer for run in work.runs[device] if not run.is_backward for layer in run.layers]
+        largest = max(work.layer_costs(layer).expert_bytes for layer in layers)
+        memory_bytes = work.costs.seats[device].host.accelerator.memory_bytes
+        self._forward = _Pass(work, layers, is_backward=False, num_kept=0)
+        self._backward = _Pass(work, layers, is_backward=True, num_kept=memory_bytes // largest if largest else 0)
+        self.optimizer_s = sum(work.layer_costs(layer).optimizer_s for layer in layers)
+        self.most_s = self.seconds(0.0)
+
+    def seconds(self, optimizer_s: float) -> float:
+        return self._forward.seconds(optimizer_s) + self._backward.seconds(self.optimizer_s - optimizer_s)
 
 
-def _least(seconds: Callable[[float], float], most_s: float) -> float:
+def _least(seconds: Callable[[float], float], most_s: float, enough_s: float) -> float:
     """A lower bound on the least value of ``seconds``, a convex function on 0 to ``most_s`` that rises or falls by no
-    more than a second a second (golden section)."""
+    more than a second a second (golden section). 0 as soon as it is known to be hardly
+    more than ``enough_s``."""
     low, high = 0.0, most_s
     near, far = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     at_near, at_far = seconds(near), seconds(far)
     for _ in range(NUM_SECTIONS):
+        if min(at_near, at_far) <= enough_s * (1 + TOLERANCE):
+            return 0.0
         if at_near <= at_far:
             high, far, at_far = far, near, at_near
             near = high - GOLDEN * (high - low)

@@ -29,6 +29,8 @@ MOVES: dict[str, tuple[object, ...]] = {
     "link_price": (None, 1.0),
     "uses_what_is_there": (False, True),
 }
+MAX_BEHIND = 1.15
+"""A mapping that is slower by more with one mix is not tried with the others."""
 MAX_ROUNDS = 2
 MAX_PLAYS = 4
 """Of a step whose optimizer overlaps the next one, until it leaves as much as it found."""
@@ -48,18 +50,17 @@ class Choice:
     num_tried: int = 0
 
 
-def steady_step(work: StepWork, make: Make, *, keeps_spans: bool = False) -> StepResult:
-    """A step after others like it, popularity being as expected."""
+def steady_step(work: StepWork, make: Make, most_s: float = float("inf")) -> StepResult:
+    """A step after others like it, popularity being as expected. Beyond ``most_s`` the first is enough, which finds
+    nothing left to do."""
     result = simulate_step(work, make(work, work.counts))
     for _ in range(MAX_PLAYS - 1):
         before = result.backlogs
-        if not any(backlog.steps or backlog.gradients for backlog in before):
+        if result.seconds >= most_s or not any(any(backlog) for backlog in before):
             break
         result = simulate_step(work, make(work, work.counts), backlogs=before)
         if result.backlogs == before:
             break
-    if keeps_spans:
-        result = simulate_step(work, make(work, work.counts), backlogs=result.backlogs, keeps_spans=True)
     return result
 
 
@@ -73,10 +74,13 @@ def choose(work: StepWork, mappings: Sequence[Sequence[Stage]] = (), *, last: Ch
         return search.best
     searches = [_Search(work)]
     searches += [_Search(StepWork(work.costs, stages, work.order, work.counts)) for stages in mappings]
-    for search in searches:
-        for mix in MIXES:
+    near = searches
+    for mix in MIXES:
+        for search in near:
             search.offer_mix(mix)
-    fastest = min(searches, key=lambda search: search.best.predicted_s)
+        most_s = MAX_BEHIND * min(search.best.predicted_s for search in near)
+        near = [search for search in near if search.best.predicted_s <= most_s]
+    fastest = min(near, key=lambda search: search.best.predicted_s)
     fastest.move()
     for search in searches:
         search.offer(Mobius, "mobius")
@@ -98,7 +102,7 @@ class _Search:
     def offer(self, make: Make, name: str, mix: Mix | None = None) -> bool:
         """Whether the candidate is better than the best so far."""
         self.num_tried += 1
-        seconds = steady_step(self._work, make).seconds
+        seconds = steady_step(self._work, make, self.best.predicted_s).seconds
         if seconds >= self.best.predicted_s * (1 - 1e-9):
             return False
         name = f"{len(self._work.stages)} stages, {name}"

@@ -9,32 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
-from typing import NamedTuple
 
 from isthmus.planning.loading import Phase
 from isthmus.simulation.tuning.costs import Seat
 from isthmus.simulation.tuning.events import CpuPool, Events, Record
-from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Medium, Urgency
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Links, Loader, Urgency
 from isthmus.simulation.tuning.policies import StepPolicy
-from isthmus.simulation.tuning.work import BACKWARD, Division, Run, StepWork
+from isthmus.simulation.tuning.work import BACKWARD, Backlog, Division, Run, StepWork
 from isthmus.spec.model import UnitKey
 
 Leave = Callable[[int, bool, int], None]
-
-
-class Backlog(NamedTuple):
-    """What one step leaves a device to do during the next one: (layer, seconds) by layer, gradients on their way to
-    the host and the optimizer's steps. A layer's weights are neither loaded nor used before its step."""
-
-    gradients: tuple[tuple[int, float], ...] = ()
-    steps: tuple[tuple[int, float], ...] = ()
-
-
-class Links(NamedTuple):
-    """The media of a device's link, one direction each."""
-
-    h2d: tuple[Medium, ...]
-    d2h: tuple[Medium, ...]
 
 
 class Device:
@@ -76,6 +60,7 @@ class Device:
         self._num_halves = 0
         """Of the layer's experts (accelerator, CPU) that are not done yet."""
         self._num_backward: dict[int, int] = {}
+        self._load_costs: dict[tuple[int, bool], tuple[float, int, float]] = {}
         self._unstepped = {layer for layers in backlog for layer, _ in layers}
         """Layers whose weights are still those of the step before."""
         if policy.is_resident:
@@ -385,11 +370,14 @@ class Device:
             waiting()
 
     def _load_cost(self, key: UnitKey) -> tuple[float, int, float]:
-        costs = self._work.layer_costs(key.layer)
-        seconds, num_bytes = costs.dense_load_s, costs.dense_bytes
-        if key.is_expert:
-            seconds, num_bytes = costs.load_s, costs.expert_bytes
-        return seconds, num_bytes, seconds / self._num_pieces(num_bytes)
+        layer, is_expert = key.layer, key.expert >= 0
+        if (layer, is_expert) not in self._load_costs:
+            costs = self._work.layer_costs(layer)
+            seconds, num_bytes = costs.dense_load_s, costs.dense_bytes
+            if is_expert:
+                seconds, num_bytes = costs.load_s, costs.expert_bytes
+            self._load_costs[layer, is_expert] = (seconds, num_bytes, seconds / self._num_pieces(num_bytes))
+        return self._load_costs[layer, is_expert]
 
     def _num_pieces(self, num_bytes: int) -> int:
         """In which a unit is copied."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from math import ceil
+from typing import NamedTuple
 
 from isthmus.planning.loading import LoadQueues, Phase, Verdict
 from isthmus.simulation.tuning.events import Events, Record
@@ -47,6 +49,13 @@ class Medium:
                 engine.retime()
 
 
+class Links(NamedTuple):
+    """The media of a device's link, one direction each."""
+
+    h2d: tuple[Medium, ...]
+    d2h: tuple[Medium, ...]
+
+
 class Urgency(IntEnum):
     """Which copy an engine carries next."""
 
@@ -71,7 +80,6 @@ class Copy:
         name: str,
         num_bytes: int,
         num_tokens: int = 0,
-        *,
         urgency: Urgency = Urgency.AHEAD,
         first_s: float = 0.0,
         piece_s: float = 0.0,
@@ -150,21 +158,8 @@ class CopyEngine:
         elif copy.urgency is Urgency.AHEAD:
             self._interrupt(self._current)
 
-    def pull(self) -> Copy | None:
-        """One more copy of weights, if any is wanted."""
-        return None
-
-    def refill(self) -> None:
-        """Launches copies of weights up to the window."""
-        launched = self._queues[Urgency.WEIGHTS]
-        is_idle = self._current is None
-        while len(launched) + (not is_idle) < self._window:
-            copy = self.pull()
-            if copy is None:
-                break
-            launched.append(copy)
-        if is_idle and launched:
-            self._start()
+    def _pull_ahead(self) -> None:
+        """A copy has landed: others may be launched."""
 
     def retime(self) -> None:
         """The media's shares have changed."""
@@ -229,12 +224,7 @@ class CopyEngine:
         self._record.add(
             self._lane, copy.kind, copy.name, self._began_s, self._events.now_s, copy.num_bytes, copy.num_tokens
         )
-        launched = self._queues[Urgency.WEIGHTS]
-        while len(launched) < self._window:
-            more = self.pull()
-            if more is None:
-                break
-            launched.append(more)
+        self._pull_ahead()
         self._start()
         if copy.then is not None:
             copy.then()
@@ -266,27 +256,38 @@ class Loader(CopyEngine):
         self._on_landed = on_landed
         self._found: UnitKey | None = None
 
-    def pull(self) -> Copy | None:
+    def refill(self) -> None:
+        """Launches copies of weights up to the window."""
+        launched = self._queues[Urgency.WEIGHTS]
+        is_idle = self._current is None
+        while len(launched) + (not is_idle) < self._window:
+            if not self._pull():
+                break
+        if is_idle and launched:
+            self._start()
+
+    def _pull_ahead(self) -> None:
+        launched = self._queues[Urgency.WEIGHTS]
+        while len(launched) < self._window and self._pull():
+            pass
+
+    def _pull(self) -> bool:
+        """Launches one more copy of weights, if any is wanted."""
         if not self.queues.take(self._ask):
-            return None
+            return False
         key = self._found
         assert key is not None
         self.on_way[key] = None
-        kind, name = "load_dense", f"load L{key.layer}"
-        if key.is_expert:
+        if key.expert >= 0:
             self._experts.setdefault(key.layer, []).append(key.expert)
-            kind, name = "load_expert", f"{name} E{key.expert}"
+            kind, name = "load_expert", f"load L{key.layer} E{key.expert}"
+        else:
+            kind, name = "load_dense", f"load L{key.layer}"
         seconds, num_bytes, piece_s = self._cost(key)
-        return Copy(
-            seconds,
-            lambda: self._arrived(key),
-            kind,
-            name,
-            num_bytes,
-            urgency=Urgency.WEIGHTS,
-            first_s=piece_s,
-            piece_s=piece_s,
-        )
+        then = partial(self._arrived, key)
+        copy = Copy(seconds, then, kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
+        self._queues[Urgency.WEIGHTS].append(copy)
+        return True
 
     def _ask(self, phase: Phase, key: UnitKey) -> Verdict:
         if key in self.there or key in self.on_way:

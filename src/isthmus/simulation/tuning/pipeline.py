@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isthmus.simulation.tuning.costs import Seat
-from isthmus.simulation.tuning.device import Backlog, Device, Links
+from isthmus.simulation.tuning.device import Device
 from isthmus.simulation.tuning.events import Events, Record, Server
-from isthmus.simulation.tuning.links import Copy, Medium
+from isthmus.simulation.tuning.links import Copy, Links, Medium
 from isthmus.simulation.tuning.policies import StepPolicy
-from isthmus.simulation.tuning.work import StepWork
+from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.spec.timeline import Timeline
 
 

@@ -12,7 +12,6 @@ from isthmus.planning.popularity import skewness
 from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
 from isthmus.simulation.tuning.candidates import Choice, choose
 from isthmus.simulation.tuning.costs import Costs
-from isthmus.simulation.tuning.device import Backlog
 from isthmus.simulation.tuning.mapping import (
     check_hosts,
     device_order,
@@ -23,7 +22,7 @@ from isthmus.simulation.tuning.mapping import (
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import Aptmoe, Counts, GPipe, GPipeOffload, History, Mobius, StepPolicy
 from isthmus.simulation.tuning.popularity import Floats
-from isthmus.simulation.tuning.work import StepWork
+from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.simulation.tuning.zero3 import zero3_step_s
 from isthmus.spec.plan import Stage
 from isthmus.spec.timeline import Timeline
@@ -95,6 +94,7 @@ def simulate_tuning(
     stages = stages_for(costs, costs.job.num_stages)
     order = device_order(costs.seats)
     outcomes: dict[str, Outcome] = {}
+    bounds_s: dict[Sequence[Stage], float] = {}
     work: StepWork | None = None
     for policy in policies:
         outcome = outcomes[policy] = Outcome(policy=policy)
@@ -110,7 +110,9 @@ def simulate_tuning(
             tell(policy, number + 1)
         work = runner.work
         outcome.last, outcome.note, outcome.num_stages = runner.last, runner.note, len(work.stages)
-        outcome.bound_s = step_bound_s(work)
+        if work.stages not in bounds_s:  # counts are the same for all
+            bounds_s[work.stages] = step_bound_s(work)
+        outcome.bound_s = bounds_s[work.stages]
         outcome.bubble_factor = bubble_factor(costs.job.num_micro_batches, len(work.stages), len(order))
     if work is None:
         steps = popularity().steps(costs.job.num_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,14 @@ class Run:
     is_backward: bool
     layers: tuple[int, ...]
     """In the order of the pass."""
+
+
+class Backlog(NamedTuple):
+    """What one step leaves a device to do during the next one: (layer, seconds) by layer, gradients on their way to
+    the host and the optimizer's steps. A layer's weights are neither loaded nor used before its step."""
+
+    gradients: tuple[tuple[int, float], ...] = ()
+    steps: tuple[tuple[int, float], ...] = ()
 
 
 class Division:
