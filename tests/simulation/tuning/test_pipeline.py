@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.simulation.tuning import tiny
 
+from isthmus.planning.problem import LayerProblem
 from isthmus.simulation.tuning.bound import step_bound_s
 from isthmus.simulation.tuning.candidates import Make, choose, steady_step
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
@@ -31,8 +31,8 @@ from isthmus.spec.timeline import LANES
 class Scattered(RuntimeAptmoe):
     """Every other expert on the CPU, whatever it costs."""
 
-    def choose(self, layer: int, counts_E: Sequence[float], is_backward: bool) -> frozenset[int]:
-        return frozenset(expert for expert in range(len(counts_E)) if expert % 2)
+    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
+        return frozenset(range(1, problem.num_experts, 2))
 
 
 class Overlapped(Mobius):

@@ -96,9 +96,9 @@ class Device:
         self._open()
 
     def _queue(self, phase: Phase, keys: list[UnitKey]) -> None:
-        if self._unstepped:
-            keys = [key for key in keys if key.layer not in self._unstepped]
-        self.loader.queues.replace(phase, keys)
+        there, on_way, unstepped = self.loader.there, self.loader.on_way, self._unstepped
+        missing = [key for key in keys if key not in there and key not in on_way and key.layer not in unstepped]
+        self.loader.queues.replace(phase, missing)
 
     def _loaded(self) -> None:
         self._is_loading = False

@@ -12,15 +12,14 @@ pieces, holds what fits, and steps layers while the next step's forward runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from isthmus.planning.equation_one import equation_one_experts
 from isthmus.planning.horizon import ChoiceTable
 from isthmus.planning.loading import by_rank
 from isthmus.planning.pass_model import PassLayer
 from isthmus.planning.popularity import blend_history
+from isthmus.planning.problem import LayerProblem
 from isthmus.simulation.tuning.work import Run, StepWork
 from isthmus.spec.model import UnitKey
 
@@ -125,15 +124,15 @@ class Aptmoe(StepPolicy):
         self._chosen: dict[tuple[int, bool], frozenset[int]] = {}
         self._ranked: dict[int, list[UnitKey]] = {}
 
-    def choose(self, layer: int, counts_E: Sequence[float], is_backward: bool) -> frozenset[int]:
+    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
         """Experts that belong on the accelerator."""
-        return equation_one_experts(self.work.layer_costs(layer).problem(counts_E, is_backward=is_backward))
+        return equation_one_experts(problem)
 
     def chosen(self, layer: int, is_backward: bool) -> frozenset[int]:
         """Likewise, with the step's real counts."""
         key = (layer, is_backward)
         if key not in self._chosen:
-            self._chosen[key] = self.choose(layer, self.work.counts[layer], is_backward)
+            self._chosen[key] = self.choose(self.work.tables[layer].problem(is_backward), is_backward)
         return self._chosen[key]
 
     def stage_queue(self, runs: Sequence[Run], at: int) -> list[UnitKey]:
@@ -148,8 +147,9 @@ class Aptmoe(StepPolicy):
 
     def _backward_queue(self, run: Run) -> list[UnitKey]:
         """What was decided, the most popular rank of all layers first."""
-        ranked = by_rank({layer: self.work.counts[layer] for layer in run.layers if layer in self.work.counts})
-        return [key for key in ranked if key.expert in self.chosen(key.layer, True)]
+        counts = {layer: self.work.counts[layer] for layer in run.layers if layer in self.work.counts}
+        chosen = {layer: self.chosen(layer, True) for layer in counts}
+        return [key for key in by_rank(counts) if key.expert in chosen[key.layer]]
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         """All experts, by history."""
@@ -169,7 +169,8 @@ class Aptmoe(StepPolicy):
         accuracy = self.work.costs.job.predictor_accuracy
         real, past = self.work.counts[layer], self.expected[layer]
         counts = [accuracy * now + (1 - accuracy) * then for now, then in zip(real, past, strict=True)]
-        return sorted(self.choose(layer, counts, False), key=lambda expert: (-counts[expert], expert))
+        problem = self.work.layer_costs(layer).problem(counts, is_backward=False)
+        return sorted(self.choose(problem, False), key=lambda expert: (-counts[expert], expert))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,27 +238,27 @@ class Affinity(RuntimeAptmoe):
             self._held[device, at] = list(found.values())
         return self._held[device, at]
 
-    def choose(self, layer: int, counts_E: Sequence[float], is_backward: bool) -> frozenset[int]:
+    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
         price = 0.0 if is_backward else self._mix.link_price
         if price is None:
-            return super().choose(layer, counts_E, is_backward)
-        weight = self._mix.cpu_weight
-        problem = self.work.layer_costs(layer).problem(counts_E, is_backward=is_backward, cpu_weight=weight)
-        choices = PassLayer(problem, kept=frozenset())
+            return super().choose(problem, is_backward)
+        weighted = replace(problem, cpu_s=tuple([self._mix.cpu_weight * seconds for seconds in problem.cpu_s]))
+        choices = PassLayer(weighted, kept=frozenset())
         return frozenset(choices.on_accelerator(ChoiceTable(choices).cheapest(price)[0]))
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         ranked = super()._forward_queue(run)
         if not self._mix.least_worth:
             return ranked
-        return [key for key in ranked if key.expert in self._worth(key.layer)]
+        worthy = {layer: self._worth(layer) for layer in run.layers if layer in self.expected}
+        return [key for key in ranked if key.expert in worthy[key.layer]]
 
     def _worth(self, layer: int) -> frozenset[int]:
         """Experts that are worth a load, as far as history knows."""
         if layer not in self._worthy:
             costs, counts_E = self.work.layer_costs(layer), self.expected[layer]
-            parts_E = np.asarray(counts_E) / costs.num_parts
-            cpu_s_E = costs.num_parts * costs.cpu_s(parts_E, is_backward=False)
-            worthy = np.flatnonzero(cpu_s_E > self._mix.least_worth * costs.load_s).tolist()
-            self._worthy[layer] = self.choose(layer, counts_E, False) | frozenset(worthy)
+            problem = costs.problem(counts_E, is_backward=False)
+            least_s = self._mix.least_worth * costs.load_s
+            worthy = [expert for expert, seconds in enumerate(problem.cpu_s) if seconds > least_s]
+            self._worthy[layer] = self.choose(problem, False).union(worthy)
         return self._worthy[layer]

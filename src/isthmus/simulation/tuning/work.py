@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from isthmus.planning.loading import unit_key
+from isthmus.planning.problem import LayerProblem
 from isthmus.simulation.tuning.costs import Costs, LayerCosts
 from isthmus.spec.model import DENSE, UnitKey
 from isthmus.spec.plan import Stage
@@ -71,6 +72,12 @@ class LayerTables:
             costs.accelerator_s(tokens, is_backward=backward).tolist() for backward in (False, True)
         )
         self.cpu_s = tuple(costs.cpu_s(tokens, is_backward=backward).tolist() for backward in (False, True))
+
+    def problem(self, is_backward: bool) -> LayerProblem:
+        """As the split rules see the layer."""
+        return self.costs.problem_of(
+            self.counts, self.cpu_s[is_backward], self.accelerator_s[is_backward], is_backward=is_backward
+        )
 
 
 class StepWork:
