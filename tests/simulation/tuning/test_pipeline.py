@@ -12,6 +12,9 @@ from tests.simulation.tuning import tiny
 from isthmus.planning.problem import LayerProblem
 from isthmus.simulation.tuning.bound import step_bound_s
 from isthmus.simulation.tuning.candidates import Make, choose, steady_step
+from isthmus.simulation.tuning.clusters import a800
+from isthmus.simulation.tuning.costs import Costs, TuneJob
+from isthmus.simulation.tuning.mapping import device_order, stages_for
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import (
     Affinity,
@@ -24,6 +27,7 @@ from isthmus.simulation.tuning.policies import (
     RuntimeAptmoe,
     StepPolicy,
 )
+from isthmus.simulation.tuning.shapes import MOE_SHAPES
 from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.spec.timeline import LANES
 
@@ -112,6 +116,29 @@ def test_accelerators_at_one_root_wait_for_one_another() -> None:
     shared = play(tiny.work(spec, tiny.cluster(2, accelerators_per_root=2), counts), Mobius)
     # Both load 2.5 s at once, at half the rate.
     assert shared.seconds >= apart.seconds + 2.5 - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("policy", "seconds"),
+    [
+        (GPipeOffload, 2.050947817776717),
+        (Mobius, 1.7869563642080746),
+        (Aptmoe, 1.8289283370785758),
+        (RuntimeAptmoe, 1.4451144791846229),
+        (ours, 1.3705185882129993),
+    ],
+)
+def test_schedules_are_what_they_were(policy: Make, seconds: float) -> None:
+    """What makes the simulator faster must not change what it says; what makes it truer changes these figures."""
+    job = TuneJob(batch=64, seq_len=32, num_micro_batches=4)
+    costs = Costs(MOE_SHAPES["S-8"], a800(4), job)
+    shares = [2.0**-rank for rank in range(8)]
+    counts = {}
+    for layer in range(64):
+        turned = shares[layer % 8 :] + shares[: layer % 8]
+        counts[layer] = [round(4096 * share / sum(shares)) for share in turned]
+    step = StepWork(costs, stages_for(costs, 16), device_order(costs.seats), counts)
+    assert steady_step(step, policy).seconds == pytest.approx(seconds, rel=1e-9)
 
 
 def counts_of(draw: st.DrawFn, num_layers: int, num_experts: int, tokens: int) -> dict[int, list[float]]:
