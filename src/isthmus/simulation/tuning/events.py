@@ -17,11 +17,10 @@ from isthmus.spec.timeline import Span
 class Events:
     """What happens when. ``now_s``: seconds since the step began."""
 
-    __slots__ = ("_count", "_heap", "_is_stopped", "now_s", "num_events")
+    __slots__ = ("_count", "_heap", "_is_stopped", "now_s")
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.num_events = 0
         self._count = 0
         self._is_stopped = False
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -36,7 +35,6 @@ class Events:
         heap = self._heap
         while heap and not self._is_stopped:
             self.now_s, _, action, arguments = heappop(heap)
-            self.num_events += 1
             action(*arguments)
 
     def stop(self) -> None:

@@ -32,7 +32,6 @@ class StepResult:
     """(token, expert) pairs computed on CPUs, forward and backward, of ``num_rows``."""
     num_rows: float
     num_loads: int
-    num_events: int
     backlogs: tuple[Backlog, ...]
     """What is left to do during the next step, by device."""
     timelines: tuple[Timeline, ...] = ()
@@ -65,7 +64,6 @@ def simulate_step(
         cpu_rows=sum(device.cpu_rows for device in devices),
         num_rows=sum(device.num_rows for device in devices),
         num_loads=sum(device.num_loads for device in devices),
-        num_events=pipeline.events.num_events,
         backlogs=left,
         timelines=tuple(timelines),
     )

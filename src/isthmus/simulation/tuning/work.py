@@ -66,7 +66,7 @@ class LayerTables:
         self.counts = [float(count) for count in counts_E]
         self.tokens = [count / costs.num_parts for count in self.counts]
         self.num_rows = sum(self.tokens)
-        self.by_work = sorted(range(len(self.tokens)), key=lambda e: (-self.tokens[e], e))
+        self.by_work = sorted(range(len(self.tokens)), key=[-tokens for tokens in self.tokens].__getitem__)
         tokens = np.array(self.tokens)
         self.accelerator_s = tuple(
             costs.accelerator_s(tokens, is_backward=backward).tolist() for backward in (False, True)
