@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import Affinity, Aptmoe, Counts, Mix, Mobius, RuntimeAptmoe, StepPolicy
-from isthmus.simulation.tuning.work import StepWork
+from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.spec.plan import Stage
 
 MIXES = (
@@ -47,6 +47,8 @@ class Choice:
     name: str
     predicted_s: float
     mix: Mix | None = None
+    backlogs: tuple[Backlog, ...] = ()
+    """What such steps leave to one another."""
     num_tried: int = 0
 
 
@@ -71,7 +73,7 @@ def choose(work: StepWork, mappings: Sequence[Sequence[Stage]] = (), *, last: Ch
         search = _Search(StepWork(work.costs, last.stages, work.order, work.counts))
         search.offer_mix(last.mix)
         search.move()
-        return search.best
+        return replace(search.best, num_tried=search.num_tried)
     searches = [_Search(work)]
     searches += [_Search(StepWork(work.costs, stages, work.order, work.counts)) for stages in mappings]
     near = searches
@@ -102,11 +104,11 @@ class _Search:
     def offer(self, make: Make, name: str, mix: Mix | None = None) -> bool:
         """Whether the candidate is better than the best so far."""
         self.num_tried += 1
-        seconds = steady_step(self._work, make, self.best.predicted_s).seconds
-        if seconds >= self.best.predicted_s * (1 - 1e-9):
+        result = steady_step(self._work, make, self.best.predicted_s)
+        if result.seconds >= self.best.predicted_s * (1 - 1e-9):
             return False
         name = f"{len(self._work.stages)} stages, {name}"
-        self.best = Choice(make, self._work.stages, name, seconds, mix, self.num_tried)
+        self.best = Choice(make, self._work.stages, name, result.seconds, mix, result.backlogs)
         return True
 
     def offer_mix(self, mix: Mix) -> bool:
@@ -120,7 +122,6 @@ class _Search:
         for _ in range(MAX_ROUNDS):
             if not any([self.offer_mix(mix) for mix in self._near()]):
                 break
-        self.best = replace(self.best, num_tried=self.num_tried)
 
     def _near(self) -> Iterator[Mix]:
         for name, values in MOVES.items():

@@ -145,7 +145,8 @@ class _Runner:
         expected = self._history.expected(counts)
         self._num_steps += 1
         seen = (counts, expected, self._backlogs)
-        is_new = self._seen != seen
+        # With the second step's plan mappings are compared.
+        is_new = self._num_steps == 2 or self._seen != seen
         if is_new or keeps_spans:
             self._seen = seen
             self._play(counts, expected, is_new, keeps_spans)
@@ -159,30 +160,28 @@ class _Runner:
             self._seconds = zero3_step_s(self.work)
             self.note = "cost model"
             return
-        waiting_s = 0.0
         if self._policy == "affinity":
             choice = self._choice
             # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
             if choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
-                choice, waiting_s = self._plan(expected)
+                choice = self._plan(expected)
             if is_new:
                 self.work = StepWork(self._costs, choice.stages, self._order, counts)
             policy = choice.make(self.work, expected)
         else:
             policy = FIXED[self._policy](self.work, expected)
         self.last = simulate_step(self.work, policy, backlogs=self._backlogs, keeps_spans=keeps_spans)
-        self._seconds = waiting_s + self.last.seconds
+        self._seconds = self.last.seconds
         self._backlogs = self.last.backlogs if policy.overlaps_steps else ()
 
-    def _plan(self, expected: Counts) -> tuple[Choice, float]:
-        """Chooses anew; mappings are compared until some popularity is known. Also the seconds for which another
-        mapping has to wait: until every layer has been stepped where it was."""
+    def _plan(self, expected: Counts) -> Choice:
+        """Chooses anew; mappings are compared when some popularity is known first. A pipeline of another mapping is
+        built anew, which is no part of a step: it begins as if it had always been there."""
         before = self._choice
         likely = StepWork(self._costs, self._stages, self._order, expected)
-        choice = self._choice = choose(likely, self._mappings, last=before if self._num_steps > 2 else None)
+        mappings = self._mappings if self._num_steps == 2 else ()
+        choice = self._choice = choose(likely, mappings, last=before if self._num_steps > 2 else None)
         self.note = f"{choice.name} ({choice.num_tried} schedules compared)"
-        if before is None or before.stages == choice.stages:
-            return choice, 0.0
-        left_s = [sum(s for layers in backlog for _, s in layers) for backlog in self._backlogs]
-        self._backlogs = ()
-        return choice, max(left_s, default=0.0)
+        if before is None or before.stages != choice.stages:
+            self._backlogs = choice.backlogs
+        return choice
