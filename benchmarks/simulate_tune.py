@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.planning.curves import monotone
 from isthmus.simulation.tuning.clusters import TABLE_NUM_CORES, a800
@@ -80,35 +81,38 @@ def print_figures(cells: dict[Cell, CellSeconds]) -> None:
 
 
 def print_ours(cells: dict[Cell, CellSeconds]) -> None:
-    print(
-        "\n| configuration | bound, s | gpipe-offload | mobius | rule | ours | ours ÷ rule | ours ÷ mobius | of bound |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    by_rule, by_mobius, shares, strict = [], [], [], []
+    """rule*: the published rule at the number of stages that suits it best. rule†: likewise in our runtime, which
+    copies in pieces and whose optimizer overlaps the next step."""
+    names = ("bound, s", "gpipe-offload", "mobius", "rule", "rule*", "rule†", "ours")
+    ratios = ("ours ÷ rule", "÷ rule*", "÷ rule†", "÷ mobius", "of bound")
+    print(f"\n| configuration | {' | '.join((*names, *ratios))} | ours takes |")
+    print(f"|---|{'---:|' * (len(names) + len(ratios))}---|")
+    rows = []
     for cell, s in cells.items():
-        by_rule.append(s.aptmoe_s / s.affinity_s)
-        by_mobius.append(s.mobius_s / s.affinity_s)
-        shares.append(s.bound_s * s.bubble_factor / s.affinity_s)
-        strict.append(s.bound_s / s.affinity_s)
-        print(
-            f"| {cell.name} | {s.bound_s:.2f} | {s.gpipe_offload_s:.2f} | {s.mobius_s:.2f} | {s.aptmoe_s:.2f} | "
-            f"{s.affinity_s:.2f} | {by_rule[-1]:.2f} | {by_mobius[-1]:.2f} | {shares[-1]:.0%} |"
-        )
+        others = (s.aptmoe_s, s.best_aptmoe_s, s.runtime_aptmoe_s, s.mobius_s)
+        rows.append([*(other / s.affinity_s for other in others), s.bound_s / s.affinity_s, s.bubble_factor])
+        times = (s.bound_s, s.gpipe_offload_s, s.mobius_s, s.aptmoe_s, s.best_aptmoe_s, s.runtime_aptmoe_s)
+        printed = [f"{value:.2f}" for value in (*times, s.affinity_s, *rows[-1][:4])]
+        print(f"| {cell.name} | {' | '.join(printed)} | {rows[-1][4] * rows[-1][5]:.0%} | {s.plan} |")
+    rule, best, runtime, mobius, share, bubble = np.array(rows).T
     figures = [figure for figure in FIGURES if figure.cell in cells]
-    logs = [float(np.log(simulated_ratio(figure, cells) / figure.published)) for figure in figures]
-    print(
-        json.dumps(
-            {
-                "figures": len(logs),
-                "figures_within_10_percent": int(sum(abs(value) <= np.log(1.1) for value in logs)),
-                "rms_log_deviation": round(float(np.sqrt(np.mean(np.square(logs)))), 4),
-                "ours_by_rule_geometric_mean": round(float(np.exp(np.mean(np.log(by_rule)))), 4),
-                "ours_by_mobius_least": round(min(by_mobius), 4),
-                "bound_share_with_bubble_mean": round(float(np.mean(shares)), 4),
-                "bound_share_mean": round(float(np.mean(strict)), 4),
-            }
-        )
-    )
+    logs = np.log([simulated_ratio(figure, cells) / figure.published for figure in figures])
+    summary = {
+        "figures": len(logs),
+        "figures_within_10_percent": int((np.abs(logs) <= np.log(1.1)).sum()),
+        "rms_log_deviation": float(np.sqrt(np.mean(np.square(logs)))),
+        "ours_by_rule_geometric_mean": geometric_mean(rule),
+        "ours_by_rule_at_its_best_stages_geometric_mean": geometric_mean(best),
+        "ours_by_rule_in_our_runtime_geometric_mean": geometric_mean(runtime),
+        "ours_by_mobius_least": float(mobius.min()),
+        "bound_share_with_bubble_mean": float((share * bubble).mean()),
+        "bound_share_mean": float(share.mean()),
+    }
+    print(json.dumps({name: round(value, 4) for name, value in summary.items()}))
+
+
+def geometric_mean(values: NDArray[np.float64]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ def equation_one_experts(problem: LayerProblem) -> frozenset[int]:
     rule looks at popularity alone: whether weights are there already changes nothing, and neither do accelerator
     seconds or tokens' travel.
     """
-    walk = sorted(
-        (expert for expert, count in enumerate(problem.counts) if count), key=lambda e: (problem.counts[e], e)
-    )
+    used = [expert for expert, count in enumerate(problem.counts) if count]
+    walk = sorted(used, key=problem.counts.__getitem__)  # of equally popular ones the first stays first
     cpu_s = 0.0
     for position, expert in enumerate(walk):
         cpu_s += problem.cpu_s[expert]

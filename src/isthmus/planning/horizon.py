@@ -105,7 +105,7 @@ class _Search:
 
     def bisect_price(self) -> float:
         """Offers the Lagrangian's choices for a bisected price; returns the price at which link and layers balance."""
-        tables = [_Table(layer) for layer in self.layers]
+        tables = [ChoiceTable(layer) for layer in self.layers]
         # Above this price no load pays, whatever the layer.
         low, high = 0.0, 1e-9 + max(table.dearest for table in tables)
         for step in range(NUM_PRICE_STEPS):
@@ -155,7 +155,7 @@ class _Search:
             yield choices
 
 
-class _Table:
+class ChoiceTable:
     """One layer's seconds and link seconds for every choice (i, k), if what is loaded lands in time."""
 
     def __init__(self, layer: PassLayer) -> None:

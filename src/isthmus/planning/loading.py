@@ -95,7 +95,10 @@ def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
 
     ``counts_LE``: tokens or shares of every expert by layer, the layers in the order of the pass.
     """
-    ranked = {layer: sorted(range(len(c)), key=lambda e, c=c: (-c[e], e)) for layer, c in counts_LE.items()}
+    ranked = {
+        layer: sorted(range(len(counts_E)), key=[-count for count in counts_E].__getitem__)
+        for layer, counts_E in counts_LE.items()
+    }
     deepest = max((len(order) for order in ranked.values()), default=0)
     return [
         unit_key(layer, order[rank]) for rank in range(deepest) for layer, order in ranked.items() if rank < len(order)

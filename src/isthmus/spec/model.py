@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 OUTER_LAYER = -1
 """Layer number of what lies outside every layer: embeddings, final norm, head."""
@@ -17,8 +18,7 @@ DENSE_FP32 = -2
 """Like ``DENSE``, for the few parameters that a model keeps in FP32 whatever its dtype is (some routers)."""
 
 
-@dataclass(frozen=True, order=True)
-class UnitKey:
+class UnitKey(NamedTuple):
     """Names one unit of placement: everything in a unit is moved, optimised and saved together.
 
     ``layer`` is the position of the layer in execution order (an encoder's layers come before its decoder's), or

@@ -20,8 +20,8 @@ class SimulateTuneRow:
     num_stages: int = 0
     """All policies have the report's, but ours, which chooses."""
     bound_s: float = 0.0
-    """What the busiest device needs if none of its resources ever pauses (no step is faster), times
-    ``bubble_factor``."""
+    """What the busiest device needs if none of its resources ever pauses (no step that loads its weights is faster),
+    times ``bubble_factor``."""
     bubble_factor: float = 1.0
     """What a pipeline's beginning and end add."""
     bound_share: float = 0.0

@@ -47,12 +47,14 @@ def test_stages_go_round_the_devices_and_back() -> None:
 
 
 def test_more_stages_are_taken_where_two_do_not_fit() -> None:
-    # A layer's weights are 2 kB; gradients of one and activations come on top.
+    # A layer's weights are 2 kB; gradients of a stage and activations come on top.
     roomy = Costs(tiny.model(12), tiny.cluster(), JOB)
     assert len(stages_for(roomy, None)) == 2
     tight = Costs(tiny.model(12), with_memory(tiny.cluster(), 2 * 2000 + 2000 + roomy.activation_bytes(12)), JOB)
     assert len(stages_for(tight, None)) == 12
     assert other_mappings(tight, stages_for(tight, None)) == []
+    between = Costs(tiny.model(12), with_memory(tiny.cluster(), 3 * 4000 + roomy.activation_bytes(12)), JOB)
+    assert len(stages_for(between, None)) == 6
     assert [len(stages) for stages in other_mappings(roomy, stages_for(roomy, None))] == [1, 4, 8]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from isthmus.planning.loading import Phase, unit_key
 from isthmus.simulation.tuning.events import CpuPool, Events, Record, Server
-from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Medium
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Medium, Urgency
 
 
 def test_copies_share_a_medium_and_go_on_alone() -> None:
@@ -23,7 +23,7 @@ def test_copies_share_a_medium_and_go_on_alone() -> None:
 def test_an_expert_interrupts_the_optimizer_which_goes_on_where_it_was() -> None:
     events, ended = Events(), {}
     pool = CpuPool(events, Record(True))
-    events.at(0.0, lambda: pool.step(2.0, lambda: ended.update(step=events.now_s), name="L0"))
+    events.at(0.0, lambda: pool.step(0, 2.0, lambda: ended.update(step=events.now_s)))
     events.at(
         0.5,
         lambda: pool.compute(
@@ -43,9 +43,42 @@ def test_a_server_takes_work_in_the_order_of_asking() -> None:
     assert ended == [2.0, 3.0]
 
 
+@pytest.mark.parametrize(("piece_s", "gradients_s", "tokens_s"), [(0.0, 4.0, 5.0), (1.0, 5.0, 4.0)])
+def test_what_is_urgent_waits_for_a_piece_only(piece_s: float, gradients_s: float, tokens_s: float) -> None:
+    """Gradients of 4 s, of which the first piece takes 2 s, tokens of 1 s after 2.5 s."""
+    events, landed = Events(), {}
+    record = Record(True)
+    engine = CopyEngine(events, record, "d2h", (), 2)
+    gradients = Copy(
+        4.0,
+        lambda: landed.update(gradients=events.now_s),
+        "gradient",
+        "",
+        400,
+        urgency=Urgency.LATER,
+        first_s=2.0,
+        piece_s=piece_s,
+    )
+    tokens = Copy(1.0, lambda: landed.update(tokens=events.now_s), "tokens", "", 100)
+    events.at(0.0, engine.send, gradients)
+    events.at(2.5, engine.send, tokens)
+    events.run()
+    assert landed == {"gradients": pytest.approx(gradients_s), "tokens": pytest.approx(tokens_s)}
+    assert record.num_bytes == {"d2h": 500} and record.busy_s == {"d2h": pytest.approx(5.0)}
+
+
+def test_the_next_forwards_first_layer_is_stepped_first() -> None:
+    events, order = Events(), []
+    pool = CpuPool(events, Record(False))
+    for layer in (3, 2, 0, 1):
+        pool.step(layer, 1.0, lambda layer=layer: order.append(layer))
+    events.run()
+    assert order == [3, 0, 1, 2]
+
+
 def test_an_urgent_expert_waits_for_the_window_only() -> None:
     events, landed = Events(), []
-    loader = Loader(events, Record(False), (), 2, lambda key: (1.0, 1), lambda key: landed.append(key.expert))
+    loader = Loader(events, Record(False), (), 2, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key.expert))
 
     def begin() -> None:
         loader.queues.replace(Phase.STAGE, [unit_key(0, expert) for expert in range(5)])
@@ -63,7 +96,7 @@ def test_an_urgent_expert_waits_for_the_window_only() -> None:
 
 def test_what_left_the_accelerator_while_it_was_on_its_way_is_not_there() -> None:
     events, landed = Events(), []
-    loader = Loader(events, Record(False), (), 1, lambda key: (1.0, 1), lambda key: landed.append(key))
+    loader = Loader(events, Record(False), (), 1, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key))
     loader.queues.replace(Phase.STAGE, [unit_key(0, 0), unit_key(1, 0)])
     loader.refill()
     events.at(0.5, loader.forget, {1})

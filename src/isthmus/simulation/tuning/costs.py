@@ -40,7 +40,7 @@ class TuneJob:
     seq_len: int
     num_micro_batches: int
     num_stages: int | None = None
-    """None: the fewest of which two fit an accelerator, and no fewer than accelerators."""
+    """None: two for each accelerator, or more where memory asks for it."""
     copy_window: int = 2
     predictor_accuracy: float = 0.85
     """Share of tokens of which the next layer's experts are predicted right (inter-layer phase)."""
@@ -175,23 +175,33 @@ class LayerCosts:
         """Of all parameters of the layer, on the process's part of the memory bandwidth."""
         return self.num_parameters * ADAM_BYTES_PER_PARAMETER / self.optimizer_bytes_per_s
 
-    def problem(self, counts_E: Sequence[float], *, is_backward: bool, load_factor: float = 1.0) -> LayerProblem:
-        """The layer of a whole step as the split rules see it: all micro-batches, nothing there yet.
-
-        ``load_factor``: link seconds count for so much.
-        """
+    def problem(self, counts_E: Sequence[float], *, is_backward: bool) -> LayerProblem:
+        """The layer of a whole step as the split rules see it: all micro-batches, nothing there yet."""
         part_E = np.asarray(counts_E, dtype=np.float64) / self.num_parts
+        seconds = (of(part_E, is_backward=is_backward).tolist() for of in (self.cpu_s, self.accelerator_s))
+        return self.problem_of(counts_E, *seconds, is_backward=is_backward)
+
+    def problem_of(
+        self,
+        counts_E: Sequence[float],
+        cpu_s_E: Sequence[float],
+        accelerator_s_E: Sequence[float],
+        *,
+        is_backward: bool,
+    ) -> LayerProblem:
+        """Likewise, from what one micro-batch's part takes."""
+        num_parts = self.num_parts
         return LayerProblem(
-            counts=tuple(round(count) for count in counts_E),
-            cpu_s=tuple((self.num_parts * self.cpu_s(part_E, is_backward=is_backward)).tolist()),
-            accelerator_s=tuple((self.num_parts * self.accelerator_s(part_E, is_backward=is_backward)).tolist()),
-            load_s=load_factor * self.load_s,
-            unload_s=load_factor * self.unload_s if is_backward else 0.0,
+            counts=tuple([round(count) for count in counts_E]),
+            cpu_s=tuple([num_parts * seconds for seconds in cpu_s_E]),
+            accelerator_s=tuple([num_parts * seconds for seconds in accelerator_s_E]),
+            load_s=self.load_s,
+            unload_s=self.unload_s if is_backward else 0.0,
             token_h2d_s=self.row_h2d_s,
             token_d2h_s=self.row_d2h_s * (2 if is_backward else 1),
-            dense_s=self.num_parts * self.dense_s[is_backward],
+            dense_s=num_parts * self.dense_s[is_backward],
             dense_load_s=self.dense_load_s,
-            max_on_accelerator=len(part_E),
+            max_on_accelerator=len(counts_E),
         )
 
 

@@ -1,26 +1,24 @@
 """One device of a simulated pipeline: its accelerator, its process's cores, both directions of its link, and what it
 does next.
 
-In forward a layer is its dense part, then its experts; in backward the experts come first. Of what the accelerator
-could do it takes the first micro-batch's part, of one micro-batch what comes first.
+One micro-batch passes all layers of a stage, then comes the next one. In forward a layer is its dense part, then its
+experts; in backward the experts come first. A layer's experts run on the accelerator and on the cores at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from math import ceil
 
 from isthmus.planning.loading import Phase
 from isthmus.simulation.tuning.costs import Seat
 from isthmus.simulation.tuning.events import CpuPool, Events, Record
-from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Medium
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Links, Loader, Urgency
 from isthmus.simulation.tuning.policies import StepPolicy
-from isthmus.simulation.tuning.work import BACKWARD, Division, Run, StepWork
+from isthmus.simulation.tuning.work import BACKWARD, Backlog, Division, Run, StepWork
 from isthmus.spec.model import UnitKey
 
 Leave = Callable[[int, bool, int], None]
-Part = tuple[int, int, Callable[[], None]]
-"""(micro-batch, number of the part within it, what to do): how the accelerator's work is ordered."""
 
 
 class Device:
@@ -32,9 +30,10 @@ class Device:
         work: StepWork,
         policy: StepPolicy,
         events: Events,
-        media: dict[str, tuple[Medium, ...]],
+        links: Links,
         record: Record,
         leave: Leave,
+        backlog: Backlog,
     ) -> None:
         """``leave(stage, is_backward, micro_batch)`` is called when a micro-batch has left a stage."""
         self.seat = seat
@@ -47,43 +46,47 @@ class Device:
         self._at = -1
         self.cpu = CpuPool(events, record)
         window = work.costs.job.copy_window
-        self.loader = Loader(events, record, media["h2d"], window, self._load_cost, self._landed)
-        self.unloader = CopyEngine(events, record, "d2h", media["d2h"], window)
+        self.loader = Loader(events, record, links.h2d, window, self._load_cost, self._landed)
+        self.unloader = CopyEngine(events, record, "d2h", links.d2h, window)
+        # Between accelerators: they take no copy engine, so they are in no lane.
+        self.receiver = CopyEngine(events, Record(False), "h2d", links.h2d, window)
+        self.sender = CopyEngine(events, Record(False), "d2h", links.d2h, window)
         self._arrived: dict[tuple[int, bool], list[int]] = {}
-        self._num_open = self._num_left = 0
-        self._is_loading = False
-        self._parts: list[tuple[int, int, int, Callable[[], None]]] = []
-        self._num_parts = 0
-        self._is_busy = False
+        self._num_left = 0
+        self._is_loading = self._is_open = False
         self._waiting: dict[UnitKey, list[Callable[[], None]]] = {}
         self._divisions: dict[tuple[int, bool], Division] = {}
         self._num_there: dict[tuple[int, bool], int] = {}
-        self._pending: dict[tuple[int, int], int] = {}
-        """Halves of a layer's experts (accelerator, CPU) not done yet, by (micro-batch, layer)."""
+        self._num_halves = 0
+        """Of the layer's experts (accelerator, CPU) that are not done yet."""
         self._num_backward: dict[int, int] = {}
-        self._num_steps = 0
+        self._load_costs: dict[tuple[int, bool], tuple[float, int, float]] = {}
+        self._unstepped = {layer for layers in backlog for layer, _ in layers}
+        """Layers whose weights are still those of the step before."""
         if policy.is_resident:
             self.loader.there = dict.fromkeys(self._all_keys(), 0.0)
+        for layer, seconds in backlog.steps:
+            self._step(layer, seconds)
+        for layer, seconds in backlog.gradients:
+            self._send_gradients(layer, seconds, 0, 0.0, 0.0)
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
     def enter(self, at: int) -> None:
         """Run ``at`` begins: the device holds its stage and, as the policy will, another."""
         self._at = at
-        self._num_open = self._num_left = 0
+        self._num_left = 0
         self._divisions.clear()
         self._num_there.clear()
         if at >= len(self._runs):
             return
         run = self._runs[at]
         if not self._policy.is_resident:
-            held = {layer for other in self._policy.held(self._runs, at) for layer in other.layers}
-            self.loader.forget(held)
-            queues = self.loader.queues
-            queues.clear()
+            self.loader.forget({layer for other in self._policy.held(self._runs, at) for layer in other.layers})
+            self.loader.queues.clear()
             # Without the dense part nothing begins, whatever was dropped.
-            queues.replace(Phase.EXPERT, [self._work.dense_key(layer) for layer in run.layers])
-            queues.replace(Phase.STAGE, self._policy.stage_queue(self._runs, at))
+            self._queue(Phase.EXPERT, [self._work.dense_key(layer) for layer in run.layers])
+            self._queue(Phase.STAGE, self._policy.stage_queue(self._runs, at))
             self.loader.refill()
             if self._policy.waits_for_stage:
                 missing = [key for key in self._policy.run_keys(run) if key not in self.loader.there]
@@ -91,6 +94,11 @@ class Device:
                     self._is_loading = True
                     self._wait(missing, self._loaded)
         self._open()
+
+    def _queue(self, phase: Phase, keys: list[UnitKey]) -> None:
+        there, on_way, unstepped = self.loader.there, self.loader.on_way, self._unstepped
+        missing = [key for key in keys if key not in there and key not in on_way and key.layer not in unstepped]
+        self.loader.queues.replace(phase, missing)
 
     def _loaded(self) -> None:
         self._is_loading = False
@@ -102,23 +110,22 @@ class Device:
 
     def check_done(self) -> None:
         """Everything was computed, nothing is left behind: a schedule that stops is a bug, not a result."""
-        left = (self._at < len(self._runs), self._parts, self._waiting, self._pending, self._num_steps)
+        left = (self._at < len(self._runs), self._is_open, self._waiting, self._unstepped)
         if any(left):
             raise RuntimeError(f"device {self.seat.device} stopped before its end: {left}")
 
     def _open(self) -> None:
-        """Micro-batches that are here begin the present run."""
-        if self._is_loading or not 0 <= self._at < len(self._runs):
+        """The next micro-batch that is here begins the present run."""
+        if self._is_open or self._is_loading or not 0 <= self._at < len(self._runs):
             return
         run = self._runs[self._at]
-        arrived = self._arrived.get((run.stage, run.is_backward), [])
-        most = self._work.num_micro_batches if self._policy.interleaves else 1
-        while arrived and self._num_open < most:
-            self._num_open += 1
+        arrived = self._arrived.get((run.stage, run.is_backward))
+        if arrived:
+            self._is_open = True
             self._begin_layer(run, arrived.pop(0), 0)
 
     def _left(self, run: Run, micro_batch: int) -> None:
-        self._num_open -= 1
+        self._is_open = False
         self._num_left += 1
         self._leave(run.stage, run.is_backward, micro_batch)
         if self._num_left == self._work.num_micro_batches:
@@ -149,9 +156,9 @@ class Device:
 
         key = self._work.dense_key(layer)
         if key in self.loader.there:
-            self._offer(micro_batch, 2 * position, compute)
+            compute()
         else:
-            self._wait([key], lambda: self._offer(micro_batch, 2 * position, compute))
+            self._wait([key], compute)
 
     def _end_dense(self, run: Run, micro_batch: int, position: int) -> None:
         if run.is_backward:
@@ -165,25 +172,20 @@ class Device:
             self._end_experts(run, micro_batch, position)
             return
         division = self._divide(run, position)
-        halves = bool(division.on) + bool(division.cpu_rows)
-        self._pending[micro_batch, layer] = halves
+        self._num_halves = bool(division.on) + bool(division.cpu_rows)
         self.num_rows += division.num_rows
         self.cpu_rows += division.cpu_rows
+        if not self._num_halves:
+            self._end_experts(run, micro_batch, position)
+            return
         if division.cpu_rows:
             self._send_rows(run, micro_batch, position, division)
         if division.on:
-            self._offer(
-                micro_batch, 2 * position + 1, lambda: self._compute_experts(run, micro_batch, position, division)
-            )
-        if not halves:
-            del self._pending[micro_batch, layer]
-            self._end_experts(run, micro_batch, position)
+            self._compute_experts(run, micro_batch, position, division)
 
     def _end_half(self, run: Run, micro_batch: int, position: int) -> None:
-        key = (micro_batch, run.layers[position])
-        self._pending[key] -= 1
-        if not self._pending[key]:
-            del self._pending[key]
+        self._num_halves -= 1
+        if not self._num_halves:
             self._end_experts(run, micro_batch, position)
 
     def _end_experts(self, run: Run, micro_batch: int, position: int) -> None:
@@ -199,23 +201,56 @@ class Device:
             self._unload(layer)
         self._begin_layer(run, micro_batch, position + 1)
 
+    # --- gradients and steps -----------------------------------------------------------------------------------------
+
+    def backlog(self) -> Backlog:
+        """What is left to do at this moment, to the nanosecond: steps that are alike leave the same."""
+        gradients = self.unloader.unfinished(Urgency.LATER)
+        return Backlog(
+            tuple((copy.layer, round(seconds, 9)) for copy, seconds in gradients),
+            tuple((layer, round(seconds, 9)) for layer, seconds in self.cpu.unfinished()),
+        )
+
     def _unload(self, layer: int) -> None:
         """Gradients of the layer's dense part, then of its experts one by one; after the last its optimizer step."""
         costs = self._work.layer_costs(layer)
         division = self._divisions.get((layer, BACKWARD))
-        on = division.on if division else []
-        self._num_steps += 1
-        copies = [(costs.dense_unload_s, costs.dense_bytes, f"gradients L{layer}")]
-        copies += [(costs.unload_s, costs.expert_bytes, f"gradient L{layer} E{expert}") for expert in on]
-        for number, (seconds, num_bytes, name) in enumerate(copies):
-            then = None if number < len(on) else lambda: self._step(layer)
-            self.unloader.send_later(Copy(costs.copy_s + seconds, then, "gradient", name, num_bytes))
+        num = len(division.on) if division else 0
+        first_s, expert_s = costs.copy_s + costs.dense_unload_s, costs.copy_s + costs.unload_s
+        piece_s = expert_s / self._num_pieces(costs.expert_bytes) if num else 0.0
+        num_bytes = costs.dense_bytes + num * costs.expert_bytes
+        self._send_gradients(layer, first_s + num * expert_s, num_bytes, first_s, piece_s)
 
-    def _step(self, layer: int) -> None:
-        def stepped() -> None:
-            self._num_steps -= 1
+    def _send_gradients(self, layer: int, seconds: float, num_bytes: int, first_s: float, piece_s: float) -> None:
+        copy = Copy(
+            seconds,
+            lambda: self._step(layer, self._work.layer_costs(layer).optimizer_s),
+            "gradient",
+            f"gradients L{layer}",
+            num_bytes,
+            urgency=Urgency.LATER,
+            first_s=first_s,
+            piece_s=piece_s,
+            layer=layer,
+        )
+        self.unloader.send(copy)
 
-        self.cpu.step(self._work.layer_costs(layer).optimizer_s, stepped, name=f"L{layer}")
+    def _step(self, layer: int, seconds: float) -> None:
+        self.cpu.step(layer, seconds, lambda: self._stepped(layer))
+
+    def _stepped(self, layer: int) -> None:
+        """New weights may be loaded."""
+        if layer not in self._unstepped:
+            return
+        self._unstepped.discard(layer)
+        queues = self.loader.queues
+        for key in [key for key in reversed(self._waiting) if key.layer == layer]:
+            queues.demand(key)
+        if 0 <= self._at < len(self._runs):
+            if layer in self._runs[self._at].layers:
+                queues.demand(self._work.dense_key(layer))
+            self._queue(Phase.STAGE, self._policy.stage_queue(self._runs, self._at))
+            self.loader.refill()
 
     def _is_last_backward(self, layer: int, *, count: bool) -> bool:
         number = self._num_backward.get(layer, 0) + 1
@@ -242,11 +277,11 @@ class Device:
         self._divisions[key], self._num_there[key] = division, len(there)
         if urgent or again:
             following = run.layers[position + 1] if position + 1 < len(run.layers) else None
-            loader.queues.replace(Phase.EXPERT, self._work.expert_keys(layer, urgent))
+            self._queue(Phase.EXPERT, self._work.expert_keys(layer, urgent))
             if self._policy.looks_ahead and not is_backward:
                 ahead = () if following not in self._work.tables else self._policy.predict(following)
                 keys = [] if following is None else self._work.expert_keys(following, ahead)
-                loader.queues.replace(Phase.LAYER, keys)
+                self._queue(Phase.LAYER, keys)
             loader.refill()
         return division
 
@@ -277,8 +312,7 @@ class Device:
         self.unloader.send(Copy(seconds, compute, "tokens", name, round(down * costs.row_bytes), num_tokens))
 
     def _compute_experts(self, run: Run, micro_batch: int, position: int, division: Division) -> None:
-        """The accelerator's part, in the order of landing. It holds the accelerator while it waits for weights, unless
-        there is something else to do."""
+        """The accelerator's part, in the order of landing."""
         layer = run.layers[position]
         there = self.loader.there
         keys = division.keys
@@ -293,12 +327,7 @@ class Device:
         if not missing:
             self._occupy(division.accelerator_s, kind, name, ended)
             return
-        if self._parts:
-            again = lambda: self._compute_experts(run, micro_batch, position, division)  # noqa: E731
-            self._wait(missing, lambda: self._offer(micro_batch, 2 * position + 1, again))
-            return
         began_s = self._events.now_s
-        self._is_busy = True
 
         def landed() -> None:
             landings = sorted((there[key], work) for key, work in zip(keys, division.work, strict=True))
@@ -308,33 +337,14 @@ class Device:
             start_s = end_s - division.accelerator_s
             self.record.wait("accelerator", name, began_s, start_s)
             self.record.add("accelerator", kind, name, start_s, end_s)
-            self._events.at(max(end_s, self._events.now_s), self._free, ended)
+            self._events.at(max(end_s, self._events.now_s), ended)
 
         self._wait(missing, landed)
 
-    # --- the accelerator ---------------------------------------------------------------------------------------------
-
-    def _offer(self, micro_batch: int, part: int, action: Callable[[], None]) -> None:
-        """``action`` is to be done when the accelerator is free and nothing comes before it."""
-        self._num_parts += 1
-        heappush(self._parts, (micro_batch, part, self._num_parts, action))
-        self._next_part()
-
-    def _next_part(self) -> None:
-        while not self._is_busy and self._parts:
-            heappop(self._parts)[3]()
-
     def _occupy(self, seconds: float, kind: str, name: str, then: Callable[[], None]) -> None:
         now_s = self._events.now_s
-        self._is_busy = True
         self.record.add("accelerator", kind, name, now_s, now_s + seconds)
-        self._events.at(now_s + seconds, self._free, then)
-
-    def _free(self, then: Callable[[], None]) -> None:
-        # What follows may have work that comes first, so it is asked before the accelerator takes other work.
-        then()
-        self._is_busy = False
-        self._next_part()
+        self._events.at(now_s + seconds, then)
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -350,7 +360,7 @@ class Device:
 
         for key in reversed(keys):
             self._waiting.setdefault(key, []).append(one)
-            if key not in self.loader.on_way and key not in self.loader.there:
+            if key not in self.loader.on_way and key not in self.loader.there and key.layer not in self._unstepped:
                 self.loader.queues.demand(key)
         self.loader.refill()
 
@@ -359,9 +369,20 @@ class Device:
         for waiting in self._waiting.pop(key, ()):
             waiting()
 
-    def _load_cost(self, key: UnitKey) -> tuple[float, int]:
-        costs = self._work.layer_costs(key.layer)
-        return (costs.load_s, costs.expert_bytes) if key.is_expert else (costs.dense_load_s, costs.dense_bytes)
+    def _load_cost(self, key: UnitKey) -> tuple[float, int, float]:
+        layer, is_expert = key.layer, key.expert >= 0
+        if (layer, is_expert) not in self._load_costs:
+            costs = self._work.layer_costs(layer)
+            seconds, num_bytes = costs.dense_load_s, costs.dense_bytes
+            if is_expert:
+                seconds, num_bytes = costs.load_s, costs.expert_bytes
+            self._load_costs[layer, is_expert] = (seconds, num_bytes, seconds / self._num_pieces(num_bytes))
+        return self._load_costs[layer, is_expert]
+
+    def _num_pieces(self, num_bytes: int) -> int:
+        """In which a unit is copied."""
+        piece_bytes = self._policy.piece_bytes
+        return ceil(num_bytes / piece_bytes) if piece_bytes else 1
 
     def _all_keys(self) -> list[UnitKey]:
         layers = {layer for run in self._runs for layer in run.layers}

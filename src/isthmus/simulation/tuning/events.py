@@ -17,12 +17,12 @@ from isthmus.spec.timeline import Span
 class Events:
     """What happens when. ``now_s``: seconds since the step began."""
 
-    __slots__ = ("_count", "_heap", "now_s", "num_events")
+    __slots__ = ("_count", "_heap", "_is_stopped", "now_s")
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.num_events = 0
         self._count = 0
+        self._is_stopped = False
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
 
     def at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> None:
@@ -31,12 +31,15 @@ class Events:
         heappush(self._heap, (time_s, self._count, action, arguments))
 
     def run(self) -> None:
-        """Until nothing is left to happen."""
+        """Until nothing is left to happen, or somebody stops it."""
         heap = self._heap
-        while heap:
+        while heap and not self._is_stopped:
             self.now_s, _, action, arguments = heappop(heap)
-            self.num_events += 1
             action(*arguments)
+
+    def stop(self) -> None:
+        """What has not happened yet does not."""
+        self._is_stopped = True
 
 
 class Record:
@@ -75,63 +78,79 @@ class Record:
 
 class CpuPool:
     """The cores of one process, all on one expert at a time, first come first served. The optimizer's steps are
-    interrupted whenever an expert comes, and go on where they were."""
+    interrupted whenever an expert comes, and go on where they were; of those that wait the next forward's first layer
+    is stepped first."""
 
-    __slots__ = ("_background", "_events", "_is_busy", "_queue", "_record", "_running", "_version")
+    __slots__ = ("_began_s", "_events", "_experts", "_is_busy", "_record", "_running", "_steps", "_version")
 
     def __init__(self, events: Events, record: Record) -> None:
         self._events = events
         self._record = record
-        self._queue: deque[tuple[float, Callable[[], None], str, str, int]] = deque()
-        self._background: deque[tuple[float, Callable[[], None], str]] = deque()
+        self._experts: deque[tuple[float, Callable[[], None], str, str, int]] = deque()
+        self._steps: list[tuple[int, float, Callable[[], None]]] = []
+        """A heap of (layer, seconds left, what follows)."""
         self._is_busy = False
-        self._running: tuple[float, float, Callable[[], None], str] | None = None
-        """The optimizer's step that runs: (began, seconds left then, what follows, name)."""
+        self._running: tuple[int, float, Callable[[], None]] | None = None
+        """The optimizer's step under way since ``_began_s``."""
+        self._began_s = 0.0
         self._version = 0
 
     def compute(self, seconds: float, then: Callable[[], None], *, kind: str, name: str, num_tokens: int) -> None:
-        self._queue.append((seconds, then, kind, name, num_tokens))
-        self._next()
+        self._experts.append((seconds, then, kind, name, num_tokens))
+        if not self._is_busy:
+            self._pause()
+            self._next()
 
-    def step(self, seconds: float, then: Callable[[], None], *, name: str) -> None:
-        """An optimizer's step."""
-        self._background.append((seconds, then, name))
-        self._next()
+    def step(self, layer: int, seconds: float, then: Callable[[], None]) -> None:
+        """An optimizer's step. A layer is stepped once at a time."""
+        heappush(self._steps, (layer, seconds, then))
+        if not self._is_busy and self._running is None:
+            self._next()
+
+    def unfinished(self) -> list[tuple[int, float]]:
+        """(layer, seconds left) of the optimizer's steps, in their order. None is under way after that."""
+        self._pause()
+        return [(layer, seconds) for layer, seconds, _ in sorted(self._steps, key=lambda step: step[0])]
+
+    def _pause(self) -> None:
+        if self._running is None:
+            return
+        layer, left_s, then = self._running
+        now_s = self._events.now_s
+        heappush(self._steps, (layer, left_s - (now_s - self._began_s), then))
+        self._record.add("optimizer", "optimizer", f"L{layer}", self._began_s, now_s)
+        self._running = None
+        self._version += 1
 
     def _next(self) -> None:
-        if self._is_busy:
-            return
+        """Nothing runs: begins what comes first."""
         now_s = self._events.now_s
-        if self._queue:
-            if self._running is not None:
-                began_s, left_s, then, name = self._running
-                self._background.appendleft((left_s - (now_s - began_s), then, name))
-                self._record.add("optimizer", "optimizer", name, began_s, now_s)
-                self._running = None
-                self._version += 1
-            seconds, then, kind, name, num_tokens = self._queue.popleft()
+        if self._experts:
+            seconds, then, kind, name, num_tokens = self._experts.popleft()
             self._is_busy = True
             self._record.add("cpu_experts", kind, name, now_s, now_s + seconds, num_tokens=num_tokens)
             self._events.at(now_s + seconds, self._computed, then)
-        elif self._running is None and self._background:
-            seconds, then, name = self._background.popleft()
-            self._running = (now_s, seconds, then, name)
-            self._events.at(now_s + seconds, self._stepped, self._version)
+        elif self._steps:
+            self._running = heappop(self._steps)
+            self._began_s = now_s
+            self._events.at(now_s + self._running[1], self._stepped, self._version)
 
     def _computed(self, then: Callable[[], None]) -> None:
         self._is_busy = False
         then()
-        self._next()
+        if not self._is_busy and self._running is None:
+            self._next()
 
     def _stepped(self, version: int) -> None:
         if version != self._version or self._running is None:
             return
-        began_s, _, then, name = self._running
-        self._record.add("optimizer", "optimizer", name, began_s, self._events.now_s)
+        layer, _, then = self._running
+        self._record.add("optimizer", "optimizer", f"L{layer}", self._began_s, self._events.now_s)
         self._running = None
         self._version += 1
         then()
-        self._next()
+        if not self._is_busy and self._running is None:
+            self._next()
 
 
 class Server:

@@ -1,15 +1,20 @@
-"""Links between host and accelerator memory: one copy engine per direction, and the media that they share.
+"""Links between host and accelerator memory: copy engines, one for each direction, and the media that they share.
 
-A copy engine carries one copy at a time and never interrupts one. Copies of weights come from the loader's queues
-(``planning/loading.py``), most urgent first, with at most a window of them launched; what a computation waits for
-(tokens, activations) is launched before any of them. Engines that are at work at once share a PCIe root's and the host
-memory's bandwidth equally (processor sharing), so a copy becomes slower while others run.
+A copy engine carries one copy at a time. Copies of weights come from the loader's queues (``planning/loading.py``),
+most urgent first, with at most a window of them launched. What a computation waits for (tokens) is launched before any
+of them, as soon as the piece that is under way has landed: a unit's whole weights as published, 16 MiB in our runtime
+(``tuning/accelerator/cuda.py``). Engines that are at work at once share a link, a PCIe root and the host memory's
+bandwidth equally (processor sharing), so a copy becomes slower while others run.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from enum import IntEnum
+from functools import partial
+from math import ceil
+from typing import NamedTuple
 
 from isthmus.planning.loading import LoadQueues, Phase, Verdict
 from isthmus.simulation.tuning.events import Events, Record
@@ -19,38 +24,66 @@ from isthmus.spec.model import UnitKey
 class Medium:
     """What several copy engines share. ``capacity``: how many of them it carries at their full rate."""
 
-    __slots__ = ("_active", "capacity")
+    __slots__ = ("_active", "capacity", "share")
 
     def __init__(self, capacity: float) -> None:
         self.capacity = capacity
+        self.share = 1.0
+        """Of its full rate that every engine at work has."""
         self._active: dict[CopyEngine, None] = {}
 
-    def share(self) -> float:
-        return min(1.0, self.capacity / max(1, len(self._active)))
-
     def join(self, engine: CopyEngine) -> None:
-        before = self.share()
+        """``engine`` is about to begin; those at work already are slowed."""
+        self._divide(len(self._active) + 1)
         self._active[engine] = None
-        self._changed(before)
 
     def leave(self, engine: CopyEngine) -> None:
-        before = self.share()
         del self._active[engine]
-        self._changed(before)
+        self._divide(len(self._active))
 
-    def _changed(self, before: float) -> None:
-        if self.share() != before:
+    def _divide(self, num_engines: int) -> None:
+        share = min(1.0, self.capacity / max(1, num_engines))
+        if share != self.share:
+            self.share = share
             for engine in self._active:
                 engine.retime()
 
 
-class Copy:
-    """``seconds``: at the engine's full rate."""
+class Links(NamedTuple):
+    """The media of a device's link, one direction each."""
 
-    __slots__ = ("kind", "name", "num_bytes", "num_tokens", "seconds", "then")
+    h2d: tuple[Medium, ...]
+    d2h: tuple[Medium, ...]
+
+
+class Urgency(IntEnum):
+    """Which copy an engine carries next."""
+
+    AHEAD = 0
+    """A computation waits for it."""
+    WEIGHTS = 1
+    LATER = 2
+    """Nothing waits for it: gradients."""
+
+
+class Copy:
+    """``seconds``: at the engine's full rate. ``first_s``, ``piece_s``: of its pieces, between which what is urgent
+    goes first; 0: it is one piece."""
+
+    __slots__ = ("first_s", "kind", "layer", "name", "num_bytes", "num_tokens", "piece_s", "seconds", "then", "urgency")
 
     def __init__(
-        self, seconds: float, then: Callable[[], None] | None, kind: str, name: str, num_bytes: int, num_tokens: int = 0
+        self,
+        seconds: float,
+        then: Callable[[], None] | None,
+        kind: str,
+        name: str,
+        num_bytes: int,
+        num_tokens: int = 0,
+        urgency: Urgency = Urgency.AHEAD,
+        first_s: float = 0.0,
+        piece_s: float = 0.0,
+        layer: int = -1,
     ) -> None:
         self.seconds = seconds
         self.then = then
@@ -58,106 +91,140 @@ class Copy:
         self.name = name
         self.num_bytes = num_bytes
         self.num_tokens = num_tokens
+        self.urgency = urgency
+        self.first_s = first_s
+        self.piece_s = piece_s
+        self.layer = layer
+
+    def end_of_piece(self, done_s: float) -> float:
+        """When the piece that is under way ends, in seconds of the copy."""
+        if not self.piece_s:
+            return self.seconds
+        return self.first_s + max(0, ceil((done_s - self.first_s) / self.piece_s - 1e-9)) * self.piece_s
+
+    def cut(self, at_s: float) -> Copy:
+        """Keeps what comes before ``at_s`` and returns the rest, which tells that all has landed."""
+        num_bytes = round(self.num_bytes * at_s / self.seconds)
+        rest = Copy(
+            self.seconds - at_s,
+            self.then,
+            self.kind,
+            self.name,
+            self.num_bytes - num_bytes,
+            urgency=self.urgency,
+            first_s=self.piece_s,
+            piece_s=self.piece_s,
+            layer=self.layer,
+        )
+        self.seconds, self.num_bytes, self.then = at_s, num_bytes, None
+        return rest
 
 
 class CopyEngine:
     """One direction of one accelerator's link."""
 
+    __slots__ = (
+        "_began_s",
+        "_current",
+        "_events",
+        "_lane",
+        "_left_s",
+        "_media",
+        "_queues",
+        "_rate",
+        "_record",
+        "_since_s",
+        "_version",
+        "_window",
+    )
+
     def __init__(self, events: Events, record: Record, lane: str, media: tuple[Medium, ...], window: int) -> None:
         self._events = events
         self._record = record
         self._lane = lane
-        # What can never be short need not be asked.
         self._media = media
         self._window = window
-        self._ahead: deque[Copy] = deque()
-        self._launched: deque[Copy] = deque()
-        self._bulk: deque[Copy] = deque()
+        self._queues: tuple[deque[Copy], ...] = tuple(deque() for _ in Urgency)
         self._current: Copy | None = None
         self._began_s = self._since_s = self._left_s = 0.0
         self._rate = 1.0
         self._version = 0
 
     def send(self, copy: Copy) -> None:
-        """Something that a computation waits for."""
-        self._ahead.append(copy)
+        """Queues ``copy`` by its urgency."""
+        self._queues[copy.urgency].append(copy)
         if self._current is None:
             self._start()
+        elif copy.urgency is Urgency.AHEAD:
+            self._interrupt(self._current)
 
-    def send_later(self, copy: Copy) -> None:
-        """Something that nothing waits for, such as gradients."""
-        self._bulk.append(copy)
-        if self._current is None:
-            self._start()
-
-    def pull(self) -> Copy | None:
-        """One more copy of weights, if any is wanted."""
-        return None
-
-    def refill(self) -> None:
-        """Launches copies of weights up to the window."""
-        launched = self._launched
-        is_idle = self._current is None
-        while len(launched) + (not is_idle) < self._window:
-            copy = self.pull()
-            if copy is None:
-                break
-            launched.append(copy)
-        if is_idle and launched:
-            self._start()
+    def _pull_ahead(self) -> None:
+        """A copy has landed: others may be launched."""
 
     def retime(self) -> None:
         """The media's shares have changed."""
         now_s = self._events.now_s
         self._left_s -= (now_s - self._since_s) * self._rate
-        self._since_s = now_s
+        self._schedule(now_s, max(0.0, self._left_s))
+
+    def unfinished(self, urgency: Urgency) -> list[tuple[Copy, float]]:
+        """Copies that have not landed, with their seconds at the full rate that are left, in their order."""
+        found = [(copy, copy.seconds) for copy in self._queues[urgency]]
+        copy, now_s = self._current, self._events.now_s
+        if copy is not None and copy.urgency is urgency:
+            self._record.add(self._lane, copy.kind, copy.name, self._began_s, now_s)
+            found.insert(0, (copy, self._left_s - (now_s - self._since_s) * self._rate))
+        return found
+
+    def _schedule(self, now_s: float, left_s: float) -> None:
+        """The present copy lands after ``left_s`` seconds at its full rate."""
         rate = 1.0
         for medium in self._media:
-            rate = min(rate, medium.share())
-        self._rate = rate
+            if medium.share < rate:
+                rate = medium.share
+        self._since_s, self._left_s, self._rate = now_s, left_s, rate
         self._version += 1
-        self._events.at(now_s + max(0.0, self._left_s) / rate, self._landed, self._version)
+        self._events.at(now_s + left_s / rate, self._landed, self._version)
+
+    def _interrupt(self, copy: Copy) -> None:
+        """Something urgent goes first after the present piece."""
+        if not copy.piece_s:
+            return
+        now_s = self._events.now_s
+        done_s = copy.seconds - self._left_s + (now_s - self._since_s) * self._rate
+        end_s = copy.end_of_piece(done_s)
+        if end_s < copy.seconds * (1 - 1e-9):
+            self._queues[copy.urgency].appendleft(copy.cut(end_s))
+            self._schedule(now_s, max(0.0, end_s - done_s))
 
     def _start(self) -> None:
         """Carries the next copy, if there is one."""
         was_idle = self._current is None
-        if self._ahead:
-            copy = self._ahead.popleft()
-        elif self._launched:
-            copy = self._launched.popleft()
-        elif self._bulk:
-            copy = self._bulk.popleft()
+        for queue in self._queues:
+            if queue:
+                copy = self._current = queue.popleft()
+                break
         else:
             self._current = None
             if not was_idle:
                 for medium in self._media:
                     medium.leave(self)
             return
-        self._current = copy
-        now_s = self._events.now_s
-        self._began_s = self._since_s = now_s
-        self._left_s = copy.seconds
-        if was_idle and self._media:
+        if was_idle:
             for medium in self._media:
                 medium.join(self)
-        self._version += 1
-        rate = 1.0
-        for medium in self._media:
-            rate = min(rate, medium.share())
-        self._rate = rate
-        self._events.at(now_s + copy.seconds / rate, self._landed, self._version)
+        self._began_s = self._events.now_s
+        self._schedule(self._began_s, copy.seconds)
 
     def _landed(self, version: int) -> None:
         if version != self._version:
             return
-        copy, now_s = self._current, self._events.now_s
+        copy = self._current
         assert copy is not None
-        self._record.add(self._lane, copy.kind, copy.name, self._began_s, now_s, copy.num_bytes, copy.num_tokens)
-        while len(self._launched) < self._window:
-            more = self.pull()
-            if more is None:
-                break
-            self._launched.append(more)
+        self._record.add(
+            self._lane, copy.kind, copy.name, self._began_s, self._events.now_s, copy.num_bytes, copy.num_tokens
+        )
+        self._pull_ahead()
         self._start()
         if copy.then is not None:
             copy.then()
@@ -167,17 +234,19 @@ class Loader(CopyEngine):
     """The copy engine to the accelerator, with what is there. ``there``: the units whose weights have landed, and
     when."""
 
+    __slots__ = ("_cost", "_experts", "_found", "_on_landed", "on_way", "queues", "there")
+
     def __init__(
         self,
         events: Events,
         record: Record,
         media: tuple[Medium, ...],
         window: int,
-        cost: Callable[[UnitKey], tuple[float, int]],
+        cost: Callable[[UnitKey], tuple[float, int, float]],
         on_landed: Callable[[UnitKey], None],
     ) -> None:
-        """``cost(key)``: (seconds at full rate, bytes) of a unit's weights. ``on_landed(key)`` is called when they are
-        there."""
+        """``cost(key)``: (seconds at full rate, bytes, seconds of a piece or 0) of a unit's weights. ``on_landed(key)``
+        is called when they are there."""
         super().__init__(events, record, "h2d", media, window)
         self.queues = LoadQueues()
         self.there: dict[UnitKey, float] = {}
@@ -187,20 +256,38 @@ class Loader(CopyEngine):
         self._on_landed = on_landed
         self._found: UnitKey | None = None
 
-    def pull(self) -> Copy | None:
+    def refill(self) -> None:
+        """Launches copies of weights up to the window."""
+        launched = self._queues[Urgency.WEIGHTS]
+        is_idle = self._current is None
+        while len(launched) + (not is_idle) < self._window:
+            if not self._pull():
+                break
+        if is_idle and launched:
+            self._start()
+
+    def _pull_ahead(self) -> None:
+        launched = self._queues[Urgency.WEIGHTS]
+        while len(launched) < self._window and self._pull():
+            pass
+
+    def _pull(self) -> bool:
+        """Launches one more copy of weights, if any is wanted."""
         if not self.queues.take(self._ask):
-            return None
+            return False
         key = self._found
         assert key is not None
         self.on_way[key] = None
-        if key.is_expert:
+        if key.expert >= 0:
             self._experts.setdefault(key.layer, []).append(key.expert)
-        seconds, num_bytes = self._cost(key)
-        if key.is_expert:
             kind, name = "load_expert", f"load L{key.layer} E{key.expert}"
         else:
             kind, name = "load_dense", f"load L{key.layer}"
-        return Copy(seconds, lambda: self._arrived(key), kind, name, num_bytes)
+        seconds, num_bytes, piece_s = self._cost(key)
+        then = partial(self._arrived, key)
+        copy = Copy(seconds, then, kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
+        self._queues[Urgency.WEIGHTS].append(copy)
+        return True
 
     def _ask(self, phase: Phase, key: UnitKey) -> Verdict:
         if key in self.there or key in self.on_way:

@@ -53,7 +53,8 @@ def stages_for(costs: Costs, num_stages: int | None) -> tuple[Stage, ...]:
                 f"{short / 2**30:.1f} GiB are missing; raise --num-stages, or lower --batch or --seq-len"
             )
         return stages
-    for number in range(min(num_layers, DEFAULT_ROUNDS * num_devices), num_layers + 1):
+    # Whole rounds, so that no device has a stage more than others; a layer each if even that is too much.
+    for number in [*range(DEFAULT_ROUNDS * num_devices, num_layers, num_devices), num_layers]:
         stages = map_stages(costs.spec, num_slots=0, num_stages=number)
         short = _short_bytes(costs, stages)
         if short <= 0:
@@ -77,18 +78,19 @@ def other_mappings(costs: Costs, stages: Sequence[Stage]) -> list[tuple[Stage, .
 
 
 def _short_bytes(costs: Costs, stages: Sequence[Stage]) -> int:
-    """What the device that has least is short of: two stages' weights, the gradients of one layer, activations."""
+    """What the device that has least is short of: two stages' weights, the gradients of one, activations. Micro-batches
+    pass a whole stage one after the other, so all its layers' gradients are there until the last has passed."""
     num_devices = costs.num_devices
     stage_bytes = [costs.stage_bytes(stage.first_layer, stage.last_layer) for stage in stages]
-    widest = max(costs.stage_bytes(layer, layer) for layer in range(costs.spec.num_layers))
     order = device_order(costs.seats)
     shorts = []
     for position, device in enumerate(order):
         own = range(position, len(stages), num_devices)
         held = max((stage_bytes[a] + stage_bytes[b] for a, b in pairwise(own)), default=stage_bytes[own[0]])
+        gradients = max(stage_bytes[number] for number in own)
         layers = sum(stages[number].last_layer - stages[number].first_layer + 1 for number in own)
         memory = costs.seats[device].host.accelerator.memory_bytes
-        shorts.append(held + widest + costs.activation_bytes(layers) - memory)
+        shorts.append(held + gradients + costs.activation_bytes(layers) - memory)
     return max(shorts)
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from isthmus.simulation.tuning.costs import Seat
 from isthmus.simulation.tuning.device import Device
 from isthmus.simulation.tuning.events import Events, Record, Server
-from isthmus.simulation.tuning.links import Copy, Medium
+from isthmus.simulation.tuning.links import Copy, Links, Medium
 from isthmus.simulation.tuning.policies import StepPolicy
-from isthmus.simulation.tuning.work import StepWork
+from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.spec.timeline import Timeline
 
 
@@ -31,16 +32,23 @@ class StepResult:
     """(token, expert) pairs computed on CPUs, forward and backward, of ``num_rows``."""
     num_rows: float
     num_loads: int
-    num_events: int
+    backlogs: tuple[Backlog, ...]
+    """What is left to do during the next step, by device."""
     timelines: tuple[Timeline, ...] = ()
 
 
-def simulate_step(work: StepWork, policy: StepPolicy, *, keeps_spans: bool = False) -> StepResult:
-    """Plays the step through. Deterministic; changes nothing but ``policy``'s memory of what it decided."""
-    pipeline = Pipeline(work, policy, keeps_spans)
+def simulate_step(
+    work: StepWork, policy: StepPolicy, *, backlogs: Sequence[Backlog] = (), keeps_spans: bool = False
+) -> StepResult:
+    """Plays the step through. ``backlogs``: what the step before has left, by device; none: nothing.
+
+    Deterministic; changes nothing but ``policy``'s memory of what it decided.
+    """
+    pipeline = Pipeline(work, policy, keeps_spans, backlogs)
     pipeline.run()
     devices = pipeline.devices
     seconds = pipeline.events.now_s
+    left = tuple(device.backlog() for device in devices)
     timelines: Sequence[Timeline] = ()
     if keeps_spans:
         timelines = [
@@ -56,7 +64,7 @@ def simulate_step(work: StepWork, policy: StepPolicy, *, keeps_spans: bool = Fal
         cpu_rows=sum(device.cpu_rows for device in devices),
         num_rows=sum(device.num_rows for device in devices),
         num_loads=sum(device.num_loads for device in devices),
-        num_events=pipeline.events.num_events,
+        backlogs=left,
         timelines=tuple(timelines),
     )
 
@@ -64,30 +72,34 @@ def simulate_step(work: StepWork, policy: StepPolicy, *, keeps_spans: bool = Fal
 class Pipeline:
     """The devices of a step and what they share."""
 
-    def __init__(self, work: StepWork, policy: StepPolicy, keeps_spans: bool) -> None:
+    def __init__(self, work: StepWork, policy: StepPolicy, keeps_spans: bool, backlogs: Sequence[Backlog]) -> None:
         self.work = work
         self.policy = policy
         self.events = Events()
         costs = work.costs
-        roots: dict[tuple[int, str], Medium] = {}
-        memories: dict[int, Medium] = {}
+        self._roots: dict[tuple[int, str], Medium] = {}
+        self._memories: dict[int, Medium] = {}
         self._networks = {seat.host_number: Server(self.events) for seat in costs.seats}
-        self.devices: list[Device] = []
-        for seat in costs.seats:
-            host, card = seat.host, seat.host.accelerator
-            rates = {"h2d": card.h2d_bytes_per_s, "d2h": card.d2h_bytes_per_s}
-            media: dict[str, tuple[Medium, ...]] = {}
-            for lane, rate in rates.items():
-                shared: list[Medium] = []
-                # What all together cannot fill is left out: it would change nothing.
-                if host.accelerators_per_root * rate > host.root_bytes_per_s:
-                    shared.append(roots.setdefault((seat.root, lane), Medium(host.root_bytes_per_s / rate)))
-                if host.num_accelerators * sum(rates.values()) > host.memory_bytes_per_s:
-                    most = 2 * host.memory_bytes_per_s / sum(rates.values())
-                    shared.append(memories.setdefault(seat.host_number, Medium(most)))
-                media[lane] = tuple(shared)
-            record = Record(keeps_spans)
-            self.devices.append(Device(seat, work, policy, self.events, media, record, self.leave))
+        self._num_out = 0
+        self.devices = [
+            Device(seat, work, policy, self.events, self._links(seat), Record(keeps_spans), self.leave, left)
+            for seat, left in zip(costs.seats, backlogs or (Backlog(),) * len(costs.seats), strict=True)
+        ]
+
+    def _links(self, seat: Seat) -> Links:
+        host, card = seat.host, seat.host.accelerator
+        rates = {"h2d": card.h2d_bytes_per_s, "d2h": card.d2h_bytes_per_s}
+        media: list[tuple[Medium, ...]] = []
+        for lane, rate in rates.items():
+            shared = [Medium(1.0)]
+            # What all together cannot fill is left out: it would change nothing.
+            if host.accelerators_per_root * rate > host.root_bytes_per_s:
+                shared.append(self._roots.setdefault((seat.root, lane), Medium(host.root_bytes_per_s / rate)))
+            if host.num_accelerators * sum(rates.values()) > host.memory_bytes_per_s:
+                most = 2 * host.memory_bytes_per_s / sum(rates.values())
+                shared.append(self._memories.setdefault(seat.host_number, Medium(most)))
+            media.append(tuple(shared))
+        return Links(*media)
 
     def run(self) -> None:
         for device in self.devices:
@@ -103,6 +115,9 @@ class Pipeline:
         """A micro-batch has left a stage and goes to the one after it."""
         after = stage - 1 if is_backward else stage + 1
         if after < 0:
+            self._num_out += 1
+            if self._num_out == self.work.num_micro_batches and self.policy.overlaps_steps:
+                self.events.stop()
             return
         if after == len(self.work.stages):
             self.devices[self.work.device_of[stage]].arrive(stage, True, micro_batch)
@@ -113,13 +128,11 @@ class Pipeline:
             return
         layer = self.work.layer_costs(self.work.stages[stage].first_layer)
         num_bytes = int(layer.num_tokens * layer.row_bytes)
-        name = f"micro-batch {micro_batch}"
 
         def received() -> None:
             seconds = target.copy_s + num_bytes / target.seat.host.accelerator.h2d_bytes_per_s
-            target.loader.send(
-                Copy(seconds, lambda: target.arrive(after, is_backward, micro_batch), "tokens", name, num_bytes)
-            )
+            then = lambda: target.arrive(after, is_backward, micro_batch)  # noqa: E731
+            target.receiver.send(Copy(seconds, then, "tokens", "", num_bytes))
 
         def sent() -> None:
             host = source.seat.host
@@ -130,4 +143,4 @@ class Pipeline:
                 self._networks[source.seat.host_number].serve(host.network_s + num_bytes / rate, received)
 
         seconds = source.copy_s + num_bytes / source.seat.host.accelerator.d2h_bytes_per_s
-        source.unloader.send(Copy(seconds, sent, "tokens", name, num_bytes))
+        source.sender.send(Copy(seconds, sent, "tokens", "", num_bytes))

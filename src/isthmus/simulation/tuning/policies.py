@@ -4,19 +4,27 @@ runtime (``planning``).
 ``gpipe``: everything stays on the accelerators, the optimizer too. ``gpipe-offload``: a stage is loaded when the one
 before has left its device. ``mobius``: the next stage is loaded while one runs (Feng et al., ASPLOS 2023).
 ``aptmoe``: three phases, Equation 1 (APTMoE, sections 4.2 to 4.4). ``affinity``: ours, see ``candidates.py``.
+
+The published ones copy units whole, hold two stages, and end a step with its last optimizer step. Our runtime copies in
+pieces, holds what fits, and steps layers while the next step's forward runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from isthmus.planning.equation_one import equation_one_experts
+from isthmus.planning.horizon import ChoiceTable
 from isthmus.planning.loading import by_rank
+from isthmus.planning.pass_model import PassLayer
 from isthmus.planning.popularity import blend_history
-from isthmus.planning.split import split_rule
-from isthmus.simulation.tuning.work import LayerTables, Run, StepWork
+from isthmus.planning.problem import LayerProblem
+from isthmus.simulation.tuning.work import Run, StepWork
 from isthmus.spec.model import UnitKey
 
+PIECE_BYTES = 16 << 20
+"""That long copies are queued in (``tuning/accelerator/cuda.py``)."""
 Counts = Mapping[int, Sequence[float]]
 
 
@@ -43,8 +51,6 @@ class History:
 class StepPolicy:
     """Decides during one step. ``work``: the step as it really is; ``expected``: counts as history has them."""
 
-    interleaves = False
-    """Whether a device goes on with another micro-batch while one waits for the CPU."""
     is_resident = False
     waits_for_stage = False
     """Whether a stage begins only when all of it has been loaded."""
@@ -52,6 +58,10 @@ class StepPolicy:
     """Whether it predicts the next layer's counts (inter-layer phase)."""
     decides_again = False
     """Whether in forward every micro-batch is divided anew, by what has landed meanwhile."""
+    piece_bytes = 0
+    """Longer copies let what a computation waits for go first after so many bytes; 0: after each unit."""
+    overlaps_steps = False
+    """Whether the next step begins before the optimizer is done; a layer's weights wait for its step."""
 
     def __init__(self, work: StepWork, expected: Counts) -> None:
         self.work = work
@@ -70,12 +80,8 @@ class StepPolicy:
         """Dense parts first, then experts layer by layer."""
         keys = [self.work.dense_key(layer) for layer in run.layers]
         for layer in run.layers:
-            keys += self.work.expert_keys(layer, self.wanted(layer, run.is_backward))
+            keys += self.work.expert_keys(layer, range(self.num_experts(layer)))
         return keys
-
-    def wanted(self, layer: int, is_backward: bool) -> Iterable[int]:
-        """Experts that are to be loaded for the layer, most urgent first."""
-        return range(self.num_experts(layer))
 
     def num_experts(self, layer: int) -> int:
         expert = self.work.costs.spec.layers[layer]
@@ -110,16 +116,23 @@ class Aptmoe(StepPolicy):
 
     looks_ahead = True
     decides_again = True
+    uses_what_is_there = True
+    """Whether in backward an expert that is on the accelerator is computed there, whatever was decided."""
 
     def __init__(self, work: StepWork, expected: Counts) -> None:
         super().__init__(work, expected)
-        self._chosen: dict[tuple[int, bool, bool], frozenset[int]] = {}
+        self._chosen: dict[tuple[int, bool], frozenset[int]] = {}
+        self._ranked: dict[int, list[UnitKey]] = {}
 
-    def _equation_1(self, layer: int, counts_E: Sequence[float], is_backward: bool, is_real: bool) -> frozenset[int]:
-        key = (layer, is_backward, is_real)
+    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
+        """Experts that belong on the accelerator."""
+        return equation_one_experts(problem)
+
+    def chosen(self, layer: int, is_backward: bool) -> frozenset[int]:
+        """Likewise, with the step's real counts."""
+        key = (layer, is_backward)
         if key not in self._chosen:
-            problem = self.work.layer_costs(layer).problem(counts_E, is_backward=is_backward)
-            self._chosen[key] = equation_one_experts(problem)
+            self._chosen[key] = self.choose(self.work.tables[layer].problem(is_backward), is_backward)
         return self._chosen[key]
 
     def stage_queue(self, runs: Sequence[Run], at: int) -> list[UnitKey]:
@@ -129,71 +142,123 @@ class Aptmoe(StepPolicy):
         keys: list[UnitKey] = []
         for run in held:
             keys += [self.work.dense_key(layer) for layer in run.layers]
-            if run.is_backward:
-                ranked = by_rank({layer: self.work.counts[layer] for layer in run.layers if layer in self.work.counts})
-                keys += [key for key in ranked if key.expert in self._real(key.layer, True)]
-            else:
-                keys += by_rank({layer: self.expected[layer] for layer in run.layers if layer in self.expected})
+            keys += self._backward_queue(run) if run.is_backward else self._forward_queue(run)
         return keys
 
-    def _real(self, layer: int, is_backward: bool) -> frozenset[int]:
-        return self._equation_1(layer, self.work.counts[layer], is_backward, True)
+    def _backward_queue(self, run: Run) -> list[UnitKey]:
+        """What was decided, the most popular rank of all layers first."""
+        counts = {layer: self.work.counts[layer] for layer in run.layers if layer in self.work.counts}
+        chosen = {layer: self.chosen(layer, True) for layer in counts}
+        return [key for key in by_rank(counts) if key.expert in chosen[key.layer]]
+
+    def _forward_queue(self, run: Run) -> list[UnitKey]:
+        """All experts, by history."""
+        if run.stage not in self._ranked:
+            counts = {layer: self.expected[layer] for layer in run.layers if layer in self.expected}
+            self._ranked[run.stage] = by_rank(counts)
+        return self._ranked[run.stage]
 
     def divide(self, layer: int, is_backward: bool, there: Sequence[int]) -> tuple[Iterable[int], Sequence[int]]:
-        chosen = self._real(layer, is_backward)
-        here = set(there)
+        chosen, here = self.chosen(layer, is_backward), frozenset(there)
         by_work = self.work.tables[layer].by_work
-        return chosen | here, [expert for expert in by_work if expert in chosen and expert not in here]
+        on = chosen | here if self.uses_what_is_there or not is_backward else chosen
+        return on, [expert for expert in by_work if expert in chosen and expert not in here]
 
     def predict(self, layer: int) -> Sequence[int]:
         """With the predictor's accuracy: that share of tokens as they will be, the rest as history has them."""
         accuracy = self.work.costs.job.predictor_accuracy
         real, past = self.work.counts[layer], self.expected[layer]
         counts = [accuracy * now + (1 - accuracy) * then for now, then in zip(real, past, strict=True)]
-        chosen = self._equation_1(layer, counts, False, False)
-        return sorted(chosen, key=lambda expert: (-counts[expert], expert))
+        problem = self.work.layer_costs(layer).problem(counts, is_backward=False)
+        return sorted(self.choose(problem, False), key=lambda expert: (-counts[expert], expert))
 
 
-class Overtaking(Aptmoe):
-    """The published rule where a device goes on with another micro-batch while one waits for the CPU."""
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What our policy weighs; ``candidates.py`` tries some."""
 
-    interleaves = True
+    cpu_weight: float = 1.0
+    """What a second of the cores counts for beside one of the accelerator: a micro-batch waits for them, and for its
+    tokens to go there and back."""
+    link_price: float | None = None
+    """Seconds that a layer of forward must save for a second of link time to be well spent. None: Equation 1."""
+    least_worth: float = 0.0
+    """Experts that would take the cores less than so many loads are not loaded ahead in forward."""
+    uses_what_is_there: bool = False
+    """As in ``Aptmoe``."""
+
+    def __str__(self) -> str:
+        price = "Equation 1" if self.link_price is None else f"link price {self.link_price:g}"
+        there = ", what is there used" if self.uses_what_is_there else ""
+        return f"forward by {price}, loads worth {self.least_worth:g}, cores weigh {self.cpu_weight:g}{there}"
 
 
-class Planned(StepPolicy):
-    """As a plan says, made for the expected counts; where counts turn out otherwise, the runtime's split rule decides
-    given what is there."""
+class RuntimeAptmoe(Aptmoe):
+    """The published rule in our runtime, which copies in pieces and overlaps steps."""
 
-    interleaves = True
+    piece_bytes = PIECE_BYTES
+    overlaps_steps = True
 
-    def __init__(self, work: StepWork, expected: Counts, plan: Mapping[tuple[int, bool], Sequence[int]], factor: float):
-        """``plan``: experts on the accelerator by (layer, is_backward), most urgent first. ``factor``: what a second of
-        link time counts for in a split."""
+
+class Affinity(RuntimeAptmoe):
+    """Ours. In forward the published phases, with loads that are worth it; in backward, which knows all counts, the
+    split with which cores and accelerator end together."""
+
+    def __init__(self, work: StepWork, expected: Counts, mix: Mix) -> None:
         super().__init__(work, expected)
-        self._plan = plan
-        self._factor = factor
+        self._mix = mix
+        self.uses_what_is_there = mix.uses_what_is_there
+        self._fits = [self._fitting_bytes(device) for device in range(len(work.order))]
+        self._held: dict[tuple[int, int], list[Run]] = {}
+        self._worthy: dict[int, frozenset[int]] = {}
 
-    def wanted(self, layer: int, is_backward: bool) -> Iterable[int]:
-        return self._plan.get((layer, is_backward), ())
+    def _fitting_bytes(self, device: int) -> int:
+        """Of weights, beside activations and the gradients of a stage."""
+        costs, runs = self.work.costs, self.work.runs[device]
+        forward = [run for run in runs if not run.is_backward]
+        widest = max(self._bytes(run) for run in forward)
+        kept = costs.activation_bytes(sum(len(run.layers) for run in forward))
+        return costs.seats[device].host.accelerator.memory_bytes - kept - widest
 
-    def divide(self, layer: int, is_backward: bool, there: Sequence[int]) -> tuple[Iterable[int], Sequence[int]]:
-        planned = self._plan[layer, is_backward]
-        if is_same(self.work.counts[layer], self.expected[layer]):
-            return planned, [expert for expert in planned if expert not in there]
-        on = real_split(self.work.tables[layer], is_backward, there, self._factor)
-        return on, [expert for expert in on if expert not in there]
+    def _bytes(self, run: Run) -> int:
+        return self.work.costs.stage_bytes(min(run.layers), max(run.layers))
 
+    def held(self, runs: Sequence[Run], at: int) -> list[Run]:
+        """As many stages as fit, those that are needed first."""
+        device = self.work.device_of[runs[at].stage]
+        if (device, at) not in self._held:
+            left = self._fits[device]
+            found: dict[int, Run] = {}
+            for run in runs[at:]:
+                if run.stage not in found:
+                    left -= self._bytes(run)
+                    if left < 0 and len(found) >= 2:
+                        break
+                    found[run.stage] = run
+            self._held[device, at] = list(found.values())
+        return self._held[device, at]
 
-def is_same(counts_E: Sequence[float], expected_E: Sequence[float]) -> bool:
-    """Up to half a token."""
-    return all(abs(a - b) < 1 for a, b in zip(counts_E, expected_E, strict=True))
+    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
+        price = 0.0 if is_backward else self._mix.link_price
+        if price is None:
+            return super().choose(problem, is_backward)
+        weighted = replace(problem, cpu_s=tuple([self._mix.cpu_weight * seconds for seconds in problem.cpu_s]))
+        choices = PassLayer(weighted, kept=frozenset())
+        return frozenset(choices.on_accelerator(ChoiceTable(choices).cheapest(price)[0]))
 
+    def _forward_queue(self, run: Run) -> list[UnitKey]:
+        ranked = super()._forward_queue(run)
+        if not self._mix.least_worth:
+            return ranked
+        worthy = {layer: self._worth(layer) for layer in run.layers if layer in self.expected}
+        return [key for key in ranked if key.expert in worthy[key.layer]]
 
-def real_split(tables: LayerTables, is_backward: bool, there: Sequence[int], factor: float) -> list[int]:
-    """``affinity`` with the layer's real counts, given what is there, most work first."""
-    from dataclasses import replace
-
-    problem = tables.costs.problem(tables.counts, is_backward=is_backward, load_factor=factor)
-    split = split_rule("affinity")(replace(problem, resident=frozenset(there)))
-    on = set(split.on_accelerator)
-    return [expert for expert in tables.by_work if expert in on]
+    def _worth(self, layer: int) -> frozenset[int]:
+        """Experts that are worth a load, as far as history knows."""
+        if layer not in self._worthy:
+            costs, counts_E = self.work.layer_costs(layer), self.expected[layer]
+            problem = costs.problem(counts_E, is_backward=False)
+            least_s = self._mix.least_worth * costs.load_s
+            worthy = [expert for expert, seconds in enumerate(problem.cpu_s) if seconds > least_s]
+            self._worthy[layer] = self.choose(problem, False).union(worthy)
+        return self._worthy[layer]

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
-from isthmus.simulation.tuning.candidates import choose
+from isthmus.simulation.tuning.candidates import choose, steady_step
 from isthmus.simulation.tuning.costs import Costs, TuneJob
 from isthmus.simulation.tuning.mapping import device_order, other_mappings, stages_for
-from isthmus.simulation.tuning.pipeline import simulate_step
-from isthmus.simulation.tuning.policies import Aptmoe, GPipeOffload, Mobius
+from isthmus.simulation.tuning.policies import Aptmoe, GPipeOffload, Mobius, RuntimeAptmoe, StepPolicy
 from isthmus.simulation.tuning.popularity import DrawnPopularity
 from isthmus.simulation.tuning.shapes import MOE_SHAPES
 from isthmus.simulation.tuning.work import StepWork
@@ -55,6 +54,10 @@ class CellSeconds:
     gpipe_offload_s: float
     mobius_s: float
     aptmoe_s: float
+    best_aptmoe_s: float
+    """The rule with the number of stages that suits it best."""
+    runtime_aptmoe_s: float
+    """Likewise in our runtime."""
     affinity_s: float
     bound_s: float
     """Without the pipeline's bubble factor."""
@@ -106,15 +109,21 @@ def simulate_cell(cell: Cell, cluster: TuneCluster) -> CellSeconds:
     popularity = DrawnPopularity(spec, cell.skewness, is_capped=False)
     counts = {layer: counts_E.tolist() for layer, counts_E in next(popularity.steps(job.num_tokens)).items()}
     stages, order = stages_for(costs, None), device_order(costs.seats)
-    work = StepWork(costs, stages, order, counts)
-    seconds = [simulate_step(work, policy(work, counts)).seconds for policy in (GPipeOffload, Mobius, Aptmoe)]
-    choice = choose(work, other_mappings(costs, stages))
+    works = [StepWork(costs, mapped, order, counts) for mapped in (stages, *other_mappings(costs, stages))]
+
+    def seconds(policy: type[StepPolicy]) -> list[float]:
+        return [steady_step(work, policy).seconds for work in works]
+
+    rule = seconds(Aptmoe)
+    choice = choose(works[0], [work.stages for work in works[1:]])
     ours = StepWork(costs, choice.stages, order, counts)
     return CellSeconds(
-        gpipe_offload_s=seconds[0],
-        mobius_s=seconds[1],
-        aptmoe_s=seconds[2],
-        affinity_s=simulate_step(ours, choice.make(ours, counts)).seconds,
+        gpipe_offload_s=steady_step(works[0], GPipeOffload).seconds,
+        mobius_s=steady_step(works[0], Mobius).seconds,
+        aptmoe_s=rule[0],
+        best_aptmoe_s=min(rule),
+        runtime_aptmoe_s=min(seconds(RuntimeAptmoe)),
+        affinity_s=choice.predicted_s,
         bound_s=step_bound_s(ours),
         bubble_factor=bubble_factor(job.num_micro_batches, len(choice.stages), len(order)),
         plan=choice.name,

@@ -22,7 +22,7 @@ from isthmus.simulation.tuning.mapping import (
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import Aptmoe, Counts, GPipe, GPipeOffload, History, Mobius, StepPolicy
 from isthmus.simulation.tuning.popularity import Floats
-from isthmus.simulation.tuning.work import StepWork
+from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.simulation.tuning.zero3 import zero3_step_s
 from isthmus.spec.plan import Stage
 from isthmus.spec.timeline import Timeline
@@ -94,6 +94,7 @@ def simulate_tuning(
     stages = stages_for(costs, costs.job.num_stages)
     order = device_order(costs.seats)
     outcomes: dict[str, Outcome] = {}
+    bounds_s: dict[Sequence[Stage], float] = {}
     work: StepWork | None = None
     for policy in policies:
         outcome = outcomes[policy] = Outcome(policy=policy)
@@ -109,7 +110,9 @@ def simulate_tuning(
             tell(policy, number + 1)
         work = runner.work
         outcome.last, outcome.note, outcome.num_stages = runner.last, runner.note, len(work.stages)
-        outcome.bound_s = step_bound_s(work)
+        if work.stages not in bounds_s:  # counts are the same for all
+            bounds_s[work.stages] = step_bound_s(work)
+        outcome.bound_s = bounds_s[work.stages]
         outcome.bubble_factor = bubble_factor(costs.job.num_micro_batches, len(work.stages), len(order))
     if work is None:
         steps = popularity().steps(costs.job.num_tokens)
@@ -133,16 +136,19 @@ class _Runner:
         is_free = policy == "affinity" and costs.job.num_stages is None
         self._mappings = other_mappings(costs, stages) if is_free else []
         self._choice: Choice | None = None
-        self._seen: tuple[Counts, Counts] | None = None
+        self._seen: tuple[object, ...] = ()
+        self._backlogs: tuple[Backlog, ...] = ()
         self._seconds = 0.0
         self._num_steps = 0
 
     def step(self, counts: Counts, *, keeps_spans: bool) -> float:
         expected = self._history.expected(counts)
         self._num_steps += 1
-        is_new = self._seen != (counts, expected)
+        seen = (counts, expected, self._backlogs)
+        # With the second step's plan mappings are compared.
+        is_new = self._num_steps == 2 or self._seen != seen
         if is_new or keeps_spans:
-            self._seen = (counts, expected)
+            self._seen = seen
             self._play(counts, expected, is_new, keeps_spans)
         self._history.learn(counts)
         return self._seconds
@@ -155,15 +161,27 @@ class _Runner:
             self.note = "cost model"
             return
         if self._policy == "affinity":
+            choice = self._choice
             # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
-            if self._choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
-                likely = StepWork(self._costs, self._stages, self._order, expected)
-                self._choice = choose(likely, self._mappings)
-                self.note = f"{self._choice.name} ({self._choice.num_tried} schedules compared)"
+            if choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
+                choice = self._plan(expected)
             if is_new:
-                self.work = StepWork(self._costs, self._choice.stages, self._order, counts)
-            policy = self._choice.make(self.work, expected)
+                self.work = StepWork(self._costs, choice.stages, self._order, counts)
+            policy = choice.make(self.work, expected)
         else:
             policy = FIXED[self._policy](self.work, expected)
-        self.last = simulate_step(self.work, policy, keeps_spans=keeps_spans)
+        self.last = simulate_step(self.work, policy, backlogs=self._backlogs, keeps_spans=keeps_spans)
         self._seconds = self.last.seconds
+        self._backlogs = self.last.backlogs if policy.overlaps_steps else ()
+
+    def _plan(self, expected: Counts) -> Choice:
+        """Chooses anew; mappings are compared when some popularity is known first. A pipeline of another mapping is
+        built anew, which is no part of a step: it begins as if it had always been there."""
+        before = self._choice
+        likely = StepWork(self._costs, self._stages, self._order, expected)
+        mappings = self._mappings if self._num_steps == 2 else ()
+        choice = self._choice = choose(likely, mappings, last=before if self._num_steps > 2 else None)
+        self.note = f"{choice.name} ({choice.num_tried} schedules compared)"
+        if before is None or before.stages != choice.stages:
+            self._backlogs = choice.backlogs
+        return choice

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from isthmus.planning.loading import unit_key
+from isthmus.planning.problem import LayerProblem
 from isthmus.simulation.tuning.costs import Costs, LayerCosts
 from isthmus.spec.model import DENSE, UnitKey
 from isthmus.spec.plan import Stage
@@ -23,6 +25,14 @@ class Run:
     is_backward: bool
     layers: tuple[int, ...]
     """In the order of the pass."""
+
+
+class Backlog(NamedTuple):
+    """What one step leaves a device to do during the next one: (layer, seconds) by layer, gradients on their way to
+    the host and the optimizer's steps. A layer's weights are neither loaded nor used before its step."""
+
+    gradients: tuple[tuple[int, float], ...] = ()
+    steps: tuple[tuple[int, float], ...] = ()
 
 
 class Division:
@@ -56,12 +66,18 @@ class LayerTables:
         self.counts = [float(count) for count in counts_E]
         self.tokens = [count / costs.num_parts for count in self.counts]
         self.num_rows = sum(self.tokens)
-        self.by_work = sorted(range(len(self.tokens)), key=lambda e: (-self.tokens[e], e))
+        self.by_work = sorted(range(len(self.tokens)), key=[-tokens for tokens in self.tokens].__getitem__)
         tokens = np.array(self.tokens)
         self.accelerator_s = tuple(
             costs.accelerator_s(tokens, is_backward=backward).tolist() for backward in (False, True)
         )
         self.cpu_s = tuple(costs.cpu_s(tokens, is_backward=backward).tolist() for backward in (False, True))
+
+    def problem(self, is_backward: bool) -> LayerProblem:
+        """As the split rules see the layer."""
+        return self.costs.problem_of(
+            self.counts, self.cpu_s[is_backward], self.accelerator_s[is_backward], is_backward=is_backward
+        )
 
 
 class StepWork:
