@@ -11,10 +11,10 @@ import psutil
 import torch
 from transformers import Qwen3MoeConfig
 
-from isthmus.models.config import model_spec
-from isthmus.planning.memory import dense_bytes, host_memory, slot_bytes
+from isthmus.models.moe_model import MoeModel
+from isthmus.planning.memory import dense_bytes, host_bytes
+from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.reporting.environment import memory_bytes
-from isthmus.spec.model import ModelSpec
 from isthmus.spec.units import parse_bytes
 from isthmus.tuning.bench import BenchOptions
 
@@ -122,28 +122,30 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     available = arguments.host_memory or min(memory_bytes(), psutil.virtual_memory().available)
     spare = 1 << 30 if is_toy else SPARE_HOST_BYTES
 
-    def specification(num_layers: int) -> ModelSpec:
-        return model_spec(configuration(num_layers, is_toy=is_toy))
+    def built(num_layers: int) -> MoeModel:
+        return MoeModel.build(configuration(num_layers, is_toy=is_toy), "bf16")
 
-    def needed(spec: ModelSpec) -> int:
-        return round(1.10 * sum(host_memory(spec, "bf16").values())) + spare
+    def needed(model: MoeModel) -> int:
+        return round(1.10 * sum(host_bytes(model.layouts.values()).values())) + spare
 
     num_layers = arguments.layers or 2
-    spec, wanted = specification(num_layers), 2e5 if is_toy else arguments.parameters
-    while not arguments.layers and spec.num_parameters < wanted:
-        larger = specification(num_layers + 1)
+    model, wanted = built(num_layers), 2e5 if is_toy else arguments.parameters
+    while not arguments.layers and model.spec.num_parameters < wanted:
+        larger = built(num_layers + 1)
         if needed(larger) > available:
             break
-        spec, num_layers = larger, num_layers + 1
-    if needed(spec) > available and not arguments.dry_run:
+        model, num_layers = larger, num_layers + 1
+    spec = model.spec
+    if needed(model) > available and not arguments.dry_run:
         raise SystemExit(
-            f"host memory: {num_layers} layers need {_gib(needed(spec))}, {_gib(available)} are free; "
+            f"host memory: {num_layers} layers need {_gib(needed(model))}, {_gib(available)} are free; "
             "take fewer layers, or a larger host"
         )
     is_pinned = not is_toy and fsdp_bytes(spec.num_parameters, is_pinned=True) + spare <= available
     budget = parse_bytes(arguments.accelerator_memory, "accelerator_memory")
     num_experts = sum(layer.num_experts for layer in spec.layers if layer is not None)
-    num_slots = max(0, budget - dense_bytes(spec, "bf16")) // slot_bytes(spec, "bf16")
+    slot_bytes = model.slot_numel * BYTES_PER_VALUE["bf16"]
+    num_slots = max(0, budget - dense_bytes(model.layouts, num_layers)) // slot_bytes
     return Plan(
         scratch=str(arguments.scratch.resolve()),
         minutes=arguments.minutes,
@@ -157,7 +159,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         policies=arguments.policies.split(","),
         skews=[None if part == "uniform" else float(part) for part in arguments.skew.split(",")],
         is_fsdp_pinned=is_pinned,
-        needed_host_bytes=needed(spec),
+        needed_host_bytes=needed(model),
         fsdp_host_bytes=fsdp_bytes(spec.num_parameters, is_pinned=is_pinned) + spare,
         available_host_bytes=available,
         checkpoint_bytes=2 * spec.num_parameters,

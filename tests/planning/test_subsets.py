@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -96,7 +97,7 @@ def test_few_plans_of_many_devices_are_looked_at_when_some_are_kept(monkeypatch:
     pools: list[int] = []
     offers = residency._offers
 
-    def counted(pool: list[InferencePlan], weighed: list) -> list:
+    def counted(pool: list[InferencePlan], weighed: list) -> Any:
         pools.append(len(pool))
         return offers(pool, weighed)
 
