@@ -1,0 +1,133 @@
+"""Strong scaling of ``isthmus tune`` over emulated devices: the same steps on one, two and four of them.
+
+Raises a testbed (root) whose devices have a core share and a link each, and fine-tunes one model of random weights on
+the first device alone, on two and on four, in turns. Every device is a process that computes in place; stages loop over
+them (APTMoE, section 3), activations travel. Seconds of a step are the first device's, from its begin until all devices
+have told what they did; the first two steps of a run are not counted. The bound on D devices is one device's seconds ÷
+D, times (M·R + D - 1) ÷ (M·R) for M micro-batches and R stages a device, in which a pipeline fills and drains.
+
+    sudo python benchmarks/tune_scaling.py [--share 0.45] [--mbit 1000] [--repeats 2] [--micro-batches 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from testbed_runs import run_once, write_results
+
+from isthmus.testbed import DeviceSpec, Testbed, TestbedSpec
+
+NUM_DEVICES = (1, 2, 4)
+NUM_LAYERS = 8
+WARM_STEPS = 2
+
+
+def model_and_text(folder: Path) -> tuple[Path, Path]:
+    """A Qwen3-MoE of 8 layers and 8 experts a layer (29M parameters), and Python's standard library; made once."""
+    model, text = folder / "model", folder / "text.txt"
+    if not (model / "tokenizer.json").is_file():
+        from transformers import Qwen3MoeConfig
+
+        from isthmus.data import standard_library_text, train_tokenizer
+        from isthmus.models.tiny import write_random_checkpoint
+
+        documents = standard_library_text(1_000_000)
+        folder.mkdir(parents=True, exist_ok=True)
+        text.write_text("\n".join(documents))
+        config = Qwen3MoeConfig(
+            vocab_size=512,
+            hidden_size=256,
+            num_hidden_layers=NUM_LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=64,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=512,
+            intermediate_size=512,
+            max_position_embeddings=512,
+            router_aux_loss_coef=0.01,
+            tie_word_embeddings=False,
+        )
+        write_random_checkpoint(config, model, 0, train_tokenizer(documents, 512))
+    return model, text
+
+
+def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, number: int, repeat: int) -> list[float]:
+    """Of each step that counts, on ``number`` devices."""
+    model, text = model_and_text(folder)
+    output = folder / f"{number}-{repeat}"
+    command = [str(Path(sys.executable).with_name("isthmus")), "tune", str(model), "--data", str(text)]
+    values: dict[str, Any] = {
+        "--output": output / "run",
+        "--report": output / "report.json",
+        "--steps": WARM_STEPS + options.steps,
+        "--seq-len": options.seq_len,
+        "--micro-batches": options.micro_batches,
+        "--num-stages": NUM_LAYERS,
+        "--dtype": "fp32",
+        "--accelerator": "host",
+    }
+    for name, value in values.items():
+        command += [name, str(value)]
+    command += ["--overwrite", "--plain"]
+    devices = list(range(number))
+    report = run_once(testbed, command, output / "report.json", cache=folder / "cache", again=True, devices=devices)
+    return [step["duration_s"] for step in report["steps"][WARM_STEPS:]]
+
+
+def table(found: dict[int, list[float]], options: argparse.Namespace) -> str:
+    alone_s = statistics.median(found[1])
+    lines = [
+        f"# Strong scaling of isthmus tune: {options.share} cores and {options.mbit} Mbit/s a device",
+        "",
+        f"{NUM_LAYERS} layers, a stage each, {options.micro_batches} micro-batches of {options.seq_len} tokens, fp32, "
+        "in place.",
+        "",
+        "| devices | bound, s | step, s (p10–p90) | speed-up | of the bound |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for number, seconds in found.items():
+        pieces = options.micro_batches * NUM_LAYERS // number
+        bound_s = alone_s / number * (pieces + number - 1) / pieces
+        median_s, deciles = statistics.median(seconds), statistics.quantiles(seconds, n=10)
+        lines.append(
+            f"| {number} | {bound_s:.3f} | {median_s:.3f} ({deciles[0]:.3f}–{deciles[-1]:.3f}) | "
+            f"{alone_s / median_s:.2f} | {bound_s / median_s:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("out/tune_scaling"))
+    parser.add_argument("--share", type=float, default=0.45, help="cores of each device")
+    parser.add_argument("--mbit", type=float, default=1000.0, help="of each device's link")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--micro-batches", type=int, default=16)
+    options = parser.parse_args()
+    device = DeviceSpec(cpu_share=options.share, bandwidth_bits_per_s=options.mbit * 1e6)
+    spec = TestbedSpec(name="tune-scaling", devices=(device,) * max(NUM_DEVICES), cpu_quota_s=1e-3)
+    found: dict[int, list[float]] = {number: [] for number in NUM_DEVICES}
+    with Testbed.up(spec, replace=True) as testbed:
+        for repeat in range(options.repeats):
+            for number in NUM_DEVICES:
+                found[number] += step_seconds(testbed, options.output, options, number, repeat)
+                print(f"{number} devices: {statistics.median(found[number]):.3f} s a step", file=sys.stderr)
+    numbers = {f"{number}_devices_step_s": seconds for number, seconds in found.items()}
+    write_results(
+        options.output,
+        "tune_scaling",
+        table(found, options),
+        {"options": vars(options) | {"output": str(options.output)}, **numbers},
+    )
+
+
+if __name__ == "__main__":
+    main()
