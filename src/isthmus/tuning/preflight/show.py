@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -47,46 +48,66 @@ def shortages(report: PlanTuneReport) -> Iterator[str]:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True, caption_justify="left"
+    )
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if not number else "right", no_wrap=True)
     return table
 
 
 def _devices(needs: Sequence[DeviceNeed]) -> Table:
-    table = _table(
-        "accelerator", "host", "layers", "stages", "dense", "activations", "experts", "in all", "of", "least"
-    )
     shown = sorted(needs, key=lambda need: need.memory_bytes - need.minimum_bytes)[:MOST_ROWS]
+    unit = _Unit.of([need.memory_bytes for need in shown])
+    table = _table(unit.name, "host", "layers", "dense", "activations", "experts", "in all", "of", "least")
     for need in sorted(shown, key=lambda need: need.device):
-        streamed = "" if need.is_dense_resident else " (passing through)"
         number = "all" if need.num_slots >= need.num_experts else f"{need.num_slots} of {need.num_experts}"
-        slots = f"{human_memory(need.num_slots * need.slot_bytes)} ({number})"
+        slots = f"{unit(need.num_slots * need.slot_bytes)} ({number})"
         table.add_row(
-            str(need.device),
-            str(need.host),
-            str(need.num_layers),
-            str(need.num_stages),
-            human_memory(need.dense_bytes) + streamed,
-            human_memory(need.activation_bytes),
+            f"{need.device}",
+            f"{need.host}",
+            f"{need.num_layers} in {need.num_stages}",
+            unit(need.dense_bytes) + ("" if need.is_dense_resident else "*"),
+            unit(need.activation_bytes),
             "none" if need.short_bytes else slots,
-            human_memory(need.total_bytes),
-            human_memory(need.memory_bytes),
-            human_memory(need.minimum_bytes),
+            unit(need.total_bytes),
+            unit(need.memory_bytes),
+            unit(need.minimum_bytes),
         )
+    table.caption = "layers in stages; least: what it takes at least"
+    if not all(need.is_dense_resident for need in shown):
+        table.caption += "; * a few layers at a time"
     return table
 
 
 def _hosts(needs: Sequence[HostNeed]) -> Table:
-    table = _table("host", "weights", "masters", "gradients", "moments", "tokens", "in all", "of")
     shown = sorted(needs, key=lambda need: need.memory_bytes - need.total_bytes)[:MOST_ROWS]
+    unit = _Unit.of([need.memory_bytes for need in shown])
+    table = _table(unit.name, "weights", "masters", "gradients", "moments", "tokens", "in all", "of")
     for need in sorted(shown, key=lambda need: need.host):
         kinds = need.kinds_bytes
         moments = kinds["exp_avg"] + kinds["exp_avg_sq"]
         sizes = (kinds["weight"], kinds["master"], kinds["gradient"], moments, kinds["staging"])
-        cells = [human_memory(size) for size in (*sizes, need.total_bytes, need.memory_bytes)]
-        table.add_row(f"{need.host} ({need.name})", *cells)
+        cells = [unit(size) for size in (*sizes, need.total_bytes, need.memory_bytes)]
+        table.add_row(f"host {need.host}", *cells)
     return table
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What a table's sizes are told in: so its columns are narrow enough for any terminal."""
+
+    name: str
+    num_bytes: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> _Unit:
+        units = [cls("KiB", 1 << 10), cls("MiB", 1 << 20), cls("GiB", 1 << 30)]
+        return next((unit for unit in reversed(units) if max(sizes) >= unit.num_bytes), units[0])
+
+    def __call__(self, num_bytes: int) -> str:
+        value = num_bytes / self.num_bytes
+        return f"{value:,.0f}" if value >= 100 or not num_bytes else f"{value:.2g}" if value < 1 else f"{value:.1f}"
 
 
 def _links(links: Sequence[LinkUse], step_s: float) -> Table:
