@@ -100,13 +100,12 @@ def evaluate(
     place = Place(_device(device), dtype)
     rows: list[EvaluateRow] = []
     with TrainingProgress(0, title="isthmus evaluate", console=console) as progress:
-        say = progress.phase
         for task, candidate in itertools.product(opened, candidates):
             rows += _scores(candidate, task, chosen, recipe, range(num_seeds), place, progress, save)
         if "fidelity" in chosen:
-            rows += _fidelities(candidates, texts or opened[0].development_texts, place, say)
+            rows += _fidelities(candidates, texts or opened[0].development_texts, place, progress.phase)
         if "perplexity" in chosen:
-            rows += [_perplexity(candidate, texts, recipe, place, say) for candidate in candidates]
+            rows += [_perplexity(candidate, texts, recipe, place, progress.phase) for candidate in candidates]
     config: dict[str, object] = {
         "models": [str(model) for model in models],
         "tasks": list(tasks),

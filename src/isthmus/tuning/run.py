@@ -92,15 +92,20 @@ def tune(
     links = Links.connect(rank_timeout) if is_one_of_several() else None
     is_first = links is None or not links.rank
     if is_first:
-        inputs = [source for source in (model, data, eval_data) if source is not None]
-        check_output(Path(output), inputs, resume=resume, overwrite=overwrite)
-        if trace is not None:
-            check_file("trace", Path(trace))
+        _check_places(options)
     # Rank 0 speaks for all; errors are told by whoever meets them.
     console = None if is_first else Console(quiet=True)
     with PeakHostMemory() as memory, TrainingProgress(steps, console=console, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
             return _tune(options, memory, progress, stop, links)
+
+
+def _check_places(options: TuneOptions) -> None:
+    """Raises for an output that is in use, or where nothing can be written."""
+    inputs = [source for source in (options.model, options.data, options.eval_data) if source is not None]
+    check_output(Path(options.output), inputs, resume=options.resume, overwrite=options.overwrite)
+    if options.trace is not None:
+        check_file("trace", Path(options.trace))
 
 
 def _tune(
