@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from rich.console import Console, RenderableType
 from torch import Tensor, nn
 
-from isthmus.data import load_tokenizer
 from isthmus.models.attention import use_blocked_attention
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.config import load_config
@@ -34,7 +34,7 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import UnitKey
 from isthmus.training.heap import keep_freed_memory
 from isthmus.training.output import check_file
-from isthmus.tuning.data import BatchStream, MicroBatch, keep_documents_apart, load_dataset
+from isthmus.tuning.data import BatchStream, MicroBatch, keep_documents_apart, load_dataset_for
 
 NUM_RANGES = 4
 """Of layers, whose skewness is told apart."""
@@ -93,7 +93,7 @@ def trace(
         config = load_config(path, num_layers=num_layers)
         for file in checkpoint_files(path):
             SafetensorsReader(file).close()
-        stream = _read_data(options, path, config.get_text_config().vocab_size, progress)
+        stream = _read_data(options, path, progress)
         counting = CountingModel(MoeModel.build(config, dtype), path, progress)
         recorded: list[dict[int, list[int]]] = []
         for step in range(1, steps + 1):
@@ -184,23 +184,17 @@ def _skewness(counts_LE: dict[int, list[int]]) -> float:
     return float(np.mean([np.square(share).sum() for share in shares]))
 
 
-def _read_data(options: TraceOptions, path: Path, vocab_size: int, progress: TrainingProgress) -> BatchStream:
+def _read_data(options: TraceOptions, path: Path, progress: TrainingProgress) -> BatchStream:
     """The steps to run over. Raises ``IsthmusError`` for data that is not there, is too little, or has tokens that the
     model does not know."""
-    config = load_config(path)
-    dataset = load_dataset(
+    dataset = load_dataset_for(
+        path,
+        load_config(path),
         options.data,
-        load_tokenizer(path),
         seq_len=options.seq_len,
         columns=options.columns,
-        is_encoder_decoder=bool(config.is_encoder_decoder),
-        progress=lambda share: progress.phase("reading data", share),
+        progress=partial(progress.phase, "reading data"),
     )
-    if (largest := int(dataset.token_ids.max())) >= vocab_size:
-        raise IsthmusError(
-            f"tokenizer: the one in {path} makes token {largest} of {options.data}, but the model's vocab_size is "
-            f"{vocab_size}; put the model's own tokenizer there."
-        )
     stream = BatchStream(
         dataset,
         micro_batch_size=options.micro_batch_size,

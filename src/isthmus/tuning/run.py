@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from isthmus.data import load_tokenizer
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.config import load_config
 from isthmus.models.safetensors_file import SafetensorsReader
@@ -23,13 +23,12 @@ from isthmus.reporting.popularity_plot import plot_popularity
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.reporting.timeline_plot import plot_timeline
-from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
 from isthmus.training.interruption import StopSignals
 from isthmus.training.output import check_file, check_output, clear_output
-from isthmus.tuning.data import BatchStream, MicroBatch, TokenDataset, load_dataset
+from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset_for
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
 from isthmus.tuning.pipeline.company import choose_device, of_all_ranks, require_same, share_cores
@@ -169,31 +168,19 @@ def _checked_checkpoint(options: TuneOptions) -> Path:
 
 def _read_data(options: TuneOptions, path: Path, progress: TrainingProgress) -> tuple[BatchStream, list[MicroBatch]]:
     """Training data as a stream of steps, and the micro-batches to evaluate on."""
-    config = load_config(path)
-    tokenizer = load_tokenizer(path)
-    vocab_size = config.get_text_config().vocab_size
     batching: dict[str, Any] = {
         "micro_batch_size": options.micro_batch_size,
         "num_micro_batches": options.micro_batches,
         "seed": options.seed,
     }
-
-    def read(source: str | Path) -> TokenDataset:
-        dataset = load_dataset(
-            source,
-            tokenizer,
-            seq_len=options.seq_len,
-            columns=options.columns,
-            is_encoder_decoder=bool(config.is_encoder_decoder),
-            progress=lambda share: progress.phase("reading data", share),
-        )
-        if (largest := int(dataset.token_ids.max())) >= vocab_size:
-            raise IsthmusError(
-                f"tokenizer: the one in {path} makes token {largest} of {source}, but the model's vocab_size is "
-                f"{vocab_size}; put the model's own tokenizer there."
-            )
-        return dataset
-
+    read = partial(
+        load_dataset_for,
+        path,
+        load_config(path),
+        seq_len=options.seq_len,
+        columns=options.columns,
+        progress=partial(progress.phase, "reading data"),
+    )
     stream = BatchStream(read(options.data), **batching)
     if options.eval_data is None:
         return stream, []

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from isthmus.data.record import Record
 from isthmus.data.records import read_records
-from isthmus.data.tokenizer import pad_token_id
+from isthmus.data.tokenizer import load_tokenizer, pad_token_id
 from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.data.encoding import Encoder, Example
 from isthmus.tuning.data.fields import interpret, parse_columns
@@ -147,6 +147,30 @@ class _Collector:
             num_without_labels=self.num_without_labels,
             notes=notes,
         )
+
+
+def load_dataset_for(
+    path: Path,
+    config: PretrainedConfig,
+    source: str | Path,
+    *,
+    seq_len: int,
+    columns: str | Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> TokenDataset:
+    """``load_dataset`` with the tokenizer of the checkpoint at ``path``. Raises ``IsthmusError`` also where it makes
+    tokens that the model of ``config`` does not know."""
+    is_encoder_decoder, tokenizer = bool(config.is_encoder_decoder), load_tokenizer(path)
+    dataset = load_dataset(
+        source, tokenizer, seq_len=seq_len, columns=columns, is_encoder_decoder=is_encoder_decoder, progress=progress
+    )
+    vocab_size = config.get_text_config().vocab_size
+    if (largest := int(dataset.token_ids.max())) >= vocab_size:
+        raise IsthmusError(
+            f"tokenizer: the one in {path} makes token {largest} of {source}, but the model's vocab_size is "
+            f"{vocab_size}; put the model's own tokenizer there."
+        )
+    return dataset
 
 
 def load_dataset(
