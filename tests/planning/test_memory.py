@@ -15,11 +15,13 @@ from isthmus.planning.memory import (
     activation_bytes,
     dense_bytes,
     host_bytes,
+    least_slots,
     minimum_bytes,
     num_dense_buffers,
 )
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import DENSE, OUTER_LAYER, ExpertSpec, ModelSpec, TensorSpec, UnitKey, UnitLayout
+from isthmus.spec.plan import Stage
 
 
 def blueprint(spec: ModelSpec, dtype: str = "fp32") -> Blueprint:
@@ -42,7 +44,6 @@ def blueprint(spec: ModelSpec, dtype: str = "fp32") -> Blueprint:
         layouts=layouts,
         saved=SavedStorages(before={99: 5}, layers=saved, after={100: 7}),
         num_tokens=16,
-        outer={0: frozenset({"embed"}), spec.num_layers - 1: frozenset({"head"})},
     )
 
 
@@ -77,14 +78,25 @@ def test_parts_are_those_of_the_model(spec: ModelSpec) -> None:
 def test_a_device_has_what_its_layers_need(spec: ModelSpec) -> None:
     first, middle, last = (blueprint(spec).part(layers) for layers in ({0, 1}, {2, 3}, {4, 5}))
     outer = UnitKey(OUTER_LAYER, DENSE)
-    assert [tensor.name for tensor in first.layouts[outer].tensors] == ["embed"]
-    assert [tensor.name for tensor in last.layouts[outer].tensors] == ["head"] and outer not in middle.layouts
+    assert outer in first.layouts and outer not in {*middle.layouts, *last.layouts}
     assert [part.num_experts for part in (first, middle, last)] == [4, 8, 8]
     # What the layer before has saved last is the first layer's input, on either device.
-    assert [part.saved_bytes for part in (first, middle, last)] == [2015, 3010, 3017]
+    assert [part.saved_bytes for part in (first, middle, last)] == [2022, 3010, 3010]
     kinds = [host_bytes(part.layouts.values()) for part in (first, middle, last)]
     whole = host_bytes(blueprint(spec).whole.layouts.values())
-    assert sum(kind["exp_avg"] for kind in kinds) == whole["exp_avg"] + 4 * 16
+    assert sum(kind["exp_avg"] for kind in kinds) == whole["exp_avg"]
+
+
+def test_a_device_among_others_holds_gradients_of_a_stage_and_all_its_dense_parts(spec: ModelSpec) -> None:
+    stages = (Stage(first_layer=1, last_layer=3),)
+    alone, among = (blueprint(spec).part({1, 2, 3}, stages=own) for own in ((), stages))
+    assert (alone.num_with_gradients, among.num_with_gradients) == (4, 12)
+    assert least_slots("mobius", alone.experts, alone.num_with_gradients) == 4 + 4 + 1
+    assert least_slots("mobius", among.experts, among.num_with_gradients) == 4 + 12 + 1
+    budget = minimum_bytes(among, 2, "affinity")
+    memory = accelerator_memory(among, 2, "affinity", budget)
+    assert memory.is_dense_resident and memory.dense_bytes == dense_bytes(among.layouts, 3)
+    assert accelerator_memory(among, 2, "affinity", 10**6).num_slots == 12 + 12
 
 
 def test_layers_that_pass_through_need_as_many_buffers_as_micro_batches_can_be_spread_over(

@@ -6,13 +6,14 @@ of one expert each (``tuning.placement``), how a host's ranges are padded (``tun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import OUTER_LAYER, ModelSpec, UnitKey, UnitLayout
+from isthmus.spec.plan import Stage
 
 MIN_SLOTS = 2
 """One expert computes while the next one lands; in backward one holds weights and the other their gradient."""
@@ -36,13 +37,11 @@ class SavedStorages:
     after: Mapping[int, int]
 
     def num_bytes(self, layers: Iterable[int]) -> int:
-        """Of a device that has these layers, and what lies before or behind with the first or the last of all."""
+        """Of a device that has these layers, and what lies outside them with the first of all."""
         chosen = set(layers)
         places = [self.layers[layer] for layer in chosen]
         if 0 in chosen:
-            places.append(self.before)
-        if len(self.layers) - 1 in chosen:
-            places.append(self.after)
+            places += [self.before, self.after]
         return sum({number: size for place in places for number, size in place.items()}.values())
 
 
@@ -60,10 +59,26 @@ class Footprint:
     """That autograd saves of one micro-batch in these layers."""
     num_tokens: int
     """Of one micro-batch, padding included."""
+    stages: tuple[Stage, ...] = ()
+    """Those that are here, if others have the rest: a micro-batch then passes a whole stage by itself."""
+
+    @property
+    def experts(self) -> list[int]:
+        """Routed experts of each layer here."""
+        return [layer.num_experts if (layer := self.spec.layers[number]) else 0 for number in self.layers]
+
+    @property
+    def num_with_gradients(self) -> int:
+        """Experts whose gradients may be there at once: a layer's, of a device among others a stage's."""
+        if not self.stages:
+            return max(self.experts, default=0)
+        layers = self.spec.layers
+        parts = [layers[stage.first_layer : stage.last_layer + 1] for stage in self.stages]
+        return max(sum(layer.num_experts for layer in part if layer) for part in parts)
 
     @property
     def num_experts(self) -> int:
-        return sum(layer.num_experts for number in self.layers if (layer := self.spec.layers[number]))
+        return sum(self.experts)
 
     @property
     def slot_bytes(self) -> int:
@@ -82,23 +97,19 @@ class Blueprint:
     saved: SavedStorages
     num_tokens: int
     """Of one micro-batch, padding included."""
-    outer: Mapping[int, frozenset[str]]
-    """Names of the tensors outside every layer that go with a layer: those of the embeddings with layer 0, those of the
-    head with the last one."""
 
-    def part(self, layers: Iterable[int]) -> Footprint:
-        """What a device with these layers has. Its units count layers from 0, in their order."""
+    def part(self, layers: Iterable[int], stages: tuple[Stage, ...] = ()) -> Footprint:
+        """What a device with these layers has, and with the first one all that lies outside every layer. ``stages``:
+        see ``Footprint``. Its units count layers from 0, in their order."""
         chosen = tuple(sorted(layers))
         number_of = {layer: number for number, layer in enumerate(chosen)}
-        names = {name for layer in chosen for name in self.outer.get(layer, ())}
-        layouts: dict[UnitKey, UnitLayout] = {}
-        for key, layout in self.layouts.items():
-            if key.layer == OUTER_LAYER:
-                kept = tuple(tensor for tensor in layout.tensors if tensor.name in names)
-                if kept:
-                    layouts[key] = replace(layout, tensors=kept)
-            elif key.layer in number_of:
-                layouts[UnitKey(number_of[key.layer], key.expert)] = layout
+        if 0 in number_of:
+            number_of[OUTER_LAYER] = OUTER_LAYER
+        layouts = {
+            UnitKey(number_of[key.layer], key.expert): layout
+            for key, layout in self.layouts.items()
+            if key.layer in number_of
+        }
         return Footprint(
             spec=self.spec,
             dtype=self.dtype,
@@ -106,6 +117,7 @@ class Blueprint:
             layers=chosen,
             saved_bytes=self.saved.num_bytes(chosen),
             num_tokens=self.num_tokens,
+            stages=stages,
         )
 
     @property
@@ -172,15 +184,15 @@ def _weight_bytes(layout: UnitLayout) -> int:
     return layout.numel * BYTES_PER_VALUE[layout.dtype]
 
 
-def least_slots(spec: ModelSpec, policy: str) -> int:
-    """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for their
-    gradients."""
-    experts = [layer.num_experts for layer in spec.layers if layer is not None]
+def least_slots(policy: str, experts: Sequence[int], num_with_gradients: int) -> int:
+    """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for gradients.
+    ``experts``: of each layer."""
+    most = max(experts, default=0)
     return {
-        "resident": sum(experts) + max(experts),
-        "mobius": 2 * max(experts) + 1,
-        "gpipe-offload": 2 * max(experts) + 1,
-    }.get(policy, MIN_SLOTS)
+        "resident": sum(experts) + num_with_gradients,
+        "mobius": most + num_with_gradients + 1,
+        "gpipe-offload": most + num_with_gradients + 1,
+    }.get(policy, MIN_SLOTS if most else 0)
 
 
 def activation_bytes(part: Footprint, num_micro_batches: int) -> int:
@@ -195,7 +207,7 @@ def activation_bytes(part: Footprint, num_micro_batches: int) -> int:
 
 def minimum_bytes(part: Footprint, num_micro_batches: int, policy: str) -> int:
     """The least budget with which a step runs, the layers' dense parts passing through a few buffers."""
-    slots = min(least_slots(part.spec, policy), part.num_experts + most_experts(part)) * part.slot_bytes
+    slots = least_slots(policy, part.experts, part.num_with_gradients) * part.slot_bytes
     return least_dense_bytes(part) + activation_bytes(part, num_micro_batches) + slots
 
 
@@ -205,12 +217,7 @@ def least_dense_bytes(part: Footprint) -> int:
 
 
 def _num_buffers(part: Footprint) -> int:
-    return min(len(part.layers), num_dense_buffers(part.spec))
-
-
-def most_experts(part: Footprint) -> int:
-    """Of one layer."""
-    return max((layer.num_experts for number in part.layers if (layer := part.spec.layers[number])), default=0)
+    return len(part.layers) if part.stages else min(len(part.layers), num_dense_buffers(part.spec))
 
 
 def accelerator_memory(part: Footprint, num_micro_batches: int, policy: str, budget_bytes: int) -> AcceleratorMemory:
@@ -219,8 +226,8 @@ def accelerator_memory(part: Footprint, num_micro_batches: int, policy: str, bud
     Raises ``IsthmusError`` stating the minimum when the budget is below it.
     """
     activations = activation_bytes(part, num_micro_batches)
-    all_slots = part.num_experts + most_experts(part)
-    least_bytes = min(least_slots(part.spec, policy), all_slots) * part.slot_bytes
+    all_slots = part.num_experts + part.num_with_gradients
+    least_bytes = least_slots(policy, part.experts, part.num_with_gradients) * part.slot_bytes
     tried_bytes = 0
     for num_buffers in sorted({len(part.layers), _num_buffers(part)}, reverse=True):
         dense = dense_bytes(part.layouts, num_buffers)

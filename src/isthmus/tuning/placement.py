@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
-from isthmus.planning.memory import num_dense_buffers
+from isthmus.planning.memory import least_slots, num_dense_buffers
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
@@ -84,7 +84,7 @@ def place_dense(
     spec, activation_bytes = model.spec, None
     if not accelerator.is_separate:
         return make(spec.num_layers), 0
-    slots_bytes = least_slots(model, policy, part) * model.slot_numel * torch_dtype(model.dtype).itemsize
+    slots_bytes = least_slots_of(model, policy, part) * model.slot_numel * torch_dtype(model.dtype).itemsize
     choices = {spec.num_layers} if part else {spec.num_layers, num_dense_buffers(spec)}
     for num_buffers in sorted(choices, reverse=True):
         needed_bytes = dense_bytes(store, num_buffers) + slots_bytes
@@ -234,23 +234,17 @@ def _experts(spec: ModelSpec) -> list[int]:
     return [0 if layer is None else layer.num_experts for layer in spec.layers]
 
 
-def least_slots(model: MoeModel, policy: str, part: Part | None = None) -> int:
-    """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for their
-    gradients, a ``part``'s for those of a whole stage."""
+def least_slots_of(model: MoeModel, policy: str, part: Part | None = None) -> int:
+    """Slots without which the policy cannot run the model, or a ``part``, which has gradients of a whole stage."""
     experts = _experts(model.spec)
-    num_with_gradients = part.num_experts(model.spec) if part else max(experts)
-    return {
-        "resident": sum(experts) + num_with_gradients,
-        "mobius": max(experts) + num_with_gradients + 1,
-        "gpipe-offload": max(experts) + num_with_gradients + 1,
-    }.get(policy, 2 if any(experts) else 0)
+    return least_slots(policy, experts, part.num_experts(model.spec) if part else max(experts))
 
 
 def _budget_error(
     model: MoeModel, policy: str, budget_bytes: int, activation_bytes: int, store: ParameterStore, part: Part | None
 ) -> BudgetError:
     """The error that says what the least budget is and what it is made of."""
-    slot_bytes, num_slots = model.slot_numel * torch_dtype(model.dtype).itemsize, least_slots(model, policy, part)
+    slot_bytes, num_slots = model.slot_numel * torch_dtype(model.dtype).itemsize, least_slots_of(model, policy, part)
     num_layers, num_buffers = model.spec.num_layers, num_dense_buffers(model.spec)
     if part:
         num_buffers = num_layers

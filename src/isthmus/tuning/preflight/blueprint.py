@@ -12,7 +12,6 @@ from isthmus.models.config import load_config
 from isthmus.models.moe_model import MoeModel
 from isthmus.planning.memory import Blueprint
 from isthmus.profiling.activations import count_saved_bytes
-from isthmus.spec.model import OUTER_LAYER
 from isthmus.tuning.data import IGNORED, keep_documents_apart
 
 
@@ -30,12 +29,9 @@ def blueprint_of(config: PretrainedConfig, dtype: str, inputs: dict[str, Tensor]
     model = MoeModel.build(config, dtype)
     model.module.train()
     keep_documents_apart(model.module)
-    outer = outer_tensors(model)
     saved = count_saved_bytes(model, inputs)
     num_tokens = inputs["input_ids"].numel() * (2 if model.spec.is_encoder_decoder else 1)
-    return Blueprint(
-        spec=model.spec, dtype=dtype, layouts=model.layouts, saved=saved, num_tokens=num_tokens, outer=outer
-    )
+    return Blueprint(spec=model.spec, dtype=dtype, layouts=model.layouts, saved=saved, num_tokens=num_tokens)
 
 
 def packed_inputs(config: PretrainedConfig, micro_batch_size: int, seq_len: int) -> dict[str, Tensor]:
@@ -49,25 +45,3 @@ def packed_inputs(config: PretrainedConfig, micro_batch_size: int, seq_len: int)
     half = seq_len // 2
     positions = torch.cat([torch.arange(half), torch.arange(seq_len - half)])
     return {"input_ids": ids, "labels": labels, "position_ids": positions.expand(micro_batch_size, seq_len)}
-
-
-def outer_tensors(model: MoeModel) -> dict[int, frozenset[str]]:
-    """``Blueprint.outer``. What is tied is needed on both sides, and of an encoder-decoder everything."""
-    names = {
-        tensor.name for key, layout in model.layouts.items() if key.layer == OUTER_LAYER for tensor in layout.tensors
-    }
-    last = model.spec.num_layers - 1
-    if model.spec.is_encoder_decoder:
-        return {0: frozenset(names), last: frozenset(names)}
-    head, embeddings = model.module.get_output_embeddings(), model.module.get_input_embeddings()
-    of_embeddings = {id(parameter) for parameter in embeddings.parameters()}
-    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set[int]()
-    first_names, last_names = set[str](), set[str]()
-    for name, parameter in model.module.named_parameters():
-        if name not in names:
-            continue
-        if id(parameter) in of_embeddings:
-            first_names.add(name)
-        if id(parameter) in of_head or id(parameter) not in of_embeddings:
-            last_names.add(name)
-    return {0: frozenset(first_names), last: frozenset(last_names)} if last else {0: frozenset(names)}

@@ -17,7 +17,6 @@ from isthmus.planning.memory import (
     host_bytes,
     least_dense_bytes,
     minimum_bytes,
-    most_experts,
     staging_bytes,
 )
 from isthmus.planning.problem import BYTES_PER_VALUE
@@ -155,7 +154,8 @@ def _devices(
         own[order[number % len(order)]].append(stage)
     parts = {
         device: question.blueprint.part(
-            layer for stage in own[device] for layer in range(stage.first_layer, stage.last_layer + 1)
+            (layer for stage in own[device] for layer in range(stage.first_layer, stage.last_layer + 1)),
+            stages=tuple(own[device]) if len(order) > 1 else (),
         )
         for device in sorted(own)
     }
@@ -186,7 +186,7 @@ def _device(question: Question, costs: Costs, device: int, part: Footprint, num_
 
 def _total_bytes(part: Footprint, memory: AcceleratorMemory, budget_bytes: int) -> int:
     """Never less than a run takes: one whose activations are smaller has another slot in their place."""
-    is_full = memory.num_slots < part.num_experts + most_experts(part)
+    is_full = memory.num_slots < part.num_experts + part.num_with_gradients
     return budget_bytes if is_full else memory.peak_bytes
 
 
