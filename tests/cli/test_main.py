@@ -191,6 +191,7 @@ def test_what_the_verbs_run_is_there(name: str) -> None:
 
 def test_unknown_name_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(
-        AttributeError, match="has no attribute 'train'; it has __version__, decouple, evaluate, infer, pretrain, tune"
+        AttributeError,
+        match="has no attribute 'train'; it has __version__, decouple, evaluate, infer, pretrain, trace, tune",
     ):
         isthmus.train  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,15 +19,15 @@ MOST_ROWS = 16
 def show(report: PlanTuneReport, title: str, console: Console) -> None:
     """Prints the whole plan."""
     verdict = "it fits" if report.fits else "it does not fit"
-    console.print(f"{title}: {verdict}", highlight=False, markup=False)
+    console.print(f"{title}: {verdict}", highlight=False, markup=False, soft_wrap=True)
     for line in shortages(report):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_devices(report.devices))
     console.print(_hosts(report.hosts))
     if report.links:
         console.print(_links(report.links, report.step.step_s if report.step else 0.0))
     for line in [*_time(report), *_changes(report.changes, report.fits)]:
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def shortages(report: PlanTuneReport) -> Iterator[str]:
