@@ -1,10 +1,12 @@
 """Strong scaling of ``isthmus tune`` over emulated devices: the same steps on one, two and four of them.
 
 Raises a testbed (root) whose devices have a core share and a link each, and fine-tunes one model of random weights on
-the first device alone, on two and on four, in turns. Every device is a process that computes in place; stages loop over
-them (APTMoE, section 3), activations travel. Seconds of a step are the first device's, from its begin until all devices
-have told what they did; the first two steps of a run are not counted. The bound on D devices is one device's seconds ÷
-D, times (M·R + D - 1) ÷ (M·R) for M micro-batches and R stages a device, in which a pipeline fills and drains.
+one device, on two and on four, in turns. Every device is a process that computes in place; stages loop over
+them (APTMoE, section 3), activations travel. One device is measured while the other three do the same, each by itself:
+devices of one host slow each other down (shared caches, threads of one core), as real ones would not. Seconds of a step
+are the first device's, from its begin until all devices have told what they did; the first two steps of a run are not
+counted. The bound on D devices is one device's seconds ÷ D, times (M·R + D - 1) ÷ (M·R) for M micro-batches and R
+stages a device, in which a pipeline fills and drains.
 
     sudo python benchmarks/tune_scaling.py [--share 0.45] [--mbit 1000] [--repeats 2] [--micro-batches 16]
 """
@@ -38,7 +40,7 @@ def model_and_text(folder: Path) -> tuple[Path, Path]:
         documents = standard_library_text(1_000_000)
         folder.mkdir(parents=True, exist_ok=True)
         text.write_text("\n".join(documents))
-        config = Qwen3MoeConfig(
+        shape: dict[str, Any] = dict(
             vocab_size=512,
             hidden_size=256,
             num_hidden_layers=NUM_LAYERS,
@@ -53,7 +55,7 @@ def model_and_text(folder: Path) -> tuple[Path, Path]:
             router_aux_loss_coef=0.01,
             tie_word_embeddings=False,
         )
-        write_random_checkpoint(config, model, 0, train_tokenizer(documents, 512))
+        write_random_checkpoint(Qwen3MoeConfig(**shape), model, 0, train_tokenizer(documents, 512))
     return model, text
 
 
@@ -63,8 +65,8 @@ def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, nu
     output = folder / f"{number}-{repeat}"
     command = [str(Path(sys.executable).with_name("isthmus")), "tune", str(model), "--data", str(text)]
     values: dict[str, Any] = {
-        "--output": output / "run",
-        "--report": output / "report.json",
+        "--output": "run",
+        "--report": "report.json",
         "--steps": WARM_STEPS + options.steps,
         "--seq-len": options.seq_len,
         "--micro-batches": options.micro_batches,
@@ -75,8 +77,19 @@ def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, nu
     for name, value in values.items():
         command += [name, str(value)]
     command += ["--overwrite", "--plain"]
-    devices = list(range(number))
-    report = run_once(testbed, command, output / "report.json", cache=folder / "cache", again=True, devices=devices)
+    if number > 1:
+        devices, place, shell = range(number), output, f"cd '{output}'"
+    else:
+        devices, place = range(max(NUM_DEVICES)), output / "0"
+        shell = f"unset WORLD_SIZE RANK; mkdir -p '{output}'/$ISTHMUS_DEVICE; cd '{output}'/$ISTHMUS_DEVICE"
+    report = run_once(
+        testbed,
+        ["sh", "-c", f'{shell}; exec "$@"', "sh", *command],
+        place / "report.json",
+        cache=folder / "cache",
+        again=True,
+        devices=devices,
+    )
     return [step["duration_s"] for step in report["steps"][WARM_STEPS:]]
 
 
@@ -112,8 +125,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--micro-batches", type=int, default=16)
     options = parser.parse_args()
+    options.output = options.output.resolve()
     device = DeviceSpec(cpu_share=options.share, bandwidth_bits_per_s=options.mbit * 1e6)
-    spec = TestbedSpec(name="tune-scaling", devices=(device,) * max(NUM_DEVICES), cpu_quota_s=1e-3)
+    spec = TestbedSpec(name="scaling", devices=(device,) * max(NUM_DEVICES), cpu_quota_s=1e-3)
     found: dict[int, list[float]] = {number: [] for number in NUM_DEVICES}
     with Testbed.up(spec, replace=True) as testbed:
         for repeat in range(options.repeats):
