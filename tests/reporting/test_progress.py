@@ -85,6 +85,16 @@ def test_time_left_counts_from_the_first_step_of_a_resumed_run(clock: Clock) -> 
     assert "left" not in first and second.endswith("16 min 30 s left")
 
 
+def test_a_number_of_steps_that_is_not_known_yet_is_not_told() -> None:
+    file = io.StringIO()
+    with TrainingProgress(0, console=Console(file=file), plain=True) as progress:
+        progress.evaluation(0, 1.25)
+        progress.step(view(1))
+        progress.num_steps = 9
+        progress.step(view(2))
+    assert [line.split("  ")[0] for line in file.getvalue().splitlines()] == ["step 0", "step 1", "step 2/9"]
+
+
 def test_a_long_plain_phase_says_every_ten_seconds_how_far_it_is(clock: Clock) -> None:
     file = io.StringIO()
     with TrainingProgress(0, console=Console(file=file), plain=True) as progress:

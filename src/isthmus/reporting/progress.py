@@ -187,7 +187,7 @@ class TrainingProgress:
         self._phase = None
         if self._is_plain:
             self._say_last_step()
-            self._line(f"step {step}/{self.num_steps}  evaluation {text}")
+            self._line(f"{self._numbered(step)}  evaluation {text}")
 
     def message(self, text: str) -> None:
         """Prints a line that stays, above the panel."""
@@ -204,7 +204,10 @@ class TrainingProgress:
         self._console.print(Text(text), soft_wrap=True)
 
     def _plain_step(self, view: View) -> str:
-        return "  ".join(filter(None, [f"step {view.step}/{self.num_steps}", *view.parts(), self._left]))
+        return "  ".join(filter(None, [self._numbered(view.step), *view.parts(), self._left]))
+
+    def _numbered(self, step: int) -> str:
+        return f"step {step}/{self.num_steps}" if self.num_steps else f"step {step}"
 
     def _time_left(self, step: int, now_s: float) -> str:
         """From the mean pace since the first step ended, evaluations and saving included; empty before the second and
@@ -246,7 +249,7 @@ class TrainingProgress:
         head.add_column(ratio=1)
         head.add_column(justify="right", no_wrap=True)
         bar = ProgressBar(total=max(1, self.num_steps), completed=view.step)
-        head.add_row(f"step {view.step}/{self.num_steps}", bar, self._left)
+        head.add_row(self._numbered(view.step), bar, self._left)
 
         facts = Table.grid(padding=(0, 2, 0, 0), expand=True)
         facts.add_column(style="dim", no_wrap=True)
