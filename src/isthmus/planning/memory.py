@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import OUTER_LAYER, ModelSpec, UnitKey, UnitLayout
+from isthmus.spec.model import OUTER_LAYER, ExpertSpec, ModelSpec, UnitKey, UnitLayout
 from isthmus.spec.plan import Stage
 
 MIN_SLOTS = 2
@@ -65,16 +65,13 @@ class Footprint:
     @property
     def experts(self) -> list[int]:
         """Routed experts of each layer here."""
-        return [layer.num_experts if (layer := self.spec.layers[number]) else 0 for number in self.layers]
+        experts = experts_of(self.spec)
+        return [experts[number] for number in self.layers]
 
     @property
     def num_with_gradients(self) -> int:
-        """Experts whose gradients may be there at once: a layer's, of a device among others a stage's."""
-        if not self.stages:
-            return max(self.experts, default=0)
-        layers = self.spec.layers
-        parts = [layers[stage.first_layer : stage.last_layer + 1] for stage in self.stages]
-        return max(sum(layer.num_experts for layer in part if layer) for part in parts)
+        """See ``most_with_gradients``."""
+        return most_with_gradients(experts_of(self.spec) if self.stages else self.experts, self.stages)
 
     @property
     def num_experts(self) -> int:
@@ -184,6 +181,19 @@ def _weight_bytes(layout: UnitLayout) -> int:
     return layout.numel * BYTES_PER_VALUE[layout.dtype]
 
 
+def experts_of(spec: ModelSpec) -> list[int]:
+    """Routed experts of every layer."""
+    return [0 if layer is None else layer.num_experts for layer in spec.layers]
+
+
+def most_with_gradients(experts: Sequence[int], stages: Sequence[Stage]) -> int:
+    """Experts whose gradients may be on an accelerator at once: a layer's or, of one among others, one of its
+    ``stages``', which a micro-batch passes by itself. ``experts``: of each layer."""
+    if not stages:
+        return max(experts, default=0)
+    return max(sum(experts[stage.first_layer : stage.last_layer + 1]) for stage in stages)
+
+
 def least_slots(policy: str, experts: Sequence[int], num_with_gradients: int) -> int:
     """Slots without which the policy cannot run: whole layers where it loads whole layers, and room for gradients.
     ``experts``: of each layer."""
@@ -196,13 +206,18 @@ def least_slots(policy: str, experts: Sequence[int], num_with_gradients: int) ->
 
 
 def activation_bytes(part: Footprint, num_micro_batches: int) -> int:
-    """Of one step: what the dense part saves, the experts' inputs, results and intermediate values, and the rows of
-    weight gradients that one layer leaves to the next."""
+    """Of one step: what the dense part saves, and what experts take."""
     experts = [layer for number in part.layers if (layer := part.spec.layers[number])]
-    num_tokens, value_bytes = part.num_tokens * num_micro_batches, BYTES_PER_VALUE[part.dtype]
-    kept = sum(num_tokens * layer.hidden_size for layer in experts)
-    widest = max((layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in experts), default=0)
-    return part.saved_bytes * num_micro_batches + (kept + num_tokens * widest) * value_bytes
+    num_tokens = part.num_tokens * num_micro_batches
+    return part.saved_bytes * num_micro_batches + experts_bytes(experts, num_tokens, BYTES_PER_VALUE[part.dtype])
+
+
+def experts_bytes(layers: Sequence[ExpertSpec], num_tokens: int, value_bytes: int) -> int:
+    """Of one step's ``num_tokens``: experts' inputs in all ``layers``, results and intermediate values of one, and the
+    rows of weight gradients that one layer leaves to the next."""
+    kept = sum(layer.hidden_size for layer in layers)
+    widest = max((layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in layers), default=0)
+    return num_tokens * (kept + widest) * value_bytes
 
 
 def minimum_bytes(part: Footprint, num_micro_batches: int, policy: str) -> int:

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from isthmus.training.checkpoints import (
 )
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
+from isthmus.tuning.pipeline.company import in_one_directory
 from isthmus.tuning.pipeline.links import Links
 
 DEFAULT_SHARD_BYTES = 1 << 30
@@ -87,13 +87,14 @@ def save_training_state(
     }
     json.dumps(state)  # what cannot be written is to fail before gigabytes have been
     extra = {f"extra.{name}": tensor for name, tensor in (extra_tensors or {}).items()}
-    rank = crew.links.rank if crew else 0
+    links = crew.links if crew else None
+    rank = links.rank if links else 0
     prefix = f"rank-{rank}-" if rank else ""
     if not rank:
         extra |= generator_tensors
     total_bytes = sum(tensor.nbytes for tensor in [*_unit_tensors(store).values(), *extra.values()])
     done_bytes = 0
-    with _directory_of(directory, crew) as aside:
+    with in_one_directory(atomic_directory(directory), links, "the directory of a checkpoint") as aside:
         sizes: dict[str, int] = {}
         for name, tensors in _shards(store, extra, shard_bytes):
             path = aside / f"{prefix}{name}"
@@ -104,24 +105,10 @@ def save_training_state(
                 on_progress(done_bytes, total_bytes)
         if rank:
             _flush([aside / name for name in sizes])
-        if crew:
-            sizes = {
-                name: size for part in crew.links.gather(sizes, "a checkpoint's files") for name, size in part.items()
-            }
+        if links:
+            sizes = {name: size for part in links.gather(sizes, "a checkpoint's files") for name, size in part.items()}
         if not rank:
             (aside / STATE_FILE).write_text(json.dumps(state | {"file_bytes": sizes}, indent=1) + "\n")
-
-
-@contextmanager
-def _directory_of(directory: Path, crew: Crew | None) -> Iterator[Path]:
-    """Where to write what becomes ``directory``: rank 0 makes it, tells the others, and renames it in the end."""
-    if crew and crew.links.rank:
-        yield Path(crew.links.from_first(None, "the directory of a checkpoint"))
-        return
-    with atomic_directory(directory) as aside:
-        if crew:
-            crew.links.from_first(str(aside.absolute()), "the directory of a checkpoint")
-        yield aside
 
 
 def _flush(files: list[Path]) -> None:

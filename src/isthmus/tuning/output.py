@@ -6,6 +6,7 @@ from pathlib import Path
 
 from isthmus.models.writer import Share, write_checkpoint
 from isthmus.training.output import published
+from isthmus.tuning.pipeline.company import in_one_directory
 from isthmus.tuning.session import Session
 
 
@@ -15,24 +16,25 @@ def write_final(session: Session, output: Path, source: Path) -> None:
     Several processes each write their own units, into a directory that all of them see.
     """
     session.finish()
-    if session.pipeline is None:
-        with published(output) as aside:
-            _write(session, aside, source, None)
-            written = _weights(aside)
+    pipeline = session.pipeline
+    links = pipeline.links if pipeline else None
+    is_first = links is None or not links.rank
+    share = Share(rank=pipeline.rank, rank_of=pipeline.division.rank_of) if pipeline else None
+    with in_one_directory(published(output), links, "the directory of the trained model") as aside:
+        write_checkpoint(
+            aside,
+            session.model,
+            session.store.named,
+            dtype=session.options.dtype,
+            tokenizer_from=source,
+            share=share,
+        )
+        if links is not None:
+            links.gather(None, "the trained model's files")
+        # Rank 0's alone: to the others the directory may be gone by now.
+        written = _weights(aside) if is_first else set[str]()
+    if is_first:
         _remove_others(output, written)
-        return
-    links = session.pipeline.links
-    share = Share(rank=links.rank, rank_of=session.pipeline.division.rank_of)
-    if links.rank:
-        _write(session, Path(links.from_first(None, "the directory of the trained model")), source, share)
-        links.gather(None, "the trained model's files")
-        return
-    with published(output) as aside:
-        links.from_first(str(aside.absolute()), "the directory of the trained model")
-        _write(session, aside, source, share)
-        links.gather(None, "the trained model's files")
-        written = _weights(aside)
-    _remove_others(output, written)
 
 
 def _weights(directory: Path) -> set[str]:
@@ -44,9 +46,3 @@ def _remove_others(output: Path, written: set[str]) -> None:
     the model would take ``model.safetensors`` for it, whatever else is there."""
     for name in _weights(output) - written:
         (output / name).unlink()
-
-
-def _write(session: Session, directory: Path, source: Path, share: Share | None) -> None:
-    write_checkpoint(
-        directory, session.model, session.store.named, dtype=session.options.dtype, tokenizer_from=source, share=share
-    )

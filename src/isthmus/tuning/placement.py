@@ -11,13 +11,18 @@ from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
-from isthmus.planning.memory import least_slots, num_dense_buffers
+from isthmus.planning.memory import (
+    experts_bytes,
+    experts_of,
+    least_slots,
+    most_with_gradients,
+    num_dense_buffers,
+)
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import map_stages
 from isthmus.profiling.activations import measure_saved_bytes
 from isthmus.profiling.dense import Forward, loss_of
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.model import ModelSpec
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
 from isthmus.tuning.accelerator.base import Accelerator
@@ -39,10 +44,6 @@ class Part:
 
     stages: tuple[Stage, ...]
     run: Forward
-
-    def num_experts(self, spec: ModelSpec) -> int:
-        """Experts of the stage that has the most."""
-        return max(sum(_experts(spec)[stage.first_layer : stage.last_layer + 1]) for stage in self.stages)
 
 
 class BudgetError(IsthmusError):
@@ -212,10 +213,9 @@ def fit(
     expert."""
     slot_bytes = model.slot_numel * torch_dtype(model.dtype).itemsize
     free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
-    experts = _experts(model.spec)
-    num_with_gradients = part.num_experts(model.spec) if part else max(experts)
-    num_slots = min(free_bytes // slot_bytes, sum(experts) + num_with_gradients)
-    stages = part.stages if part else None
+    experts = experts_of(model.spec)
+    stages = part.stages if part else ()
+    num_slots = min(free_bytes // slot_bytes, sum(experts) + most_with_gradients(experts, stages))
     return Plan(
         policy=policy,
         stages=stages or map_stages(model.spec, num_slots=num_slots - max(experts), num_stages=num_stages),
@@ -229,15 +229,10 @@ def fit(
     )
 
 
-def _experts(spec: ModelSpec) -> list[int]:
-    """Routed experts of every layer."""
-    return [0 if layer is None else layer.num_experts for layer in spec.layers]
-
-
 def least_slots_of(model: MoeModel, policy: str, part: Part | None = None) -> int:
     """Slots without which the policy cannot run the model, or a ``part``, which has gradients of a whole stage."""
-    experts = _experts(model.spec)
-    return least_slots(policy, experts, part.num_experts(model.spec) if part else max(experts))
+    experts = experts_of(model.spec)
+    return least_slots(policy, experts, most_with_gradients(experts, part.stages if part else ()))
 
 
 def _budget_error(
@@ -262,18 +257,13 @@ def _budget_error(
 
 
 def activations(model: MoeModel, example: list[MicroBatch], accelerator: Accelerator, part: Part | None = None) -> int:
-    """Accelerator bytes of one step's activations: what the dense part saves, the experts' inputs, results and
-    intermediate values, and the rows of weight gradients that one layer leaves to the next."""
-    spec, item = model.spec, torch_dtype(model.dtype).itemsize
+    """Accelerator bytes of one step's activations: what the dense part saves, and what experts take."""
     run = part.run if part else loss_of
     saved = max(measure_saved_bytes(model, batch.inputs, run) for batch in example) * len(example)
     num_tokens = sum(batch.num_tokens for batch in example)
-    experts = [layer for layer in spec.layers if layer is not None]
-    kept = sum(num_tokens * layer.hidden_size * item for layer in experts)
-    widths = [layer.top_k * (7 * layer.hidden_size + 9 * layer.intermediate_size) for layer in experts]
-    widest = max(widths, default=0)
+    experts = [layer for layer in model.spec.layers if layer is not None]
     scratch = scratch_bytes(model) if should_group(model, accelerator) else 0
-    return saved + kept + num_tokens * widest * item + scratch
+    return saved + experts_bytes(experts, num_tokens, torch_dtype(model.dtype).itemsize) + scratch
 
 
 def make_predictor(model: MoeModel, store: ParameterStore, accelerator: Accelerator) -> PopularityPredictor:

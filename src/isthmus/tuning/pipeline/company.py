@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,19 @@ def share_cores(links: Links) -> int:
         num_cores = max(1, num_cores // len(here))
     asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
     return min(num_cores, asked) if asked > 1 else num_cores
+
+
+@contextmanager
+def in_one_directory(made: AbstractContextManager[Path], links: Links | None, what: str) -> Iterator[Path]:
+    """The directory ``made``, of which all processes write their part: rank 0 enters it, tells the others where it is,
+    and leaves it in the end; all must see it. ``links`` None: this process is alone."""
+    if links is not None and links.rank:
+        yield Path(links.from_first(None, what))
+        return
+    with made as directory:
+        if links is not None:
+            links.from_first(str(directory.absolute()), what)
+        yield directory
 
 
 def choose_device(accelerator: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from isthmus.planning.loading import Phase
+from isthmus.planning.memory import experts_of, most_with_gradients
 from isthmus.planning.popularity import blend_history
 from isthmus.planning.problem import CostModel, LayerProblem
 from isthmus.reporting.recorder import Recorder
@@ -57,9 +58,8 @@ class StagedPolicy(Policy):
         ]
         self.history: dict[int, tuple[float, ...]] = {}
         self.counts: dict[int, list[int]] = {}
-        self._num_gradients = max(map(self.num_experts, self.layers))
-        if setup.is_pipelined:
-            self._num_gradients = max(sum(map(self.num_experts, layers)) for layers in self.stages)
+        stages = setup.plan.stages if setup.is_pipelined else ()
+        self._num_gradients = most_with_gradients(experts_of(setup.spec), stages)
         self._lock = threading.RLock()
         self._ready: set[int] = set()
         self._wanted: list[UnitKey] = []
