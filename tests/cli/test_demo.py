@@ -183,7 +183,7 @@ def test_a_device_that_dies_ends_the_demo_which_says_where_to_look(
         device.kill()
         text, _ = process.communicate(timeout=END_TIMEOUT_S)
         assert process.returncode == 2
-    assert f"exit code 137; look at what the devices said in {tmp_path}" in unwrapped(text)
+    assert f"device 3 ended with exit code 137; look at what the devices said in {tmp_path}" in unwrapped(text)
     assert psutil.wait_procs(children, timeout=10)[1] == []
     assert options or (namespaces_of("demo") == [] and groups_on_host("demo") == [])
 
@@ -195,7 +195,8 @@ def unwrapped(text: str) -> str:
 def children_of(process: subprocess.Popen[str], at_least: int) -> list[psutil.Process]:
     ends_at = time.monotonic() + END_TIMEOUT_S
     while len(children := psutil.Process(process.pid).children(recursive=True)) < at_least:
-        assert time.monotonic() < ends_at
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < ends_at, children
         time.sleep(0.05)
     return children
 

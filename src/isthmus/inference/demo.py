@@ -52,6 +52,11 @@ class Ended(Protocol):
         """0, or that of the device that failed first, or not 0 after the timeout."""
         ...
 
+    @property
+    def failed_device(self) -> int | None:
+        """The one that failed first; None: none has."""
+        ...
+
 
 class Devices(Protocol):
     """Devices that run a command once each, at the same time, with torchrun's variables. A ``Testbed`` is some."""
@@ -69,6 +74,7 @@ class Devices(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
     exit_code: int
+    failed_device: int | None = None
 
 
 class LocalProcesses:
@@ -107,17 +113,20 @@ class LocalProcesses:
                 stack.callback(process.kill)
                 processes.append(process)
             while any(process.poll() is None for process in processes):
-                failed = _first_failure(processes)
-                if failed or (ends_at is not None and time.monotonic() > ends_at):
-                    return _Outcome(exit_code=failed or 124)
+                if (failed := _first_failure(processes)) is not None:
+                    return failed
+                if ends_at is not None and time.monotonic() > ends_at:
+                    return _Outcome(exit_code=124)
                 time.sleep(0.05)
-            return _Outcome(exit_code=_first_failure(processes))
+            return _first_failure(processes) or _Outcome(exit_code=0)
 
 
-def _first_failure(processes: Sequence[subprocess.Popen[Any]]) -> int:
-    """The exit code that is not 0 of those that have ended, 128 + N for signal N; 0: there is none."""
-    failed = next((process.returncode for process in processes if process.poll()), 0)
-    return failed if failed >= 0 else 128 - failed
+def _first_failure(processes: Sequence[subprocess.Popen[Any]]) -> _Outcome | None:
+    """That of a process which ended otherwise than well, 128 + N for signal N; None: there is none."""
+    for device, process in enumerate(processes):
+        if code := process.poll():
+            return _Outcome(exit_code=code if code > 0 else 128 - code, failed_device=device)
+    return None
 
 
 def run_infer_demo(
@@ -227,10 +236,19 @@ class _Sweep:
         command += ["--repeats", "5", "--report", str(report.absolute()), "--timeout", str(TIMEOUT_S)]
         environment = {"ISTHMUS_CACHE": cache}
         ended = self.devices.run(command, env=environment, output=folder / "log", timeout_s=_RUN_TIMEOUT_S)
+        if (device := ended.failed_device) is not None:
+            *_, last_words = [
+                "nothing",
+                *(folder / "log" / f"device-{device}.err").read_text(errors="replace").split("\n")[:-1],
+            ]
+            raise IsthmusError(
+                f"demo: device {device} ended with exit code {ended.exit_code}; look at what the devices said in "
+                f"{folder}/log; its last words: {last_words}"
+            )
         if ended.exit_code:
-            took_too_long = f"the devices took over {_RUN_TIMEOUT_S:g} s"
-            failed = took_too_long if ended.exit_code == 124 else f"a device ended with exit code {ended.exit_code}"
-            raise IsthmusError(f"demo: {failed}; look at what the devices said in {folder}/log")
+            raise IsthmusError(
+                f"demo: the devices took over {_RUN_TIMEOUT_S:g} s; look at what they said in {folder}/log"
+            )
         return from_json(BenchInferReport, report.read_text()).rows
 
     def show(self, cells: Cells, *, title: str, note: str) -> None:
