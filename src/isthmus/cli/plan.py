@@ -38,7 +38,10 @@ NumStages = Annotated[
     int | None, typer.Option(min=1, help="Stages that go round the accelerators. Left out: chosen.", metavar="N")
 ]
 NumDevices = Annotated[
-    int | None, typer.Option(min=1, help="Accelerators of a cluster that is known by name.", metavar="N")
+    int | None,
+    typer.Option(
+        min=1, help="Accelerators of a cluster that is known by name, or processes on this machine.", metavar="N"
+    ),
 ]
 TunePolicy = Annotated[
     Literal["affinity", "paper", "mobius", "gpipe-offload"],
@@ -52,11 +55,16 @@ Popularity = Annotated[
     ),
 ]
 Accelerator = Annotated[
-    Literal["auto", "cuda", "emulated"], typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="KIND")
+    Literal["auto", "cuda", "emulated", "host"],
+    typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="KIND"),
 ]
 Emulate = Annotated[str | None, typer.Option(help="Of this machine, as in `isthmus tune`.", metavar="RATES")]
 AcceleratorMemory = Annotated[
     str | None, typer.Option(help="Of each accelerator only so much, such as [b]16GiB[/].", metavar="SIZE")
+]
+PlannedTimeline = Annotated[
+    str | None,
+    typer.Option(help="Of this machine: write the first process's predicted step as a Chrome trace.", metavar="FILE"),
 ]
 Changes = Annotated[bool, typer.Option(help="Look for what would help most; takes most of the time.")]
 
@@ -145,6 +153,7 @@ def tune(
     emulate: Emulate = None,
     accelerator_memory: AcceleratorMemory = None,
     changes: Changes = True,
+    timeline: PlannedTimeline = None,
     report: Report = None,
 ) -> None:
     """Say before anything is downloaded, bought or reserved whether fine-tuning fits, and how fast it should be.

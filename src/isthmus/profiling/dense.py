@@ -3,10 +3,12 @@ left out."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
 from isthmus.profiling.timing import fastest_s
@@ -17,6 +19,7 @@ def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tenso
     return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
 
+OUTER_REPEATS = 3
 Forward = Callable[[MoeModel, dict[str, Tensor]], Tensor]
 """Runs what this process has of a model on a micro-batch (tensors on the device): something to call ``backward`` on."""
 
@@ -56,3 +59,62 @@ def measure_dense(
     both_s = fastest_s(both, repeats=3, budget_s=2.0)
     per = num_tokens * model.spec.num_held_layers
     return forward_s / per, max(both_s - forward_s, forward_s) / per
+
+
+def measure_outer(
+    model: MoeModel,
+    inputs: dict[str, Tensor],
+    *,
+    num_tokens: int,
+    synchronize: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """(forward, backward) seconds per token of what lies before the first layer and behind the last: part of what
+    ``measure_dense`` finds for all layers. Called after it, and as it."""
+    inputs = on_device(inputs, next(bound_parameters(model)).device)
+    found = [_OuterTimes(model, synchronize).measure(inputs) for _ in range(OUTER_REPEATS)]
+    forward_s, backward_s = (min(times) for times in zip(*found, strict=True))
+    return forward_s / num_tokens, backward_s / num_tokens
+
+
+class _OuterTimes:
+    """Looks at the clock when the first layer is entered and the last is left, in both passes."""
+
+    def __init__(self, model: MoeModel, synchronize: Callable[[], None]) -> None:
+        self._model, self._synchronize = model, synchronize
+        self._seen_s: dict[str, float] = {}
+
+    def _look(self, place: str) -> None:
+        self._synchronize()
+        self._seen_s[place] = time.perf_counter()
+
+    def _entered(self, args: tuple, kwargs: dict) -> None:
+        self._look("entered")
+        self._hook("left again", (args, kwargs))
+
+    def _left(self, output: object) -> None:
+        self._look("left")
+        self._hook("back", output)
+
+    def _hook(self, place: str, values: object) -> None:
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(lambda gradient: self._look(place))
+
+    def measure(self, inputs: dict[str, Tensor]) -> tuple[float, float]:
+        first, last = self._model.layers[0], self._model.layers[-1]
+        handles = [
+            first.register_forward_pre_hook(lambda module, args, kwargs: self._entered(args, kwargs), with_kwargs=True),
+            last.register_forward_hook(lambda module, args, output: self._left(output)),
+        ]
+        try:
+            self._look("begun")
+            loss = loss_of(self._model, inputs)
+            self._look("loss")
+            loss.backward()
+            self._look("ended")
+        finally:
+            for handle in handles:
+                handle.remove()
+        at = self._seen_s
+        forward_s = at["entered"] - at["begun"] + at["loss"] - at["left"]
+        return forward_s, at["back"] - at["loss"] + at["ended"] - at.get("left again", at["ended"])

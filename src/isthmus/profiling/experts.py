@@ -25,11 +25,13 @@ def measure_expert(
     max_tokens: int,
     synchronize: Callable[[], None] = lambda: None,
     activation_module: torch.nn.Module | None = None,
+    saves: bool = False,
 ) -> tuple[Curve, Curve]:
     """(forward, backward) curves of one expert, 1 to ``max_tokens`` tokens, on ``device`` from the calling thread.
     Blocks for seconds.
 
-    Backward includes the recomputation of the pre-activations. ``synchronize`` waits for an asynchronous device.
+    Backward includes the recomputation of the pre-activations, unless forward ``saves`` them. ``synchronize`` waits for
+    an asynchronous device.
     """
     math = ExpertMath(spec, activation_module)
     num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
@@ -47,7 +49,7 @@ def measure_expert(
         x_NH, scale_N = inputs(count)
 
         def run() -> None:
-            math.forward_many([weights[next(turn)]], [count], x_NH, scale_N, save=False)
+            math.forward_many([weights[next(turn)]], [count], x_NH, scale_N, save=saves)
             synchronize()
 
         return run
@@ -55,11 +57,12 @@ def measure_expert(
     def backward(count: int) -> Callable[[], object]:
         x_NH, scale_N = inputs(count)
         g_NH, _ = inputs(count)
+        kept = [torch.randn(count, math.pre_size, device=device).to(dtype) if saves else None]
 
         def run() -> None:
             at = next(turn)
             math.backward_many(
-                [weights[at]], [count], x_NH, scale_N, g_NH, [None], [gradient_views[at]], accumulate=[False]
+                [weights[at]], [count], x_NH, scale_N, g_NH, kept, [gradient_views[at]], accumulate=[False]
             )
             synchronize()
 

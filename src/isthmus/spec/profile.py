@@ -23,6 +23,10 @@ class ExpertTimes:
     cpu_backward: Curve
     accelerator_forward: Curve
     accelerator_backward: Curve
+    routing_forward: Curve | None = None
+    """Seconds of sorting the rows of a layer's tokens by expert, and of bringing them together and back, by tokens of
+    the layer; None: not measured, likewise below."""
+    routing_backward: Curve | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,13 @@ class Profile:
     dense_forward_s_per_token: float
     """One layer's dense part (attention, norms, router, shared experts) on the accelerator."""
     dense_backward_s_per_token: float
+    outer_forward_s_per_token: float = 0.0
+    """Of what ``dense_forward_s_per_token`` is of all layers together: embeddings, head and loss."""
+    outer_backward_s_per_token: float = 0.0
+    norm_s_per_parameter: float = 0.0
+    """What the norm of a gradient takes on the CPU."""
+    copy_core_s_per_byte: float = 0.0
+    """Of a core, while the link copies: where a thread is the copy engine."""
     measured_at: str = ""
     notes: dict[str, str] = field(default_factory=dict)
 

@@ -10,7 +10,6 @@ use is furthest gives way (Belady), unless it is wanted sooner than what would r
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -45,12 +44,13 @@ class ExpertLoader:
         source: Source,
         window: int,
         next_use: Callable[[UnitKey], float],
+        changed: threading.Condition | None = None,
     ) -> None:
         """Allocates (num_slots, slot_numel) on the accelerator (``AcceleratorMemoryError``).
 
         ``source(key)``: the expert's flat host weights, (numel <= slot_numel,), or None if there are none to load at
         present. ``window``: most copies in flight. ``next_use(key)``: when the expert is wanted next; later is larger,
-        ``inf`` is never.
+        ``inf`` is never. ``changed``: what waits and locks, for a rehearsal on a clock.
         """
         for field, value in (("num_slots", num_slots), ("slot_numel", slot_numel), ("window", window)):
             if value < 1:
@@ -64,9 +64,9 @@ class ExpertLoader:
         self.buffer = accelerator.allocate((num_slots, slot_numel), dtype)
         """(num_slots, slot_numel): to be read where the caller has acquired what is in a slot, and nowhere else."""
         self._table = SlotTable(self.buffer, next_use)
-        self._changed = threading.Condition()
+        self._changed = changed or threading.Condition()
         self._queues = LoadQueues()
-        self._flights = Flights()
+        self._flights = Flights(accelerator.recorder.now_s)
         self._demanded: UnitKey | None = None
         """What the computing thread blocks on in ``acquire``."""
         self._is_slot_awaited = False
@@ -295,7 +295,7 @@ class ExpertLoader:
         is_open = self._error is None and not self._is_closed and not self._is_slot_awaited
         while is_open and len(self._flights) < self.window and self._queues.take(self._try_launch):
             pass
-        now_s = time.perf_counter()
+        now_s = self._accelerator.recorder.now_s()
         if self._flights or not self._queues:
             if self._idle_since_s is not None:
                 self._count(idle_s=now_s - self._idle_since_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +56,8 @@ class _Flight:
 class Flights:
     """The copies under way into slots, in the order of their launch, and how fast they land. Not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
         self._flights: dict[Slot, _Flight] = {}
         self._last_landing_s = 0.0
         self._seconds, self._bytes = 0.0, 0.0
@@ -66,12 +66,12 @@ class Flights:
         return len(self._flights)
 
     def launched(self, slot: Slot, num_bytes: int) -> None:
-        self._flights[slot] = _Flight(num_bytes, time.perf_counter())
+        self._flights[slot] = _Flight(num_bytes, self._now_s())
 
     def landed(self, slot: Slot) -> int:
         """Returns the bytes that have landed."""
         flight = self._flights.pop(slot)
-        now_s = time.perf_counter()
+        now_s = self._now_s()
         elapsed_s = now_s - max(flight.launched_s, self._last_landing_s)
         self._last_landing_s = now_s
         self._seconds = _FORGETTING * self._seconds + elapsed_s

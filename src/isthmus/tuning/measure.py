@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +17,11 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import scale
 from isthmus.profiling.cache import cached_profile
-from isthmus.profiling.dense import Forward, loss_of, measure_dense
+from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer
 from isthmus.profiling.experts import measure_expert
 from isthmus.profiling.links import LinkTimes, measure_link
-from isthmus.profiling.timing import in_thread
+from isthmus.profiling.routing import measure_routing
+from isthmus.profiling.timing import fastest_s, in_thread
 from isthmus.reporting.environment import cpu_name
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.model import UnitKey, UnitLayout
@@ -28,6 +30,10 @@ from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
+
+COPIED_BYTES = 64 << 20
+MEASURED = 2
+"""Counts what is measured: profiles that have less are measured again."""
 
 
 def at_cpu_speed(profile: Profile, speed: float) -> Profile:
@@ -43,25 +49,34 @@ def at_cpu_speed(profile: Profile, speed: float) -> Profile:
     return replace(profile, hardware=replace(profile.hardware, cpu_speed=speed), experts=experts)
 
 
-def optimizer_seconds_per_parameter(layout: UnitLayout) -> float:
-    """Seconds of AdamW per parameter on a unit like this one, from the calling thread, with memory as cold as in a
-    step."""
+def memmove_s_per_byte() -> float:
+    """Of a thread that copies memory which no cache holds."""
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
+    destination = torch.ones_like(source)
+    return fastest_s(lambda: ctypes.memmove(destination.data_ptr(), source.data_ptr(), COPIED_BYTES)) / COPIED_BYTES
+
+
+def optimizer_seconds_per_parameter(layout: UnitLayout) -> tuple[float, float]:
+    """Seconds per parameter of AdamW, and of a gradient's norm, on a unit like this one, from the calling thread, with
+    memory as cold as in a step."""
     num_units = max(2, (64 << 20) // (layout.numel * 4) + 1)
     keys = [UnitKey(0, number) for number in range(num_units)]
     store = ParameterStore(dict.fromkeys(keys, layout), lambda shape, dtype: torch.zeros(shape, dtype=dtype))
     optimizer = StoreOptimizer(store, learning_rate=1e-6)
-    seconds = []
+    seconds, norms = [], []
     for step in range(1, 4):
+        start_s = time.perf_counter()
         for key in keys:
             optimizer.gradient_destination(key)
             optimizer.finish_gradient(key)
+        norms.append(time.perf_counter() - start_s)
         optimizer.begin_step(step, 1e-6)
         start_s = time.perf_counter()
         optimizer.step_units(keys)
         seconds.append(time.perf_counter() - start_s)
         optimizer.end_step()
     optimizer.close()
-    return min(seconds) / (layout.numel * num_units)
+    return tuple(min(times) / (layout.numel * num_units) for times in (seconds, norms))
 
 
 def measure_profile(
@@ -95,6 +110,7 @@ def measure_profile(
         "threads": torch.get_num_threads(),
         "model": model.module.config.to_json_string(),
         "dtype": model.dtype,
+        "measured": MEASURED,
         "tokens": [max_tokens, *example.inputs["input_ids"].shape],
         "versions": [version("torch"), version("transformers"), version("isthmus")],
     }
@@ -133,7 +149,12 @@ def _measure(
     forward_s, backward_s = measure_dense(
         model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize, run=run
     )
-    experts, optimizer_s = _measure_experts(model, accelerator, max_tokens, num_cpu_threads, progress)
+    outer_s = (0.0, 0.0)
+    if run is loss_of:
+        outer_s = measure_outer(
+            model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
+        )
+    experts, optimizer_s, norm_s = _measure_experts(model, accelerator, max_tokens, num_cpu_threads, progress)
     return Profile(
         hardware=hardware,
         dtype=model.dtype,
@@ -147,6 +168,10 @@ def _measure(
         optimizer_s_per_parameter=optimizer_s,
         dense_forward_s_per_token=forward_s,
         dense_backward_s_per_token=backward_s,
+        outer_forward_s_per_token=outer_s[0],
+        outer_backward_s_per_token=outer_s[1],
+        norm_s_per_parameter=norm_s,
+        copy_core_s_per_byte=memmove_s_per_byte() if accelerator.name == "emulated" else 0.0,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -157,15 +182,15 @@ def _measure_experts(
     max_tokens: int,
     num_cpu_threads: int,
     progress: Callable[[str, float], None],
-) -> tuple[dict[str, ExpertTimes], float]:
-    """(curves by shape of expert, optimizer seconds per parameter of the slowest shape)."""
+) -> tuple[dict[str, ExpertTimes], float, float]:
+    """(curves by shape of expert; seconds per parameter of the slowest shape: the optimizer's, a norm's)."""
     dtype = torch_dtype(model.dtype)
     shapes = {}
     for layer in model.spec.moe_layers:
         spec = model.moe_parts[layer].spec
         shapes[Profile.expert_key(spec.hidden_size, spec.intermediate_size, spec.has_gate)] = layer
     experts: dict[str, ExpertTimes] = {}
-    optimizer_s = 0.0
+    optimizer_s = norm_s = 0.0
     for number, (key, layer) in enumerate(shapes.items()):
         progress("measuring experts", 0.2 + 0.8 * number / len(shapes))
         on_device = partial(
@@ -174,15 +199,29 @@ def _measure_experts(
             dtype,
             max_tokens=max_tokens,
             activation_module=model.experts[layer],
+            saves=not accelerator.is_separate,
         )
         here = on_device(device=accelerator.device, synchronize=accelerator.synchronize)
         cpu = here
         if accelerator.is_separate:
             cpu = in_thread(partial(on_device, device=torch.device("cpu")), num_threads=num_cpu_threads)
+        routing = measure_routing(
+            model.moe_parts[layer].spec,
+            dtype,
+            device=accelerator.device,
+            max_tokens=max_tokens,
+            synchronize=accelerator.synchronize,
+        )
         experts[key] = ExpertTimes(
-            cpu_forward=cpu[0], cpu_backward=cpu[1], accelerator_forward=here[0], accelerator_backward=here[1]
+            cpu_forward=cpu[0],
+            cpu_backward=cpu[1],
+            accelerator_forward=here[0],
+            accelerator_backward=here[1],
+            routing_forward=routing[0],
+            routing_backward=routing[1],
         )
         layout = model.layouts[UnitKey(layer, 0)]
         measure = partial(optimizer_seconds_per_parameter, layout)
-        optimizer_s = max(optimizer_s, in_thread(measure, num_threads=num_cpu_threads))
-    return experts, optimizer_s
+        step_s, one_norm_s = in_thread(measure, num_threads=num_cpu_threads)
+        optimizer_s, norm_s = max(optimizer_s, step_s), max(norm_s, one_norm_s)
+    return experts, optimizer_s, norm_s

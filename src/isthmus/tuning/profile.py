@@ -9,10 +9,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from isthmus.models.attention import use_blocked_attention
 from isthmus.models.config import load_config
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import evaluate
+from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
@@ -21,6 +23,7 @@ from isthmus.spec.files import atomic_write
 from isthmus.spec.profile import ExpertTimes, Profile
 from isthmus.spec.serialization import to_json
 from isthmus.spec.units import parse_emulate
+from isthmus.training.heap import keep_freed_memory
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.data import IGNORED, MicroBatch, keep_documents_apart
 from isthmus.tuning.measure import at_cpu_speed, measure_profile
@@ -37,17 +40,20 @@ def profile(
     accelerator: str = "auto",
     emulate: str | None = None,
     cpu_speed: float = 1.0,
+    num_processes: int = 1,
     refresh: bool = False,
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> Profile:
     """The profile of ``model``'s blocks here, from the cache unless ``refresh``; printed, and written to ``output``.
 
-    Parameters are those of ``isthmus profile``. Only the model's configuration is read: weights are random. Blocks for
+    Parameters are those of ``isthmus profile``; ``num_processes`` share this host, and what is measured is one's part
+    with nothing to do for the others. Only the model's configuration is read: weights are random. Blocks for
     seconds, with the accelerator to itself. Raises ``ValueError`` or ``OSError`` for input that cannot work.
     """
     if not 0 < cpu_speed <= 1:
         raise IsthmusError(f"cpu_speed: got {cpu_speed}, wanted a fraction above 0 and at most 1, such as 0.25.")
+    keep_freed_memory()
     emulation = parse_emulate(emulate or "")
     blocks = MoeModel.build(load_config(model), dtype)
     blocks.module.train()
@@ -62,7 +68,9 @@ def profile(
         latency_s=emulation.get("latency_s"),
     )
     with device, TrainingProgress(1) as progress:
-        num_threads, num_cpu_threads = thread_split(device, emulation)
+        if not device.is_separate:
+            use_blocked_attention(blocks.module)
+        num_threads, num_cpu_threads = thread_split(device, emulation, cores_of_each(num_processes))
         torch.set_num_threads(num_threads)
         for key, layout in blocks.layouts.items():
             if not key.is_expert:
@@ -84,8 +92,13 @@ def profile(
     return result
 
 
+def cores_of_each(num_processes: int) -> int | None:
+    """Of several processes of this host; None for a single one, which takes what it may."""
+    return None if num_processes == 1 else max(1, num_cpus_usable() // num_processes)
+
+
 def _random_batch(model: MoeModel, micro_batch_size: int, seq_len: int) -> MicroBatch:
-    """Tokens of one document per sequence, as training data comes."""
+    """Tokens of two documents in every sequence, as training data is packed."""
     ids = torch.randint(0, model.spec.vocab_size, (micro_batch_size, seq_len))
     labels = ids.clone()
     labels[:, 0] = IGNORED
@@ -93,7 +106,9 @@ def _random_batch(model: MoeModel, micro_batch_size: int, seq_len: int) -> Micro
     if model.spec.is_encoder_decoder:
         inputs["attention_mask"] = torch.ones_like(ids)
     else:
-        inputs["position_ids"] = torch.arange(seq_len).expand(micro_batch_size, seq_len)
+        half = seq_len // 2
+        positions = torch.cat([torch.arange(half), torch.arange(seq_len - half)])
+        inputs["position_ids"] = positions.expand(micro_batch_size, seq_len)
     return MicroBatch(inputs, num_tokens=ids.numel(), num_label_tokens=int((labels != IGNORED).sum()))
 
 

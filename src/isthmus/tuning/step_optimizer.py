@@ -40,7 +40,9 @@ class StepOptimizer:
         on_step: Callable[[], None],
         on_dense_stepped: Callable[[int], None],
         on_layer_stepped: Callable[[int], None],
+        condition: threading.Condition | None = None,
     ) -> None:
+        """``condition``: what waits and locks, for a rehearsal on a clock."""
         self.optimizer = optimizer
         self.worker = worker
         self._recorder = recorder
@@ -50,7 +52,7 @@ class StepOptimizer:
         self._layers: dict[int, list[UnitKey]] = {}
         for key in sorted(keys):
             self._layers.setdefault(key.layer, []).append(key)
-        self._condition = threading.Condition()
+        self._condition = condition or threading.Condition()
         self._expected: set[UnitKey] = set()
         self._norms: list[Future] = []
         self._dense_steps: dict[int, Future] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from isthmus.planning.curves import evaluate
 from isthmus.planning.problem import expert_times
 from isthmus.simulation.tuning.costs import ADAM_BYTES_PER_PARAMETER
-from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import ModelSpec
 from isthmus.spec.profile import Profile
 from isthmus.spec.tune_cluster import MeasuredExperts, TuneAccelerator, TuneCluster, TuneHost
@@ -15,20 +14,23 @@ AT_ONCE_BYTES_PER_S = 1e15
 
 
 def cluster_of(
-    profile: Profile, spec: ModelSpec, *, num_tokens: int, seq_len: int, memory_bytes: int, name: str = "this machine"
+    profile: Profile,
+    spec: ModelSpec,
+    *,
+    num_tokens: int,
+    seq_len: int,
+    memory_bytes: int,
+    num_processes: int = 1,
+    name: str = "this machine",
 ) -> TuneCluster:
-    """The machine of ``profile``, measured with the model of ``spec``, with ``memory_bytes`` on its accelerator.
+    """The machine of ``profile``, measured with the model of ``spec`` and one of ``num_processes`` alone on its part of
+    the cores, with ``memory_bytes`` on each accelerator.
 
     The accelerator's rate is the one at which a forward pass of ``num_tokens`` tokens (a micro-batch, equally popular
-    experts) takes as long as measured. Raises ``IsthmusError`` for a machine without a separate accelerator,
-    ``ValueError`` for a profile of another model.
+    experts) takes as long as measured. Where there is no separate one, it is the CPU at the end of a link that takes
+    no time. Raises ``ValueError`` for a profile of another model.
     """
     machine = profile.hardware
-    if machine.link is None:
-        raise IsthmusError(
-            f"cluster: got none, and {machine.accelerator_name!r} here is no accelerator with memory of its own; "
-            "give --cluster FILE or NAME, or --accelerator emulated with --emulate and --accelerator-memory"
-        )
     flops, seconds, least_s = 0.0, 0.0, float("inf")
     experts: dict[str, MeasuredExperts] = {}
     rate_of_core = float("inf")
@@ -51,21 +53,25 @@ def cluster_of(
         memory_bytes=memory_bytes,
         memory_bytes_per_s=AT_ONCE_BYTES_PER_S,
         flops_per_s={profile.dtype: flops / seconds},
-        h2d_bytes_per_s=1 / profile.h2d_s_per_byte,
-        d2h_bytes_per_s=1 / profile.d2h_s_per_byte,
+        h2d_bytes_per_s=_rate(profile.h2d_s_per_byte),
+        d2h_bytes_per_s=_rate(profile.d2h_s_per_byte),
         copy_s=profile.copy_latency_s,
         expert_s=least_s,
     )
     host = TuneHost(
         name=machine.cpu_name,
         accelerator=card,
-        num_accelerators=1,
+        num_accelerators=num_processes,
         accelerators_per_root=1,
         root_bytes_per_s=max(card.h2d_bytes_per_s, card.d2h_bytes_per_s),
-        num_cores=machine.num_cpu_threads,
+        num_cores=num_processes * machine.num_cpu_threads,
         core_flops_per_s={profile.dtype: rate_of_core},
         memory_bytes=machine.host_memory_bytes,
-        memory_bytes_per_s=ADAM_BYTES_PER_PARAMETER / profile.optimizer_s_per_parameter,
+        memory_bytes_per_s=num_processes * ADAM_BYTES_PER_PARAMETER / profile.optimizer_s_per_parameter,
         network_bytes_per_s=AT_ONCE_BYTES_PER_S,
     )
     return TuneCluster(name=name, hosts=(host,), experts=experts, source=f"measured {profile.measured_at}")
+
+
+def _rate(s_per_byte: float) -> float:
+    return 1 / s_per_byte if s_per_byte else AT_ONCE_BYTES_PER_S

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 from rich.console import Console
 
 from isthmus.planning.memory import Blueprint
 from isthmus.simulation.tuning.machine import cluster_of
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.profile import Profile
 from isthmus.spec.tune_cluster import TuneCluster
 from isthmus.tuning.profile import profile
 
@@ -19,11 +21,12 @@ BUDGET_SHARE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    """Which accelerator of this machine, as ``isthmus tune`` has it."""
+    """Which accelerator of this machine, as ``isthmus tune`` has it, and how many processes share the machine."""
 
     accelerator: str = "auto"
     emulate: str | None = None
     memory_bytes: int | None = None
+    num_processes: int = 1
 
     def check(self) -> None:
         """Raises ``IsthmusError`` where there is none to plan for."""
@@ -32,16 +35,16 @@ class MachineOptions:
             raise IsthmusError(
                 "accelerator: emulated needs --emulate h2d=2GB/s,d2h=2GB/s and --accelerator-memory 8GiB, or the like"
             )
-        if not is_emulated and (self.accelerator == "host" or not torch.cuda.is_available()):
+        if not is_emulated and self.accelerator != "host" and not torch.cuda.is_available():
             raise IsthmusError(
                 "cluster: got none, and this machine has no GPU to plan for; give --cluster FILE or NAME (see README), "
-                "or --emulate h2d=2GB/s,d2h=2GB/s with --accelerator-memory 8GiB"
+                "--accelerator host, or --emulate h2d=2GB/s,d2h=2GB/s with --accelerator-memory 8GiB"
             )
 
 
 def this_machine(
     model: str, blueprint: Blueprint, options: MachineOptions, *, seq_len: int, micro_batch_size: int, num_batches: int
-) -> TuneCluster:
+) -> tuple[TuneCluster, Profile]:
     """Measures, for seconds, what was not measured before with this model and these sizes, without its weights."""
     options.check()
     measured = profile(
@@ -52,11 +55,20 @@ def this_machine(
         micro_batches=num_batches,
         accelerator=options.accelerator,
         emulate=options.emulate,
+        num_processes=options.num_processes,
         console=Console(quiet=True),
     )
     memory_bytes = options.memory_bytes
-    if memory_bytes is None:
+    if measured.hardware.link is None:
+        memory_bytes = psutil.virtual_memory().total // options.num_processes
+    elif memory_bytes is None:
         memory_bytes = int(BUDGET_SHARE * torch.cuda.mem_get_info()[0])
-    return cluster_of(
-        measured, blueprint.spec, num_tokens=blueprint.num_tokens, seq_len=seq_len, memory_bytes=memory_bytes
+    cluster = cluster_of(
+        measured,
+        blueprint.spec,
+        num_tokens=blueprint.num_tokens,
+        seq_len=seq_len,
+        memory_bytes=memory_bytes,
+        num_processes=options.num_processes,
     )
+    return cluster, measured

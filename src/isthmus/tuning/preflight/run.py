@@ -9,19 +9,22 @@ from pathlib import Path
 from rich.console import Console
 
 from isthmus.planning.memory import Blueprint
+from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.popularity import find_popularity
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
-from isthmus.spec.plan_tune import PlanTuneReport
+from isthmus.spec.plan_tune import Change, PlanTuneReport
+from isthmus.spec.profile import Profile
 from isthmus.spec.serialization import to_json
 from isthmus.spec.tune_cluster import TuneCluster
 from isthmus.spec.units import parse_bytes
 from isthmus.tuning.preflight.blueprint import read_blueprint
 from isthmus.tuning.preflight.changes import find_changes, limiting
 from isthmus.tuning.preflight.machine import MachineOptions, this_machine
-from isthmus.tuning.preflight.predict import SIMULATED, Question, predict
+from isthmus.tuning.preflight.predict import SIMULATED, Prediction, Question, predict
+from isthmus.tuning.preflight.rehearse import rehearse
 from isthmus.tuning.preflight.show import show
 
 TITLE = "isthmus plan tune"
@@ -49,6 +52,8 @@ class PlanTuneOptions:
     accelerator_memory: str | None = None
     changes: bool = True
     """Whether to look for what would help."""
+    timeline: str | None = None
+    """Of this machine: where the predicted step goes, as a Chrome trace."""
 
     def check(self) -> None:
         """Raises ``IsthmusError`` for what can be seen to be wrong without the model."""
@@ -63,8 +68,8 @@ class PlanTuneOptions:
             self.machine().check()
             if self.num_layers is not None:
                 raise IsthmusError("num_layers: is for a described cluster; this machine is measured with whole models")
-        elif self.emulate is not None or self.accelerator != "auto":
-            raise IsthmusError("accelerator, emulate: are of this machine; leave them or --cluster out")
+        elif self.emulate is not None or self.accelerator != "auto" or self.timeline is not None:
+            raise IsthmusError("accelerator, emulate, timeline: are of this machine; leave them or --cluster out")
 
     def machine(self) -> MachineOptions:
         memory = self.accelerator_memory
@@ -72,6 +77,7 @@ class PlanTuneOptions:
             accelerator=self.accelerator,
             emulate=self.emulate,
             memory_bytes=None if memory is None else parse_bytes(memory, "accelerator_memory"),
+            num_processes=self.num_devices or 1,
         )
 
 
@@ -97,7 +103,11 @@ def plan_tune(
         progress.phase("reading the configuration")
         own = blueprint(options.dtype)
         popularity = find_popularity(options.popularity, own.spec)
-    cluster = _measured(options, own) if named is None else _with_memory(named, options.accelerator_memory)
+    profile = None
+    if named is None:
+        cluster, profile = _measured(options, own)
+    else:
+        cluster = _with_memory(named, options.accelerator_memory)
     question = Question(
         blueprint=own,
         cluster=cluster,
@@ -113,6 +123,11 @@ def plan_tune(
         progress.phase("predicting")
         found = predict(question)
         changes = find_changes(question, found, blueprint, progress.phase) if options.changes else ()
+        if profile is not None:
+            found, timelines = rehearse(question, profile, found)
+            changes = tuple(_at_rate(change, found) for change in changes)
+            if options.timeline is not None and timelines:
+                write_chrome_trace(timelines[0], Path(options.timeline))
     written = PlanTuneReport(
         config=asdict(options),
         cluster=cluster,
@@ -133,7 +148,14 @@ def plan_tune(
     return written
 
 
-def _measured(options: PlanTuneOptions, blueprint: Blueprint) -> TuneCluster:
+def _at_rate(change: Change, found: Prediction) -> Change:
+    """What was simulated says how much a change gains; how fast it is then follows from the rehearsal."""
+    if change.gain is None or found.step is None:
+        return change
+    return replace(change, tokens_per_s=change.gain * found.step.tokens_per_s)
+
+
+def _measured(options: PlanTuneOptions, blueprint: Blueprint) -> tuple[TuneCluster, Profile]:
     return this_machine(
         options.model,
         blueprint,

@@ -22,7 +22,8 @@ def show(report: PlanTuneReport, title: str, console: Console) -> None:
     console.print(f"{title}: {verdict}", highlight=False, markup=False, soft_wrap=True)
     for line in shortages(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(_devices(report.devices))
+    if report.devices:
+        console.print(_devices(report.devices))
     console.print(_hosts(report.hosts))
     if report.links:
         console.print(_links(report.links, report.step.step_s if report.step else 0.0))

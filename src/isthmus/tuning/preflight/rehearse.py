@@ -1,0 +1,59 @@
+"""Time of a step on the machine that was measured: the runtime itself is played through, with its own policies, instead
+of the simulator, which describes machines that nobody measured and the pipeline as published."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from isthmus.reporting.environment import num_cpus_usable
+from isthmus.spec.plan_tune import PredictedStep
+from isthmus.spec.profile import Profile
+from isthmus.spec.timeline import Timeline
+from isthmus.tuning.preflight.predict import RESOURCES, Prediction, Question
+from isthmus.tuning.rehearsal.run import NUM_STEPS, WARM_STEPS, Scenario, play, whole_steps
+
+NOTE = "the runtime played through with what was measured here"
+
+
+def rehearse(
+    question: Question, profile: Profile, found: Prediction, *, times_decisions: bool = True
+) -> tuple[Prediction, tuple[Timeline, ...]]:
+    """``found``, predicted with the simulator, with the step that the runtime would take instead; and its timeline by
+    process. ``times_decisions``: see ``play``. Blocks for seconds. As it is where nothing fits."""
+    if not found.fits:
+        return found, ()
+    num_processes = question.cluster.num_accelerators
+    scenario = Scenario(
+        blueprint=question.blueprint,
+        profile=profile,
+        num_processes=num_processes,
+        num_cores=num_cpus_usable(),
+        memory_bytes=question.cluster.hosts[0].accelerator.memory_bytes,
+        micro_batches=question.micro_batches,
+        num_stages=question.num_stages,
+        policy=question.policy,
+    )
+    num_tokens = question.blueprint.num_tokens * question.micro_batches
+    played = play(
+        scenario, whole_steps(question.popularity().steps(num_tokens), NUM_STEPS), times_decisions=times_decisions
+    )
+    step_s = float(np.median(played.steps_s[WARM_STEPS:]))
+    shares = {
+        name: float(np.mean([busy[lane] for busy in played.busy_s])) / sum(played.steps_s)
+        for lane, name in RESOURCES.items()
+    }
+    step = PredictedStep(
+        step_s=step_s,
+        tokens_per_s=question.micro_batch_size * question.micro_batches * question.seq_len / step_s,
+        num_stages=len(scenario.division.stages),
+        bound_s=played.bound_s,
+        bound_share=played.bound_s / step_s,
+        busy_shares=shares,
+        cpu_pairs_share=played.cpu_rows_share,
+        note=NOTE,
+    )
+    devices = found.devices if scenario.is_separate else ()
+    links = found.links if scenario.is_separate else ()
+    return replace(found, devices=devices, links=links, step=step, reason=""), played.timelines
