@@ -19,7 +19,7 @@ def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tenso
     return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
 
-OUTER_REPEATS = 3
+REPEATS = 5
 Forward = Callable[[MoeModel, dict[str, Tensor]], Tensor]
 """Runs what this process has of a model on a micro-batch (tensors on the device): something to call ``backward`` on."""
 
@@ -55,8 +55,8 @@ def measure_dense(
         forward().backward()
         synchronize()
 
-    forward_s = fastest_s(forward, repeats=3, budget_s=1.0)
-    both_s = fastest_s(both, repeats=3, budget_s=2.0)
+    forward_s = fastest_s(forward, repeats=REPEATS, budget_s=1.0)
+    both_s = fastest_s(both, repeats=REPEATS, budget_s=2.0)
     per = num_tokens * model.spec.num_held_layers
     return forward_s / per, max(both_s - forward_s, forward_s) / per
 
@@ -71,7 +71,7 @@ def measure_outer(
     """(forward, backward) seconds per token of what lies before the first layer and behind the last: part of what
     ``measure_dense`` finds for all layers. Called after it, and as it."""
     inputs = on_device(inputs, next(bound_parameters(model)).device)
-    found = [_OuterTimes(model, synchronize).measure(inputs) for _ in range(OUTER_REPEATS)]
+    found = [_OuterTimes(model, synchronize).measure(inputs) for _ in range(REPEATS)]
     forward_s, backward_s = (min(times) for times in zip(*found, strict=True))
     return forward_s / num_tokens, backward_s / num_tokens
 

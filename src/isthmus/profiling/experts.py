@@ -71,3 +71,25 @@ def measure_expert(
     with torch.no_grad():
         grid = token_grid(max_tokens)
         return measure_curve(forward, grid), measure_curve(backward, grid)
+
+
+def one_expert(
+    spec: ExpertSpec, dtype: torch.dtype, *, num_tokens: int, saves: bool, activation_module: torch.nn.Module | None
+) -> Callable[[], object]:
+    """Forward and backward of one expert of ``num_tokens`` rows on the CPU, each time another."""
+    math = ExpertMath(spec, activation_module)
+    num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
+    flats = [torch.empty(spec.numel, dtype=dtype).normal_(std=0.02) for _ in range(num_copies)]
+    weights = [math.views(flat) for flat in flats]
+    gradients = [math.views(torch.zeros_like(flat)) for flat in flats]
+    x_NH, g_NH = (torch.randn(num_tokens, spec.hidden_size).to(dtype) for _ in range(2))
+    scale_N = torch.rand(num_tokens).to(dtype)
+    turn = itertools.cycle(range(num_copies))
+
+    @torch.no_grad()
+    def run() -> None:
+        at = next(turn)
+        _, kept = math.forward_many([weights[at]], [num_tokens], x_NH, scale_N, save=saves)
+        math.backward_many([weights[at]], [num_tokens], x_NH, scale_N, g_NH, kept, [gradients[at]], accumulate=[False])
+
+    return run

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 
 from isthmus.models.routing import combine, count_by_expert, gather, sort_by_expert, weight_gradients_of, weights_of
-from isthmus.profiling.timing import measure_curve, token_grid
+from isthmus.planning.curves import monotone
+from isthmus.profiling.crowding import Forgetting, usual_s
+from isthmus.profiling.timing import token_grid
 from isthmus.spec.model import ExpertSpec
 from isthmus.spec.profile import Curve
 
@@ -20,8 +22,8 @@ def measure_routing(
     max_tokens: int,
     synchronize: Callable[[], None] = lambda: None,
 ) -> tuple[Curve, Curve]:
-    """(forward, backward) curves of one layer's wave of 1 to ``max_tokens`` tokens (not rows), from the calling thread.
-    Blocks for about a second."""
+    """(forward, backward) curves, with caches as cold as in a step, of one layer's wave of up to ``max_tokens`` tokens
+    (not rows), from the calling thread. Blocks for seconds."""
 
     def wave(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         index_Tk = torch.rand(count, spec.num_experts, device=device).topk(spec.top_k).indices
@@ -59,5 +61,10 @@ def measure_routing(
         return run
 
     with torch.no_grad():
-        grid = token_grid(max_tokens)[4:] or [max_tokens]
-        return measure_curve(forward, grid), measure_curve(backward, grid)
+        grid = token_grid(max_tokens)[4::2] or [max_tokens]
+        return _usual_curve(forward, grid), _usual_curve(backward, grid)
+
+
+def _usual_curve(task: Callable[[int], Callable[[], object]], grid: list[int]) -> Curve:
+    forget = Forgetting()
+    return monotone(Curve(num_tokens=tuple(grid), seconds=tuple(usual_s(task(count), forget) for count in grid)))

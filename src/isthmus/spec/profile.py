@@ -16,6 +16,16 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slowdown:
+    """Of what else is measured at its fastest: how many times as long it usually takes in a step."""
+
+    alone: float = 1.0
+    """While the process's other thread does nothing."""
+    beside: float = 1.0
+    """While that computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertTimes:
     """Seconds of ONE expert by its token count."""
 
@@ -56,6 +66,10 @@ class Profile:
     outer_backward_s_per_token: float = 0.0
     norm_s_per_parameter: float = 0.0
     """What the norm of a gradient takes on the CPU."""
+    dense_slowdown: Slowdown = field(default_factory=Slowdown)
+    accelerator_slowdown: Slowdown = field(default_factory=Slowdown)
+    """Of experts on the accelerator; of those on the CPU below."""
+    cpu_slowdown: Slowdown = field(default_factory=Slowdown)
     copy_core_s_per_byte: float = 0.0
     """Of a core, while the link copies: where a thread is the copy engine."""
     measured_at: str = ""

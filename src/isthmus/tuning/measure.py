@@ -17,22 +17,23 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import scale
 from isthmus.profiling.cache import cached_profile
-from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer
-from isthmus.profiling.experts import measure_expert
+from isthmus.profiling.crowding import measure_slowdown
+from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer, no_experts
+from isthmus.profiling.experts import measure_expert, one_expert
 from isthmus.profiling.links import LinkTimes, measure_link
 from isthmus.profiling.routing import measure_routing
 from isthmus.profiling.timing import fastest_s, in_thread
 from isthmus.reporting.environment import cpu_name
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.model import UnitKey, UnitLayout
-from isthmus.spec.profile import ExpertTimes, Profile
+from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 
 COPIED_BYTES = 64 << 20
-MEASURED = 2
+MEASURED = 3
 """Counts what is measured: profiles that have less are measured again."""
 
 
@@ -154,6 +155,7 @@ def _measure(
         outer_s = measure_outer(
             model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
         )
+    slowdowns = _measure_slowdowns(model, accelerator, example, max_tokens, num_cpu_threads, run)
     experts, optimizer_s, norm_s = _measure_experts(model, accelerator, max_tokens, num_cpu_threads, progress)
     return Profile(
         hardware=hardware,
@@ -171,9 +173,51 @@ def _measure(
         outer_forward_s_per_token=outer_s[0],
         outer_backward_s_per_token=outer_s[1],
         norm_s_per_parameter=norm_s,
+        dense_slowdown=slowdowns[0],
+        accelerator_slowdown=slowdowns[1],
+        cpu_slowdown=slowdowns[2],
         copy_core_s_per_byte=memmove_s_per_byte() if accelerator.name == "emulated" else 0.0,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _measure_slowdowns(
+    model: MoeModel,
+    accelerator: Accelerator,
+    example: MicroBatch,
+    max_tokens: int,
+    num_cpu_threads: int,
+    run: Forward,
+) -> tuple[Slowdown, Slowdown, Slowdown]:
+    """(of the dense part, of experts on the accelerator, of those on the CPU), where a CPU computes all of them; else
+    none."""
+    if accelerator.device.type != "cpu" or not model.spec.moe_layers:
+        return Slowdown(), Slowdown(), Slowdown()
+    layer = model.spec.moe_layers[0]
+    spec = model.moe_parts[layer].spec
+    expert = one_expert(
+        spec,
+        torch_dtype(model.dtype),
+        num_tokens=max(1, max_tokens * spec.top_k // spec.num_experts),
+        saves=not accelerator.is_separate,
+        activation_module=model.experts[layer],
+    )
+    model.set_experts_function(no_experts)
+
+    def dense() -> None:
+        run(model, example.inputs).backward()
+
+    other = expert if accelerator.is_separate else None
+    dense_s, expert_s = fastest_s(dense, repeats=5, budget_s=1.0), fastest_s(expert)
+    of_dense = measure_slowdown(dense, dense_s, other, num_threads=num_cpu_threads)
+    here = measure_slowdown(expert, expert_s, other, num_threads=num_cpu_threads)
+    if not accelerator.is_separate:
+        return of_dense, here, here
+    num_threads = torch.get_num_threads()
+    there = in_thread(
+        lambda: measure_slowdown(expert, expert_s, dense, num_threads=num_threads), num_threads=num_cpu_threads
+    )
+    return of_dense, here, there
 
 
 def _measure_experts(

@@ -14,8 +14,11 @@ from typing import Self
 import greenlet
 
 from isthmus.simulation.tuning.events import Events
+from isthmus.spec.profile import Slowdown
 
-_LEAST_S = 1e-12
+_LEAST_S = 1e-9
+"""Less work than that is done."""
+NONE = Slowdown()
 
 
 class Clock:
@@ -107,16 +110,22 @@ class Changes:
 
 
 class _Load:
-    __slots__ = ("left_s", "num_threads", "thread")
+    __slots__ = ("left_s", "num_threads", "slowdown", "thread")
 
-    def __init__(self, thread: greenlet.greenlet, seconds: float, num_threads: int) -> None:
+    def __init__(self, thread: greenlet.greenlet, seconds: float, num_threads: int, slowdown: Slowdown) -> None:
         self.thread = thread
         self.left_s = seconds
         self.num_threads = num_threads
+        self.slowdown = slowdown
+
+    def rate(self, share: float, is_alone: bool) -> float:
+        """Seconds of work a second, with ``share`` of the cores it wants."""
+        return share / (self.slowdown.alone if is_alone else self.slowdown.beside)
 
 
 class Cores:
-    """Cores that threads share equally: where more want to compute than there are, all become slower alike."""
+    """Cores that threads share equally: where more want to compute than there are, all become slower alike. They are
+    also slower by what they do to one another's caches and locks."""
 
     def __init__(self, clock: Clock, number: int) -> None:
         self._clock = clock
@@ -124,42 +133,37 @@ class Cores:
         self._loads: list[_Load] = []
         self._since_s = 0.0
         self._version = 0
-        self.busy_s = 0.0
-        """Of all cores together."""
 
-    def work(self, seconds: float, num_threads: int = 1) -> None:
-        """The calling thread computes what takes ``seconds`` on ``num_threads`` cores of its own."""
+    def work(self, seconds: float, num_threads: int = 1, slowdown: Slowdown = NONE) -> None:
+        """The calling thread computes what at its fastest takes ``seconds`` on ``num_threads`` cores of its own."""
         if seconds > 0:
             self._settle()
-            self._loads.append(_Load(greenlet.getcurrent(), seconds, num_threads))
+            self._loads.append(_Load(greenlet.getcurrent(), seconds, num_threads, slowdown))
             self._plan()
             self._clock.pause()
 
-    @property
-    def _rate(self) -> float:
-        return min(1.0, self._number / max(1, sum(load.num_threads for load in self._loads)))
+    def _rate(self, load: _Load) -> float:
+        share = min(1.0, self._number / sum(other.num_threads for other in self._loads))
+        return load.rate(share, len(self._loads) == 1)
 
     def _settle(self) -> None:
         now_s = self._clock.now_s
-        done_s = (now_s - self._since_s) * self._rate
         for load in self._loads:
-            load.left_s -= done_s
-            self.busy_s += done_s * load.num_threads
+            load.left_s -= (now_s - self._since_s) * self._rate(load)
         self._since_s = now_s
 
     def _plan(self) -> None:
         self._version += 1
         if self._loads:
-            soonest_s = max(0.0, min(load.left_s for load in self._loads)) / self._rate
-            self._clock.at(self._clock.now_s + soonest_s, self._end, self._version)
+            soonest_s = min(load.left_s / self._rate(load) for load in self._loads)
+            self._clock.at(self._clock.now_s + max(0.0, soonest_s), self._end, self._version)
 
     def _end(self, version: int) -> None:
         if version != self._version:
             return
         self._settle()
-        least_s = min(load.left_s for load in self._loads) + _LEAST_S
-        ended = [load for load in self._loads if load.left_s <= least_s]
-        self._loads = [load for load in self._loads if load.left_s > least_s]
+        ended = [load for load in self._loads if load.left_s <= _LEAST_S]
+        self._loads = [load for load in self._loads if load.left_s > _LEAST_S]
         self._plan()
         for load in ended:
             self._clock.resume(load.thread)

@@ -16,6 +16,7 @@ from isthmus.planning.bound import step_bound
 from isthmus.planning.memory import Blueprint, accelerator_memory, num_dense_buffers
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import Division, divide, map_stages
+from isthmus.profiling.crowding import Forgetting
 from isthmus.spec.model import ModelSpec, UnitKey, UnitLayout
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
@@ -35,6 +36,8 @@ from isthmus.tuning.rehearsal.waves import Scene
 from isthmus.tuning.session import thread_split
 from isthmus.tuning.step_optimizer import StepOptimizer
 
+ON_CPU = ("emulated", "host")
+"""Accelerators that are the CPU's own cores."""
 NUM_STEPS = 6
 WARM_STEPS = 2
 """Of these: before them a policy knows no popularity, and has not found out what its machine really takes."""
@@ -215,7 +218,7 @@ class _Maker:
         self, scenario: Scenario, rank: int, clock: Clock, cores: Cores, mail: Mail, times_decisions: bool
     ) -> None:
         self.scenario, self.rank, self.clock, self.cores, self.mail = scenario, rank, clock, cores, mail
-        self.times_decisions = times_decisions
+        self.times_decisions, self.forget = times_decisions, Forgetting()
         self.division = scenario.division
         self.layers = self.division.layers_of(rank)
         self.is_pipelined = scenario.num_processes > 1
@@ -229,10 +232,13 @@ class _Maker:
         layouts = scenario.blueprint.layouts
         self.store = _Store({key: layout for key, layout in layouts.items() if key.layer in layers})
         num_cores = max(1, scenario.num_cores // scenario.num_processes)
-        self.num_threads, self.num_cpu_threads = thread_split(self.accelerator, None, num_cores)
+        self.num_threads, _ = thread_split(self.accelerator, None, num_cores)
+        if scenario.profile.hardware.accelerator not in ON_CPU:
+            self.num_threads = 1
+        self.num_cpu_threads = scenario.profile.hardware.num_cpu_threads
 
     def process(self) -> Process:
-        scenario, recorder = self.scenario, self.recorder
+        scenario, recorder, hardware = self.scenario, self.recorder, self.scenario.profile.hardware
         worker = ClockWorker(self.clock, recorder) if scenario.is_separate else None
         condition: Any = Changes(self.clock)
         optimizer: Any = _Optimizer(self.store, self.costs, self.cores, self.num_cpu_threads, self.mail)
@@ -255,6 +261,7 @@ class _Maker:
         scene = Scene(
             clock=self.clock,
             cores=self.cores,
+            device=self.cores if hardware.accelerator in ON_CPU else Cores(self.clock, 1),
             recorder=recorder,
             accelerator=self.accelerator,
             worker=worker,
@@ -290,10 +297,14 @@ class _Maker:
         )
 
     def _decide(self, ask: Callable[[], object]) -> None:
+        """With caches as cold as in a step, where the time counts."""
+        if not self.times_decisions:
+            ask()
+            return
+        self.forget()
         start_s = time.thread_time()
         ask()
-        if self.times_decisions:
-            self.cores.work(time.thread_time() - start_s)
+        self.cores.work(time.thread_time() - start_s)
 
     def _plan(self) -> Plan:
         """As ``placement.fit`` divides the accelerator."""

@@ -23,6 +23,9 @@ class Scene:
 
     clock: Clock
     cores: Cores
+    """Of the process."""
+    device: Cores
+    """What the accelerator computes with: the same where a CPU plays it."""
     recorder: ClockRecorder
     accelerator: ClockAccelerator
     worker: ClockWorker | None
@@ -34,9 +37,15 @@ class Scene:
     num_cpu_threads: int
 
     def compute(self, seconds: float, name: str, kind: str, num_tokens: int = 0) -> None:
-        """On the accelerator, which is the computing thread's cores."""
+        """On the accelerator, for which the computing thread waits."""
+        profile = self.costs.profile
+        slowdown = profile.accelerator_slowdown if kind.startswith("expert") else profile.dense_slowdown
         with self.recorder.span("accelerator", name, kind=kind, num_tokens=num_tokens):
-            self.cores.work(seconds, self.num_threads)
+            self.device.work(seconds, self.num_threads, slowdown)
+
+    def compute_on_cpu(self, seconds: float) -> None:
+        """Experts, by the CPU worker."""
+        self.cores.work(seconds, self.num_cpu_threads, self.costs.profile.cpu_slowdown)
 
 
 class _Trip:
@@ -156,7 +165,7 @@ class WavePass:
         self.trip.start(
             [4 * rows, rows * self.row_bytes],
             [rows * self.row_bytes],
-            lambda: scene.cores.work(seconds, scene.num_cpu_threads),
+            lambda: scene.compute_on_cpu(seconds),
             kind=self.kind,
             num_tokens=rows,
         )
@@ -190,7 +199,7 @@ class BackwardPass(WavePass):
 
         def weight_gradient(expert: int, seconds: float) -> None:
             scene.gradients.open(self.key(expert), on_cpu=True)
-            scene.cores.work(DEFERRED_SHARE * seconds, scene.num_cpu_threads)
+            scene.compute_on_cpu(DEFERRED_SHARE * seconds)
             scene.gradients.close(self.key(expert))
 
         def defer() -> None:
@@ -206,7 +215,7 @@ class BackwardPass(WavePass):
         self.trip.start(
             [4 * rows, rows * self.row_bytes, rows * self.row_bytes],
             [rows * self.row_bytes, 4 * rows],
-            lambda: scene.cores.work((1 - DEFERRED_SHARE) * sum(seconds), scene.num_cpu_threads),
+            lambda: scene.compute_on_cpu((1 - DEFERRED_SHARE) * sum(seconds)),
             kind=self.kind,
             num_tokens=rows,
             then=defer,

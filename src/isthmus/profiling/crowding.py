@@ -1,0 +1,81 @@
+"""How much longer things take in the middle of a step than measured by themselves: caches hold something else, and the
+process's other thread computes too, which takes memory's bandwidth and the interpreter's lock."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from isthmus.spec.profile import Slowdown
+
+FORGOTTEN_BYTES = 48 << 20
+"""Written between two measurements: more than caches hold."""
+REPEATS = 12
+BUDGET_S = 1.0
+
+
+class Forgetting:
+    """Leaves nothing of use in the caches."""
+
+    def __init__(self) -> None:
+        self._memory = torch.ones(FORGOTTEN_BYTES, dtype=torch.uint8)
+
+    def __call__(self) -> None:
+        self._memory.add_(1)
+
+
+@contextmanager
+def busy(task: Callable[[], object], *, num_threads: int) -> Iterator[None]:
+    """Another thread repeats ``task`` meanwhile."""
+    is_over, error = threading.Event(), []
+
+    def run() -> None:
+        torch.get_num_threads()  # a new thread's first operator would otherwise undo what is set here
+        torch.set_num_threads(num_threads)
+        try:
+            while not is_over.is_set():
+                task()
+        except BaseException as caught:
+            error.append(caught)
+
+    thread = threading.Thread(target=run, name="isthmus-profile-busy")
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+    if error:
+        raise error[0]
+
+
+def usual_s(task: Callable[[], object], forget: Callable[[], None]) -> float:
+    """The median of some runs, each with caches that hold something else. Blocks for a second."""
+    task()
+    seconds: list[float] = []
+    end_s = time.perf_counter() + BUDGET_S
+    while len(seconds) < REPEATS and (len(seconds) < 3 or time.perf_counter() < end_s):
+        forget()
+        start_s = time.perf_counter()
+        task()
+        seconds.append(time.perf_counter() - start_s)
+    return statistics.median(seconds)
+
+
+def measure_slowdown(
+    task: Callable[[], object], fastest_s: float, other: Callable[[], object] | None, *, num_threads: int = 1
+) -> Slowdown:
+    """Of ``task``, which takes ``fastest_s`` by itself, beside ``other`` on ``num_threads`` threads (None: there is no
+    other thread). Never below 1."""
+    forget = Forgetting()
+    alone = max(1.0, usual_s(task, forget) / fastest_s)
+    if other is None:
+        return Slowdown(alone=alone, beside=alone)
+    with busy(other, num_threads=num_threads):
+        beside = usual_s(task, forget) / fastest_s
+    return Slowdown(alone=alone, beside=max(alone, beside))
