@@ -153,6 +153,20 @@ def test_without_a_cluster_it_is_this_machine(model: str, tmp_path: Path, monkey
     assert "on 1 accelerator of this machine: it fits" in printed
     assert report.step is not None and report.step.step_s > 0
     assert report.devices[0].memory_bytes == 8 << 20 and report.devices[0].total_bytes <= 8 << 20
+    assert report.step.note == "the runtime played through with what was measured here"
+
+
+def test_processes_of_this_machine_share_it(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    path, timeline = tmp_path / "plan.json", tmp_path / "step.json"
+    asked = (*SIZE, "--accelerator", "host", "--num-devices", "2", "--no-changes")
+    printed = run(model, *asked, "--report", str(path), "--timeline", str(timeline))
+    report = from_json(PlanTuneReport, path.read_text())
+    assert "on 2 accelerators of this machine: it fits" in printed
+    assert report.step is not None and report.step.num_stages == 4
+    assert report.devices == () and report.links == () and len(report.hosts) == 1
+    names = {event["name"] for event in json.loads(timeline.read_text())["traceEvents"]}
+    assert {"dense L0", "dense backward L5"} <= names
 
 
 @pytest.mark.parametrize(
@@ -160,7 +174,8 @@ def test_without_a_cluster_it_is_this_machine(model: str, tmp_path: Path, monkey
     [
         (("--emulate", "h2d=1GB/s,d2h=1GB/s"), "accelerator: emulated needs --emulate h2d=2GB/s,d2h=2GB/s and --accel"),
         (("--accelerator", "emulated"), "accelerator: emulated needs --emulate"),
-        (("--cluster", "a800-c1g2", "--emulate", "h2d=1GB/s,d2h=1GB/s"), "accelerator, emulate: are of this machine"),
+        (("--cluster", "a800-c1g2", "--emulate", "h2d=1GB/s,d2h=1GB/s"), "accelerator, emulate, timeline: are of this"),
+        (("--cluster", "a800-c1g2", "--timeline", "step.json"), "accelerator, emulate, timeline: are of this machine"),
         pytest.param(
             (),
             "cluster: got none, and this machine has no GPU to plan for; give --cluster FILE or NAME",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tenso
 
 
 REPEATS = 5
-Forward = Callable[[MoeModel, dict[str, Tensor]], Tensor]
+
+
+class Loss(Protocol):
+    def backward(self) -> None: ...
+
+
+Forward = Callable[[MoeModel, dict[str, Tensor]], Loss]
 """Runs what this process has of a model on a micro-batch (tensors on the device): something to call ``backward`` on."""
 
 
@@ -46,7 +53,7 @@ def measure_dense(
     model.set_experts_function(no_experts)
     inputs = on_device(inputs, next(bound_parameters(model)).device)
 
-    def forward() -> Tensor:
+    def forward() -> Loss:
         loss = run(model, inputs)
         synchronize()
         return loss
@@ -70,6 +77,7 @@ def measure_outer(
 ) -> tuple[float, float]:
     """(forward, backward) seconds per token of what lies before the first layer and behind the last: part of what
     ``measure_dense`` finds for all layers. Called after it, and as it."""
+    model.set_experts_function(no_experts)
     inputs = on_device(inputs, next(bound_parameters(model)).device)
     found = [_OuterTimes(model, synchronize).measure(inputs) for _ in range(REPEATS)]
     forward_s, backward_s = (min(times) for times in zip(*found, strict=True))

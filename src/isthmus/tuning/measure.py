@@ -16,7 +16,7 @@ import torch
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import scale
-from isthmus.profiling.cache import cached_profile
+from isthmus.profiling.cache import cached_profile, keep
 from isthmus.profiling.crowding import measure_slowdown
 from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer, no_experts
 from isthmus.profiling.experts import measure_expert, one_expert
@@ -31,10 +31,12 @@ from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
+from isthmus.tuning.step_optimizer import EXPERTS_AT_ONCE
+from isthmus.tuning.taped import TapedForward
 
 COPIED_BYTES = 64 << 20
-MEASURED = 3
-"""Counts what is measured: profiles that have less are measured again."""
+IN_STEP = 1
+"""Counts what is measured for predictions of steps: profiles that have less are measured again."""
 
 
 def at_cpu_speed(profile: Profile, speed: float) -> Profile:
@@ -63,7 +65,10 @@ def optimizer_seconds_per_parameter(layout: UnitLayout) -> tuple[float, float]:
     num_units = max(2, (64 << 20) // (layout.numel * 4) + 1)
     keys = [UnitKey(0, number) for number in range(num_units)]
     store = ParameterStore(dict.fromkeys(keys, layout), lambda shape, dtype: torch.zeros(shape, dtype=dtype))
-    optimizer = StoreOptimizer(store, learning_rate=1e-6)
+    # With gradients that are clipped, as most are.
+    optimizer = StoreOptimizer(store, learning_rate=1e-6, clip_norm=1.0)
+    for key in keys:
+        store.gradient(key).fill_(1.0)
     seconds, norms = [], []
     for step in range(1, 4):
         start_s = time.perf_counter()
@@ -73,7 +78,8 @@ def optimizer_seconds_per_parameter(layout: UnitLayout) -> tuple[float, float]:
         norms.append(time.perf_counter() - start_s)
         optimizer.begin_step(step, 1e-6)
         start_s = time.perf_counter()
-        optimizer.step_units(keys)
+        for first in range(0, len(keys), EXPERTS_AT_ONCE):
+            optimizer.step_units(keys[first : first + EXPERTS_AT_ONCE])
         seconds.append(time.perf_counter() - start_s)
         optimizer.end_step()
     optimizer.close()
@@ -88,6 +94,7 @@ def measure_profile(
     max_tokens: int,
     num_cpu_threads: int,
     refresh: bool = False,
+    in_step: bool = False,
     run: Forward = loss_of,
     progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Profile:
@@ -95,7 +102,8 @@ def measure_profile(
     before. ``run`` runs that.
 
     ``max_tokens``: the most tokens one expert may get in a step. Blocks for seconds when measuring. Replaces the
-    model's experts function and adds to its gradients.
+    model's experts function and adds to its gradients. ``in_step``: also what a prediction of a step needs, and takes
+    seconds more to measure: routing, norms, and what slows things down in a step.
     """
     hardware = Hardware(
         cpu_name=cpu_name(),
@@ -111,17 +119,22 @@ def measure_profile(
         "threads": torch.get_num_threads(),
         "model": model.module.config.to_json_string(),
         "dtype": model.dtype,
-        "measured": MEASURED,
         "tokens": [max_tokens, *example.inputs["input_ids"].shape],
         "versions": [version("torch"), version("transformers"), version("isthmus")],
     }
     if len(model.held_layouts) < len(model.layouts):
         identity["layers"] = sorted({key.layer for key in model.held_layouts})
-    return cached_profile(
-        identity,
-        lambda: _measure(model, accelerator, example, max_tokens, num_cpu_threads, hardware, run, progress),
-        refresh=refresh,
-    )
+
+    def measure() -> Profile:
+        return _measure(
+            model, accelerator, example, max_tokens, num_cpu_threads, hardware, run, progress, in_step=in_step
+        )
+
+    if not in_step:
+        return cached_profile(identity, measure, refresh=refresh)
+    found = cached_profile(identity | {"in_step": IN_STEP}, measure, refresh=refresh)
+    keep(identity, found)
+    return found
 
 
 def _measure(
@@ -133,30 +146,26 @@ def _measure(
     hardware: Hardware,
     run: Forward,
     progress: Callable[[str, float], None],
+    *,
+    in_step: bool,
 ) -> Profile:
-    item_bytes = 2 if model.dtype == "bf16" else 4
     progress("measuring the link", 0.0)
-    first = next(iter(model.moe_parts.values())).spec
-    times = LinkTimes.free()
-    if accelerator.is_separate:
-        times = measure_link(accelerator, min(first.numel * item_bytes, 64 << 20))
-        rate = LinkRate(
-            h2d_bytes_per_s=1 / times.h2d_s_per_byte,
-            d2h_bytes_per_s=1 / times.d2h_s_per_byte,
-            latency_s=times.latency_s,
-        )
-        hardware = replace(hardware, link=rate)
+    times, hardware = _measure_link(model, accelerator, hardware)
     progress("measuring the dense part", 0.1)
+    # What runs parts of a model in a pipeline is not taped.
+    run = TapedForward() if run is loss_of else run
     forward_s, backward_s = measure_dense(
         model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize, run=run
     )
-    outer_s = (0.0, 0.0)
-    if run is loss_of:
+    outer_s, slowdowns = (0.0, 0.0), (Slowdown(), Slowdown(), Slowdown())
+    if in_step:
         outer_s = measure_outer(
             model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
         )
-    slowdowns = _measure_slowdowns(model, accelerator, example, max_tokens, num_cpu_threads, run)
-    experts, optimizer_s, norm_s = _measure_experts(model, accelerator, max_tokens, num_cpu_threads, progress)
+        slowdowns = _measure_slowdowns(model, accelerator, example, max_tokens, num_cpu_threads, run)
+    experts, optimizer_s, norm_s = _measure_experts(
+        model, accelerator, max_tokens, num_cpu_threads, progress, in_step=in_step
+    )
     return Profile(
         hardware=hardware,
         dtype=model.dtype,
@@ -179,6 +188,19 @@ def _measure(
         copy_core_s_per_byte=memmove_s_per_byte() if accelerator.name == "emulated" else 0.0,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _measure_link(model: MoeModel, accelerator: Accelerator, hardware: Hardware) -> tuple[LinkTimes, Hardware]:
+    """(what copies take, the hardware with its link); both as they are without a separate memory."""
+    if not accelerator.is_separate:
+        return LinkTimes.free(), hardware
+    first = next(iter(model.moe_parts.values())).spec
+    item_bytes = 2 if model.dtype == "bf16" else 4
+    times = measure_link(accelerator, min(first.numel * item_bytes, 64 << 20))
+    rate = LinkRate(
+        h2d_bytes_per_s=1 / times.h2d_s_per_byte, d2h_bytes_per_s=1 / times.d2h_s_per_byte, latency_s=times.latency_s
+    )
+    return times, replace(hardware, link=rate)
 
 
 def _measure_slowdowns(
@@ -226,6 +248,8 @@ def _measure_experts(
     max_tokens: int,
     num_cpu_threads: int,
     progress: Callable[[str, float], None],
+    *,
+    in_step: bool,
 ) -> tuple[dict[str, ExpertTimes], float, float]:
     """(curves by shape of expert; seconds per parameter of the slowest shape: the optimizer's, a norm's)."""
     dtype = torch_dtype(model.dtype)
@@ -249,13 +273,15 @@ def _measure_experts(
         cpu = here
         if accelerator.is_separate:
             cpu = in_thread(partial(on_device, device=torch.device("cpu")), num_threads=num_cpu_threads)
-        routing = measure_routing(
-            model.moe_parts[layer].spec,
-            dtype,
-            device=accelerator.device,
-            max_tokens=max_tokens,
-            synchronize=accelerator.synchronize,
-        )
+        routing = None, None
+        if in_step:
+            routing = measure_routing(
+                model.moe_parts[layer].spec,
+                dtype,
+                device=accelerator.device,
+                max_tokens=max_tokens,
+                synchronize=accelerator.synchronize,
+            )
         experts[key] = ExpertTimes(
             cpu_forward=cpu[0],
             cpu_backward=cpu[1],

@@ -25,6 +25,7 @@ from isthmus.spec.serialization import to_json
 from isthmus.spec.units import parse_emulate
 from isthmus.training.heap import keep_freed_memory
 from isthmus.tuning.accelerator import create
+from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data import IGNORED, MicroBatch, keep_documents_apart
 from isthmus.tuning.measure import at_cpu_speed, measure_profile
 from isthmus.tuning.session import thread_split
@@ -72,10 +73,7 @@ def profile(
             use_blocked_attention(blocks.module)
         num_threads, num_cpu_threads = thread_split(device, emulation, cores_of_each(num_processes))
         torch.set_num_threads(num_threads)
-        for key, layout in blocks.layouts.items():
-            if not key.is_expert:
-                blocks.bind(key, device.allocate((layout.numel,), torch_dtype(layout.dtype)).normal_(std=0.02))
-        blocks.move_buffers(device.device)
+        _bind_random(blocks, device)
         measured = measure_profile(
             blocks,
             device,
@@ -83,6 +81,7 @@ def profile(
             max_tokens=micro_batches * micro_batch_size * seq_len,
             num_cpu_threads=num_cpu_threads,
             refresh=refresh,
+            in_step=True,
             progress=progress.phase,
         )
     result = at_cpu_speed(measured, cpu_speed)
@@ -90,6 +89,14 @@ def profile(
     if output is not None:
         atomic_write(output, to_json(result))
     return result
+
+
+def _bind_random(blocks: MoeModel, device: Accelerator) -> None:
+    """Gives everything but the experts random weights on the device."""
+    for key, layout in blocks.layouts.items():
+        if not key.is_expert:
+            blocks.bind(key, device.allocate((layout.numel,), torch_dtype(layout.dtype)).normal_(std=0.02))
+    blocks.move_buffers(device.device)
 
 
 def cores_of_each(num_processes: int) -> int | None:

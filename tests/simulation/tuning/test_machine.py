@@ -10,7 +10,6 @@ from tests.planning.conftest import line
 
 from isthmus.simulation.tuning.costs import Costs, TuneJob
 from isthmus.simulation.tuning.machine import cluster_of
-from isthmus.spec.errors import IsthmusError
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.model import ExpertSpec, ModelSpec, TensorSpec
 from isthmus.spec.profile import ExpertTimes, Profile
@@ -83,7 +82,20 @@ def test_what_was_measured_is_what_the_simulator_takes() -> None:
     assert forward_s == pytest.approx(3 * 32e-6 + 8 * 17e-5, rel=0.02)
 
 
-def test_a_machine_without_an_accelerator_is_refused() -> None:
-    host = replace(PROFILE, hardware=replace(PROFILE.hardware, link=None, accelerator_name="host"))
-    with pytest.raises(IsthmusError, match="cluster: got none, and 'host' here is no accelerator with memory of its"):
-        cluster_of(host, SPEC, num_tokens=32, seq_len=16, memory_bytes=1)
+def test_a_machine_without_an_accelerator_is_one_whose_link_takes_no_time() -> None:
+    here = replace(PROFILE, hardware=replace(PROFILE.hardware, link=None), h2d_s_per_byte=0.0, d2h_s_per_byte=0.0)
+    cluster = cluster_of(here, SPEC, num_tokens=32, seq_len=16, memory_bytes=1 << 20)
+    layer = Costs(SPEC, cluster, TuneJob(batch=2, seq_len=16, num_micro_batches=1)).layer(0, 1)
+    assert layer.load_s == pytest.approx(1e-5) and layer.row_h2d_s == pytest.approx(0.0)
+
+
+def test_processes_have_what_was_measured_of_one_each() -> None:
+    cluster = cluster_of(PROFILE, SPEC, num_tokens=32, seq_len=16, memory_bytes=1 << 20, num_processes=2)
+    assert cluster.num_accelerators == 2
+    alone = cluster_of(PROFILE, SPEC, num_tokens=32, seq_len=16, memory_bytes=1 << 20)
+    job = TuneJob(batch=2, seq_len=16, num_micro_batches=1)
+    one, of_two = (Costs(SPEC, which, job).layer(0, 1) for which in (alone, cluster))
+    tokens = np.array([1.0, 16.0])
+    for backward in (False, True):
+        assert one.cpu_s(tokens, is_backward=backward) == pytest.approx(of_two.cpu_s(tokens, is_backward=backward))
+    assert one.optimizer_s == pytest.approx(of_two.optimizer_s)

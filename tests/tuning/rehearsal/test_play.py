@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_every_policy_takes_every_row_once_a_pass_and_comes_to_its_end(
         assert [number for number, _, _ in timeline.steps] == [1, 2, 3]
         for lane in ("accelerator", "h2d", "d2h"):
             spans = [span for span in timeline.spans if span.lane == lane and span.kind != "wait"]
-            assert all(a.end_s <= b.start_s + 1e-12 for a, b in zip(spans, spans[1:], strict=False))
+            assert all(before.end_s <= after.start_s + 1e-12 for before, after in pairwise(spans))
 
 
 def test_processes_that_share_a_core_take_longer_than_on_their_own(blueprint: Blueprint) -> None:

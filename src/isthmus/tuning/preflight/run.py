@@ -103,11 +103,7 @@ def plan_tune(
         progress.phase("reading the configuration")
         own = blueprint(options.dtype)
         popularity = find_popularity(options.popularity, own.spec)
-    profile = None
-    if named is None:
-        cluster, profile = _measured(options, own)
-    else:
-        cluster = _with_memory(named, options.accelerator_memory)
+    cluster, profile = _measured(options, own) if named is None else (_with_memory(named, options), None)
     question = Question(
         blueprint=own,
         cluster=cluster,
@@ -124,10 +120,8 @@ def plan_tune(
         found = predict(question)
         changes = find_changes(question, found, blueprint, progress.phase) if options.changes else ()
         if profile is not None:
-            found, timelines = rehearse(question, profile, found)
+            found = _rehearsed(options, question, profile, found)
             changes = tuple(_at_rate(change, found) for change in changes)
-            if options.timeline is not None and timelines:
-                write_chrome_trace(timelines[0], Path(options.timeline))
     written = PlanTuneReport(
         config=asdict(options),
         cluster=cluster,
@@ -148,6 +142,13 @@ def plan_tune(
     return written
 
 
+def _rehearsed(options: PlanTuneOptions, question: Question, profile: Profile, found: Prediction) -> Prediction:
+    found, timelines = rehearse(question, profile, found)
+    if options.timeline is not None and timelines:
+        write_chrome_trace(timelines[0], Path(options.timeline))
+    return found
+
+
 def _at_rate(change: Change, found: Prediction) -> Change:
     """What was simulated says how much a change gains; how fast it is then follows from the rehearsal."""
     if change.gain is None or found.step is None:
@@ -166,11 +167,11 @@ def _measured(options: PlanTuneOptions, blueprint: Blueprint) -> tuple[TuneClust
     )
 
 
-def _with_memory(cluster: TuneCluster, memory: str | None) -> TuneCluster:
+def _with_memory(cluster: TuneCluster, options: PlanTuneOptions) -> TuneCluster:
     """Accelerators of which so much may be used."""
-    if memory is None:
+    if options.accelerator_memory is None:
         return cluster
-    num_bytes = parse_bytes(memory, "accelerator_memory")
+    num_bytes = parse_bytes(options.accelerator_memory, "accelerator_memory")
     hosts = [replace(host, accelerator=replace(host.accelerator, memory_bytes=num_bytes)) for host in cluster.hosts]
     return replace(cluster, hosts=tuple(hosts))
 
