@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -37,6 +38,15 @@ from isthmus.tuning.taped import TapedForward
 COPIED_BYTES = 64 << 20
 IN_STEP = 1
 """Counts what is measured for predictions of steps: profiles that have less are measured again."""
+
+
+class OneOfSeveral(NamedTuple):
+    """A process of a pipeline, whose dense part runs the whole model's code with nothing in the others' places."""
+
+    num_processes: int
+    num_stages: int | None
+    dense_s_per_token: Callable[[], tuple[float, float]]
+    """Measures (forward, backward) of one of its layers, without what lies outside every layer."""
 
 
 def at_cpu_speed(profile: Profile, speed: float) -> Profile:
@@ -95,6 +105,7 @@ def measure_profile(
     num_cpu_threads: int,
     refresh: bool = False,
     in_step: bool = False,
+    one_of: OneOfSeveral | None = None,
     run: Forward = loss_of,
     progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Profile:
@@ -103,7 +114,8 @@ def measure_profile(
 
     ``max_tokens``: the most tokens one expert may get in a step. Blocks for seconds when measuring. Replaces the
     model's experts function and adds to its gradients. ``in_step``: also what a prediction of a step needs, and takes
-    seconds more to measure: routing, norms, and what slows things down in a step.
+    seconds more to measure: routing, norms, and what slows things down in a step; ``one_of``: of one of several
+    processes.
     """
     hardware = Hardware(
         cpu_name=cpu_name(),
@@ -134,7 +146,20 @@ def measure_profile(
         return cached_profile(identity, measure, refresh=refresh)
     found = cached_profile(identity | {"in_step": IN_STEP}, measure, refresh=refresh)
     keep(identity, found)
-    return found
+    if one_of is None:
+        return found
+    identity |= {"in_step": IN_STEP, "one of": list(one_of[:2])}
+    return cached_profile(identity, lambda: _in_pipeline(found, model, one_of), refresh=refresh)
+
+
+def _in_pipeline(profile: Profile, model: MoeModel, one_of: OneOfSeveral) -> Profile:
+    forward_s, backward_s = one_of.dense_s_per_token()
+    num_layers = model.spec.num_layers
+    return replace(
+        profile,
+        dense_forward_s_per_token=forward_s + profile.outer_forward_s_per_token / num_layers,
+        dense_backward_s_per_token=backward_s + profile.outer_backward_s_per_token / num_layers,
+    )
 
 
 def _measure(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -14,6 +16,7 @@ from isthmus.models.config import load_config
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import evaluate
+from isthmus.profiling.dense import measure_dense
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.reporting.progress import TrainingProgress
@@ -27,7 +30,8 @@ from isthmus.training.heap import keep_freed_memory
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data import IGNORED, MicroBatch, keep_documents_apart
-from isthmus.tuning.measure import at_cpu_speed, measure_profile
+from isthmus.tuning.measure import OneOfSeveral, at_cpu_speed, measure_profile
+from isthmus.tuning.pipeline.pipeline import Pipeline
 from isthmus.tuning.session import thread_split
 
 
@@ -42,6 +46,7 @@ def profile(
     emulate: str | None = None,
     cpu_speed: float = 1.0,
     num_processes: int = 1,
+    num_stages: int | None = None,
     refresh: bool = False,
     output: str | Path | None = None,
     console: Console | None = None,
@@ -56,9 +61,6 @@ def profile(
         raise IsthmusError(f"cpu_speed: got {cpu_speed}, wanted a fraction above 0 and at most 1, such as 0.25.")
     keep_freed_memory()
     emulation = parse_emulate(emulate or "")
-    blocks = MoeModel.build(load_config(model), dtype)
-    blocks.module.train()
-    keep_documents_apart(blocks.module)
     is_emulated = accelerator == "emulated" or (accelerator == "auto" and emulation)
     device = create(
         accelerator,
@@ -69,19 +71,20 @@ def profile(
         latency_s=emulation.get("latency_s"),
     )
     with device, TrainingProgress(1) as progress:
-        if not device.is_separate:
-            use_blocked_attention(blocks.module)
+        blocks = _build(model, dtype, device)
         num_threads, num_cpu_threads = thread_split(device, emulation, cores_of_each(num_processes))
         torch.set_num_threads(num_threads)
         _bind_random(blocks, device)
+        example = _random_batch(blocks, micro_batch_size, seq_len)
         measured = measure_profile(
             blocks,
             device,
-            _random_batch(blocks, micro_batch_size, seq_len),
+            example,
             max_tokens=micro_batches * micro_batch_size * seq_len,
             num_cpu_threads=num_cpu_threads,
             refresh=refresh,
             in_step=True,
+            one_of=_one_of_several(model, blocks, device, example, num_processes, num_stages),
             progress=progress.phase,
         )
     result = at_cpu_speed(measured, cpu_speed)
@@ -91,12 +94,50 @@ def profile(
     return result
 
 
+def _build(model: str | Path, dtype: str, device: Accelerator) -> MoeModel:
+    """The model as a session on this device makes it, without weights."""
+    blocks = MoeModel.build(load_config(model), dtype)
+    blocks.module.train()
+    keep_documents_apart(blocks.module)
+    if not device.is_separate:
+        use_blocked_attention(blocks.module)
+    return blocks
+
+
 def _bind_random(blocks: MoeModel, device: Accelerator) -> None:
     """Gives everything but the experts random weights on the device."""
     for key, layout in blocks.layouts.items():
-        if not key.is_expert:
+        if not key.is_expert and key in blocks.held_layouts:
             blocks.bind(key, device.allocate((layout.numel,), torch_dtype(layout.dtype)).normal_(std=0.02))
     blocks.move_buffers(device.device)
+
+
+def _one_of_several(
+    model: str | Path,
+    whole: MoeModel,
+    device: Accelerator,
+    example: MicroBatch,
+    num_processes: int,
+    num_stages: int | None,
+) -> OneOfSeveral | None:
+    """The last of several processes; None if there is one only."""
+    if num_processes == 1:
+        return None
+
+    def measure() -> tuple[float, float]:
+        blocks = _build(model, whole.dtype, device)
+        place: Any = SimpleNamespace(rank=num_processes - 1, size=num_processes)
+        pipeline = Pipeline(blocks, place, num_stages)
+        _bind_random(blocks, device)
+        return measure_dense(
+            blocks,
+            example.inputs,
+            num_tokens=example.num_tokens,
+            synchronize=device.synchronize,
+            run=pipeline.rehearse,
+        )
+
+    return OneOfSeveral(num_processes, num_stages, measure)
 
 
 def cores_of_each(num_processes: int) -> int | None:

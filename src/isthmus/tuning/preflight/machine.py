@@ -27,6 +27,7 @@ class MachineOptions:
     emulate: str | None = None
     memory_bytes: int | None = None
     num_processes: int = 1
+    num_stages: int | None = None
 
     def check(self) -> None:
         """Raises ``IsthmusError`` where there is none to plan for."""
@@ -56,6 +57,7 @@ def this_machine(
         accelerator=options.accelerator,
         emulate=options.emulate,
         num_processes=options.num_processes,
+        num_stages=options.num_stages,
         console=Console(quiet=True),
     )
     memory_bytes = options.memory_bytes

@@ -78,6 +78,7 @@ class PlanTuneOptions:
             emulate=self.emulate,
             memory_bytes=None if memory is None else parse_bytes(memory, "accelerator_memory"),
             num_processes=self.num_devices or 1,
+            num_stages=self.num_stages,
         )
 
 
