@@ -31,7 +31,7 @@ from isthmus.training.output import check_file, check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset_for
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
-from isthmus.tuning.pipeline.company import choose_device, of_all_ranks, require_same, share_cores
+from isthmus.tuning.pipeline.company import choose_device, of_all_ranks, require_same, require_shared, share_cores
 from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
@@ -117,6 +117,7 @@ def _tune(
     session_options = options.session()
     if links is not None:
         require_same(links, _facts(options, path, stream))
+        require_shared(output, links)
         choose_device(options.accelerator)
         session_options = replace(session_options, num_cores=share_cores(links))
     is_first = links is None or not links.rank

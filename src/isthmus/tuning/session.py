@@ -15,7 +15,6 @@ from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.reader import read_checkpoint
-from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.problem import CostModel
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
@@ -66,7 +65,7 @@ class SessionOptions:
     num_cores: int | None = None
     """What to compute with; None: ``OMP_NUM_THREADS`` or what this process may use."""
     wire: str | None = None
-    """In what activations and their gradients go between processes; None: as they are."""
+    """One of ``WIRES``: how hidden states and their gradients go between processes; None: as they are."""
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
@@ -136,8 +135,7 @@ class Session:
         if not accelerator.is_separate:
             use_blocked_attention(model.module)
         if self.links is not None:
-            wire = torch_dtype(options.wire) if options.wire else None
-            self.pipeline = Pipeline(model, self.links, options.num_stages, wire)
+            self.pipeline = Pipeline(model, self.links, options.num_stages, options.wire)
         self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
         torch.set_num_threads(num_threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 from isthmus.models.tiny import FAMILIES, write_tiny_checkpoint
 from isthmus.reporting.recorder import Recorder
 from isthmus.tuning.output import write_final
+from isthmus.tuning.pipeline.wire import WIRES
 from isthmus.tuning.session import Session, SessionOptions
 
 NUM_STEPS = 6
@@ -103,12 +105,20 @@ def test_four_processes_train_as_plain_transformers_with_experts_on_both_sides(t
     train_and_compare(4, jobs, tmp_path / "out")
 
 
-def test_activations_in_bf16_on_the_wire_stay_within_one_percent(tmp_path: Path) -> None:
-    job = make_job("switch_transformers", tmp_path, 6, accelerator="host", num_stages=6, wire="bf16")
-    losses = ranks.run(2, [job], tmp_path / "out")[job.name][:NUM_STEPS]
-    wanted = reference.train(Path(job.model), steps_of(job), learning_rate=ranks.LEARNING_RATE, **OPTIMIZER)
-    assert losses == pytest.approx(wanted.losses, rel=1e-2)
-    assert losses != pytest.approx(wanted.losses, rel=1e-5)
+def test_encoded_hidden_states_leave_losses_within_one_percent(tmp_path: Path) -> None:
+    jobs = []
+    for family, dtype in (("switch_transformers", "fp32"), ("mixtral", "fp32"), ("mixtral", "bf16")):
+        plain = make_job(family, tmp_path, 6, accelerator="host", num_stages=6, dtype=dtype)
+        wires = [None, *WIRES] if dtype == "fp32" else [None, "int8"]
+        jobs += [
+            replace(plain, name=f"{family}-{dtype}-{wire}", options=plain.options | {"wire": wire}) for wire in wires
+        ]
+    losses = ranks.run(2, jobs, tmp_path / "out")
+    for name, encoded in losses.items():
+        plain = losses[f"{name.rpartition('-')[0]}-None"]
+        if not name.endswith("None"):
+            assert encoded == pytest.approx(plain, rel=1e-2), name
+            assert encoded != pytest.approx(plain, rel=1e-6), name
 
 
 def test_dropout_draws_the_same_numbers_in_one_process_and_in_two(tmp_path: Path) -> None:
