@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shlex
 import shutil
@@ -22,14 +21,14 @@ from isthmus.spec.testbed import DeviceSpec, TestbedSpec
 from isthmus.testbed.requirements import check_host
 from isthmus.testbed.testbed import Testbed
 
-pytestmark = pytest.mark.xdist_group("hosts")
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("hosts")]
 
 ROOT = Path(__file__).parents[2]
 # RANK and MASTER_ADDR are what a testbed sets: which of the hosts this is, and the first one's address.
 NAMED_FIRST = '--node-rank "$RANK" --master-addr "$MASTER_ADDR"'
-# No name leads to these hosts, so torchrun must be told which of them MASTER_ADDR is.
-MEETING = '--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:29400" --rdzv-conf "is_host=$((1 - RANK))"'
-OWN_ADDRESS = '--local-addr "$(printenv "HOST_$RANK")"'
+MEETING = "--rdzv-backend c10d --rdzv-endpoint host-0:29400"
+# A network namespace has the names of its machine, and no way to ask for others.
+OWN_NAMES = 'hostname "host-$RANK" && mount --bind "$NAMES/$RANK" /etc/hosts && mount --bind /dev/null /etc/resolv.conf'
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +53,31 @@ def deep(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(model, inputs.data, inputs.eval_data)
 
 
-def torchrun(hosts: Testbed, meeting: str, arguments: list[str], folder: Path, *, first: str = "") -> tuple[int, str]:
-    """Exit code, and what both hosts said. ``first``: a shell command before it, which sees each host's own mounts."""
+def torchrun(
+    hosts: Testbed,
+    meeting: str,
+    arguments: list[str],
+    folder: Path,
+    *,
+    first: str = "true",
+    own_address: str | None = None,
+) -> tuple[int, str]:
+    """Exit code, and what both hosts said. ``first``: a shell command before it, which sees each host's own mounts.
+    ``own_address``: what a host's own name stands for there, if not for what it does elsewhere."""
     folder.mkdir()
+    addresses = [hosts.state.layout.address(device) for device in range(2)]
+    for rank in range(2):
+        known = enumerate(
+            [own_address or address if host == rank else address for host, address in enumerate(addresses)]
+        )
+        lines = ["127.0.0.1 localhost", *(f"{address} host-{host}" for host, address in known)]
+        (folder / f"{rank}").write_text("\n".join(lines) + "\n")
     run = shlex.join([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"])
-    command = f"{first} exec {run} {meeting} -m isthmus {shlex.join(arguments)}"
-    addresses = {f"HOST_{device}": hosts.state.layout.address(device) for device in range(2)}
+    command = f"{OWN_NAMES} && {first} && exec {run} {meeting} -m isthmus {shlex.join(arguments)}"
+    variables = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NAMES": str(folder)}
     outcome = hosts.run(
-        ["env", "-u", "GLOO_SOCKET_IFNAME", "sh", "-c", command],
-        env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **addresses},
+        ["env", "-u", "GLOO_SOCKET_IFNAME", "unshare", "--uts", "sh", "-c", command],
+        env=variables,
         output=folder,
         timeout_s=200.0,
     )
@@ -89,9 +104,7 @@ def test_two_hosts_make_the_model_that_one_process_makes(
     shutil.rmtree(together / "checkpoints" / "step-00000004")
     for file in ("report.json", "model.safetensors.index.json"):
         (together / file).unlink()
-    code, said = torchrun(
-        hosts, f"{MEETING} {OWN_ADDRESS}", [*arguments, "--resume", "--wire", "int8"], tmp_path / "second"
-    )
+    code, said = torchrun(hosts, MEETING, [*arguments, "--resume", "--wire", "int8"], tmp_path / "second")
     assert code == 0, said
     assert "resuming after step 2" in said
     assert losses(together)[:2] == pytest.approx(losses(alone)[:2], rel=1e-5)
@@ -106,20 +119,23 @@ def test_an_output_that_one_host_does_not_see_is_refused_before_anything_is_trai
     own = tmp_path / "own"
     own.mkdir()
     arguments = deep.arguments(own / "out", "--steps", "100000")
-    code, said = torchrun(
-        hosts, NAMED_FIRST, arguments, tmp_path / "said", first=f"mount -t tmpfs none {shlex.quote(str(own))} &&"
-    )
+    mounting = f"mount -t tmpfs none {shlex.quote(str(own))}"
+    code, said = torchrun(hosts, NAMED_FIRST, arguments, tmp_path / "said", first=mounting)
     assert code == 1, said
-    reason = f"does not see what rank 0, on {os.uname().nodename}, writes to {own / 'out'}; wanted a directory that all"
-    assert said.count(f"error: output: rank 2, on {os.uname().nodename}, {reason}") == 4, said
+    reason = (
+        f"rank 2, on host-1, does not see what rank 0, on host-0, writes to {own / 'out'}; wanted a directory that all"
+    )
+    assert said.count(f"error: output: {reason}") == 4, said
     assert "step 1/" not in said
 
 
-def test_hosts_that_do_not_reach_each_other_by_name_are_told_what_to_say(
+def test_a_host_whose_own_name_means_only_itself_there_is_told_what_to_say(
     deep: Inputs, hosts: Testbed, tmp_path: Path
 ) -> None:
-    # Without an address of its own torchrun tells the others its host's name, which every host takes for itself.
-    code, said = torchrun(hosts, MEETING, deep.arguments(tmp_path / "out"), tmp_path / "said")
+    arguments = deep.arguments(tmp_path / "out")
+    code, said = torchrun(hosts, MEETING, arguments, tmp_path / "said", own_address="127.0.1.1")
     assert code == 1, said
-    assert "where no other host reaches it; give torchrun an address of the first host that all hosts reach" in said
-    assert "--local-addr" in said
+    assert (
+        "error: MASTER_ADDR: rank 0 got host-0, here a loopback address, which no other host reaches; give torch"
+        in said
+    )

@@ -35,7 +35,9 @@ def choose_interface() -> None:
         if (name := _interface_of(own)) is not None:
             os.environ[_CHOICE] = name
     elif _is_on_several_hosts():
-        raise IsthmusError(f"MASTER_ADDR: rank {rank} got {master}, here {own}, where no other host reaches it; {_FIX}")
+        raise IsthmusError(
+            f"MASTER_ADDR: rank {rank} got {master}, here a loopback address, which no other host reaches; {_FIX}"
+        )
 
 
 def _is_on_several_hosts() -> bool:
