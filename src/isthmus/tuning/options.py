@@ -75,7 +75,7 @@ class TuneOptions:
         if self.rank_timeout <= 0:
             raise IsthmusError(f"rank_timeout: got {self.rank_timeout}, wanted seconds above 0.")
         if self.wire not in (None, *WIRES):
-            raise IsthmusError(f"wire: got {self.wire!r}, wanted {' or '.join(WIRES)}, or nothing: all as it is.")
+            raise IsthmusError(f"wire: got {self.wire!r}, wanted one of {', '.join(WIRES)}, or left out.")
         torch_dtype(self.dtype)
         learning_rate_at(
             0, schedule=self.schedule, learning_rate=self.learning_rate, num_steps=self.steps, warmup=self.warmup
