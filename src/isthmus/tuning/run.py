@@ -121,7 +121,8 @@ def _tune(
         choose_device(options.accelerator)
         session_options = replace(session_options, num_cores=share_cores(links))
     is_first = links is None or not links.rank
-    with Session(path, session_options, stream.peek(), recorder, progress.phase, links=links) as session:
+    example, largest = stream.peek(), stream.largest()
+    with Session(path, session_options, example, recorder, progress.phase, links=links, largest=largest) as session:
         trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
         if options.overwrite and is_first:
             # Not before: a run is only replaced by one whose input is known to be good.
