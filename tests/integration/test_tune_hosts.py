@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from isthmus.spec.testbed import DeviceSpec, TestbedSpec
 from isthmus.testbed.requirements import check_host
 from isthmus.testbed.testbed import Testbed
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("hosts")]
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("hosts"), pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 # RANK and MASTER_ADDR are what a testbed sets: which of the hosts this is, and the first one's address.
@@ -33,7 +34,7 @@ OWN_NAMES = 'hostname "host-$RANK" && mount --bind "$NAMES/$RANK" /etc/hosts && 
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Testbed]:
-    device = DeviceSpec(cpu_share=1.0, bandwidth_bits_per_s=1e9)
+    device = DeviceSpec(cpu_share=float(os.cpu_count() or 1), bandwidth_bits_per_s=1e9)
     spec = TestbedSpec(name=f"t{secrets.token_hex(4)}", devices=(device, device))
     try:
         check_host(spec)
@@ -45,9 +46,9 @@ def hosts() -> Iterator[Testbed]:
 
 @pytest.fixture(scope="module")
 def deep(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """As ``inputs``, with a model of eight layers."""
+    """As ``inputs``, with a model of four layers."""
     model = tmp_path_factory.mktemp("deep") / "model"
-    write_tiny_checkpoint("mixtral", model, 0, "fp32", vocab_size=VOCAB_SIZE, num_hidden_layers=8)
+    write_tiny_checkpoint("mixtral", model, 0, "fp32", vocab_size=VOCAB_SIZE, num_hidden_layers=4)
     for file in inputs.model.glob("*token*"):
         shutil.copy(file, model)
     return Inputs(model, inputs.data, inputs.eval_data)
@@ -79,7 +80,7 @@ def torchrun(
         ["env", "-u", "GLOO_SOCKET_IFNAME", "unshare", "--uts", "sh", "-c", command],
         env=variables,
         output=folder,
-        timeout_s=200.0,
+        timeout_s=400.0,
     )
     return outcome.exit_code, "\n".join(file.read_text() for file in sorted(folder.glob("device-*")))
 
@@ -90,7 +91,7 @@ def test_two_hosts_make_the_model_that_one_process_makes(
     alone, together = tmp_path / "alone", tmp_path / "together"
     succeed(run(deep.arguments(alone)))
 
-    arguments = deep.arguments(together, "--num-stages", "8", "--save-every", "2")
+    arguments = deep.arguments(together, "--num-stages", "4", "--save-every", "2")
     code, said = torchrun(hosts, NAMED_FIRST, arguments, tmp_path / "first")
     assert code == 0, said
     assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
