@@ -202,7 +202,7 @@ class PipelineEngine(Engine):
             form = run.route.layers[number].router_logits
             assert form is not None
             source, border = self.pipeline.division.rank_of(number), _border(number, _ROUTER)
-            (value,) = self._arrived(self._await(run, [form], source, border).wait(), [form])
+            (value,) = self._await(run, [form], source, border).wait()
             run.logits[number].copy_(value)
             run.tape.receive([run.logits[number]], source=source, number=border, are_differentiable=[True])
 
