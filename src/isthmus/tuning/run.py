@@ -37,6 +37,7 @@ from isthmus.tuning.pipeline.company import (
     choose_device,
     of_all_ranks,
     require_same,
+    require_shared,
     share_cores,
     timelines_of_all,
 )
@@ -125,10 +126,12 @@ def _tune(
     session_options = options.session()
     if links is not None:
         require_same(links, _facts(options, path, stream))
+        require_shared(output, links)
         choose_device(options.accelerator)
         session_options = replace(session_options, num_cores=share_cores(links))
     is_first = links is None or not links.rank
-    with Session(path, session_options, stream.peek(), recorder, progress.phase, links=links) as session:
+    example, largest = stream.peek(), stream.largest()
+    with Session(path, session_options, example, recorder, progress.phase, links=links, largest=largest) as session:
         trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
         if options.overwrite and is_first:
             # Not before: a run is only replaced by one whose input is known to be good.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -62,6 +63,25 @@ def in_one_directory(made: AbstractContextManager[Path], links: Links | None, wh
         if links is not None:
             links.from_first(str(directory.absolute()), what)
         yield directory
+
+
+def require_shared(directory: Path, links: Links) -> None:
+    """Raises ``IsthmusError`` on all, naming the first rank that does not see what rank 0 writes to ``directory``: long
+    before it would have to write there too."""
+    with in_one_directory(_made_in(directory), links, "where the run's files go") as seen:
+        told = links.gather([socket.gethostname(), seen.is_dir()], "whether it sees the run's files")
+    for rank, (host, sees) in enumerate(told):
+        if not sees:
+            raise IsthmusError(
+                f"output: rank {rank}, on {host}, does not see what rank 0, on {told[0][0]}, writes to {seen.parent}; "
+                "wanted a directory that all processes see: name one of a shared file system."
+            )
+
+
+@contextmanager
+def _made_in(directory: Path) -> Iterator[Path]:
+    with TemporaryDirectory(prefix=".seen-by-all-", dir=directory) as made:
+        yield Path(made)
 
 
 def choose_device(accelerator: str) -> None:

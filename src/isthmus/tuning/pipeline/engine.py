@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from isthmus.tuning.pipeline.links import FIRST_FREE_TAG, Arrival, Form
 from isthmus.tuning.pipeline.pipeline import Pipeline
 from isthmus.tuning.pipeline.route import Passing, Route, fill_in, ghost_of
 from isthmus.tuning.pipeline.steering import Abandoned, Forward
+from isthmus.tuning.pipeline.wire import form_of
 from isthmus.tuning.protocols import Policy
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.tape import ExpertsCall, Received, Sent
@@ -77,32 +78,30 @@ class PipelineEngine(Engine):
         values = [leaves[passing.position] for passing in passings]
         flags = [passing.is_differentiable for passing in passings]
         for value, passing in zip(values, passings, strict=True):
-            if Form(tuple(value.shape), value.dtype) != passing.form:
+            if form_of(value) != passing.form:
                 raise RuntimeError(f"{_name(run, border)}: got {value.shape} {value.dtype}, wanted {passing.form}")
         leaving = run.tape.send(values, to=to, number=border, are_differentiable=flags)
-        self._set_off(leaving, to, border, self._tag(run, border, is_gradient=False), _name(run, border))
+        self._set_off(leaving, to, self._tag(run, border, is_gradient=False), _name(run, border))
 
-    def _set_off(self, values: list[Tensor], to: int, border: int, tag: int, name: str) -> None:
-        self.links.send([value.to(self._on_wire(value.dtype, border)) for value in values], to, tag, name)
+    def _set_off(self, values: list[Tensor], to: int, tag: int, name: str) -> None:
+        self.links.send([self.pipeline.wire.pack(value) for value in values], to, tag, name)
 
     def _await(
         self, run: Journey, forms: Sequence[Form], source: int, border: int, *, is_gradient: bool = False
     ) -> Arrival:
         name = f"gradients of {_name(run, border)}" if is_gradient else _name(run, border)
-        arriving = [replace(form, dtype=self._on_wire(form.dtype, border)) for form in forms]
-        return self.links.receive(arriving, source, self._tag(run, border, is_gradient=is_gradient), name)
+        messages = [self.pipeline.wire.message(form) for form in forms]
+        return self.links.receive(messages, source, self._tag(run, border, is_gradient=is_gradient), name)
 
-    def _on_wire(self, dtype: torch.dtype, border: int) -> torch.dtype:
-        """In what activations and their gradients travel. Router logits, which are few, go as they are."""
+    def _arrived(self, messages: Sequence[Tensor], forms: Sequence[Form]) -> list[Tensor]:
         wire = self.pipeline.wire
-        return wire if wire is not None and dtype == torch.float32 and border % _NUM_KINDS != _ROUTER else dtype
+        return [wire.unpack(message, form).to(self._device) for message, form in zip(messages, forms, strict=True)]
 
     def _receive(self, run: Journey, passings: Sequence[Passing], source: int, border: int) -> list[Tensor]:
         """Inside a micro-batch's greenlet: lets the others go on until the tensors are here."""
         assert self._hub is not None
-        arrival = self._await(run, [passing.form for passing in passings], source, border)
-        received = zip(self._hub.switch(arrival), passings, strict=True)
-        values = [value.to(self._device, passing.form.dtype) for value, passing in received]
+        forms = [passing.form for passing in passings]
+        values = self._arrived(self._hub.switch(self._await(run, forms, source, border)), forms)
         are_differentiable = [passing.is_differentiable for passing in passings]
         run.tape.receive(values, source=source, number=border, are_differentiable=are_differentiable)
         return values
@@ -302,14 +301,13 @@ class PipelineEngine(Engine):
             segment = run.tape.segments.pop()
             if isinstance(segment, Received):
                 border, tag = segment.number, self._tag(run, segment.number, is_gradient=True)
-                self._set_off(segment.gradients(), segment.source, border, tag, f"gradients of {_name(run, border)}")
+                self._set_off(segment.gradients(), segment.source, tag, f"gradients of {_name(run, border)}")
                 if border % _NUM_KINDS != _ROUTER:
                     return
             elif isinstance(segment, Sent):
                 run.arrival = run.gradients.pop(segment.number)
                 yield
-                received = zip(self._wait(run), segment.leaves, strict=True)
-                gradients = [gradient.to(self._device, leaf.dtype) for gradient, leaf in received]
+                gradients = self._arrived(self._wait(run), [form_of(leaf) for leaf in segment.leaves])
                 with self.resources.accelerator.compute("gap backward", kind="dense"):
                     segment.finish(gradients)
             else:
@@ -319,7 +317,7 @@ class PipelineEngine(Engine):
         """From here on there is memory for all that will come back."""
         for sent in reversed(run.tape.segments):
             if isinstance(sent, Sent):
-                forms = [Form(tuple(leaf.shape), leaf.dtype) for leaf in sent.leaves]
+                forms = [form_of(leaf) for leaf in sent.leaves]
                 run.gradients[sent.number] = self._await(run, forms, sent.to, sent.number, is_gradient=True)
 
 

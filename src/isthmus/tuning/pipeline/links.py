@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from isthmus.spec.errors import IsthmusError
+from isthmus.tuning.pipeline.interface import choose_interface
 
 DEFAULT_TIMEOUT_S = 600.0
 _FACT_LENGTH, _FACT, FIRST_FREE_TAG = 1, 2, 16
@@ -81,7 +82,9 @@ class Links:
 
     @classmethod
     def connect(cls, timeout_s: float = DEFAULT_TIMEOUT_S) -> Links:
-        """Meets the others by torchrun's variables. Blocks; raises ``RankLost`` if they do not all come."""
+        """Meets the others by torchrun's variables. Blocks; raises ``RankLost`` if they do not all come, and as
+        ``choose_interface``."""
+        choose_interface()
         try:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         except (RuntimeError, ValueError) as error:
