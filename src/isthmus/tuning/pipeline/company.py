@@ -41,7 +41,8 @@ def share_cores(links: Links) -> int:
     if all(told[rank][1] == cores for rank in here):
         place = here.index(links.rank)
         first, last = (len(cores) * at // len(here) for at in (place, place + 1))
-        os.sched_setaffinity(0, cores[first:last] or [cores[place % len(cores)]])
+        # More processes than cores go round them, so that none has two more than another.
+        os.sched_setaffinity(0, cores[first:last] if len(here) <= len(cores) else [cores[place % len(cores)]])
         num_cores = max(1, num_cores // len(here))
     asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
     return min(num_cores, asked) if asked > 1 else num_cores
