@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel, on_device
 from isthmus.spec.model import OUTER_LAYER, UnitKey
-from isthmus.training.random_state import random_state, restore_random_state
+from isthmus.training.random_state import random_state, restore_random_state, seed_random_state
 from isthmus.tuning.backward_pass import BackwardPass
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
@@ -43,10 +43,10 @@ class Run:
     random_state: list[Tensor] | None = None
     layer: int = OUTER_LAYER
 
-    def seed_place(self, place: int, num_layers: int) -> None:
-        """Random numbers from here on depend on the micro-batch and the place alone: place 2·l is the code before layer
-        ``l``, 2·l + 1 the layer. So they are the same wherever the places before run."""
-        torch.manual_seed((self.seed * (2 * num_layers + 1) + place) % (1 << 63))
+    def seed_of(self, place: int, num_layers: int) -> int:
+        """Random numbers depend on the micro-batch and the place alone: place 2·l is the code before layer ``l``, 2·l + 1
+        the layer. So they are the same wherever the places before run."""
+        return (self.seed * (2 * num_layers + 1) + place) % (1 << 63)
 
 
 @dataclass(slots=True)
@@ -109,7 +109,7 @@ class Engine:
         return lambda *args, **kwargs: self._run_layer(layer, forward, args, kwargs)
 
     def _run_layer(self, layer: int, forward: Callable[..., object], args: tuple, kwargs: dict) -> object:
-        run, num_layers = self._run, self.model.spec.num_layers
+        run = self._run
         assert run is not None, "the model runs only inside the engine"
         run.layer = layer
         if layer not in self._entered:
@@ -117,13 +117,16 @@ class Engine:
             self._make_ready(layer)
             self.policy.enter_forward(layer)
         self.dense.require(layer)
-        run.seed_place(2 * layer + 1, num_layers)
+        self._seed(run, 2 * layer + 1)
         returned = run.tape.run_layer(layer, forward, args, kwargs)
-        run.seed_place(2 * layer + 2, num_layers)
+        self._seed(run, 2 * layer + 2)
         self._left[layer] -= 1
         if not self._left[layer]:
             self.dense.leave_forward(layer)
         return returned
+
+    def _seed(self, run: Run, place: int) -> None:
+        seed_random_state(self.resources.accelerator.device, run.seed_of(place, self.model.spec.num_layers))
 
     def _router_logits(self, layer: int, logits: Tensor) -> Tensor:
         return self._run.tape.cut_router_logits(logits) if self._run else logits
@@ -151,7 +154,7 @@ class Engine:
         self._run = run
         if run.greenlet is None:
             run.greenlet = greenlet.greenlet(self._start)
-            run.seed_place(0, self.model.spec.num_layers)
+            self._seed(run, 0)
             argument: object = run
         else:
             assert run.random_state is not None

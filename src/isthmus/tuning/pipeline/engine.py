@@ -132,7 +132,7 @@ class PipelineEngine(Engine):
             if self.rank:
                 raise Abandoned
             self._collect_logits(run)
-        run.seed_place(2 * number + 2, len(run.route.layers))
+        self._seed(run, 2 * number + 2)
         return returned
 
     def outer(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
