@@ -52,7 +52,7 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     last: StepResult | None = None
     note: str = ""
-    num_stages: int = 0
+    stages: tuple[Stage, ...] = ()
     bound_s: float = 0.0
     """Of the last step, without the bubble factor."""
     bubble_factor: float = 1.0
@@ -109,7 +109,7 @@ def simulate_tuning(
             outcome.seconds.append(runner.step(counts, keeps_spans=keeps_spans and is_last))
             tell(policy, number + 1)
         work = runner.work
-        outcome.last, outcome.note, outcome.num_stages = runner.last, runner.note, len(work.stages)
+        outcome.last, outcome.note, outcome.stages = runner.last, runner.note, work.stages
         if work.stages not in bounds_s:  # counts are the same for all
             bounds_s[work.stages] = step_bound_s(work)
         outcome.bound_s = bounds_s[work.stages]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +16,8 @@ import torch
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import TuneSummary
+from isthmus.spec.serialization import from_json, to_json
+from isthmus.spec.timeline import Timeline
 from isthmus.tuning.engine import StepCounts
 from isthmus.tuning.pipeline.links import Links
 
@@ -87,6 +91,25 @@ def of_all_ranks(summary: TuneSummary, links: Links | None) -> TuneSummary:
         peak_host_bytes=sum(peaks),
         needed_host_bytes=sum(needed),
         peak_accelerator_bytes=max(on_accelerator),
+    )
+
+
+def timelines_of_all(timeline: Timeline, links: Links | None) -> tuple[Timeline, ...]:
+    """Every rank's, in the order of ranks and on rank 0's clock; on other ranks nothing. Clocks are compared where
+    steps end: there all wait for rank 0's word, so they are as far apart as a message takes to travel."""
+    if links is None:
+        return (timeline,)
+    told = links.to_first(json.loads(to_json(timeline)), "its timeline")
+    timelines = [from_json(Timeline, json.dumps(fact)) for fact in told]
+    return tuple(_on_clock_of(timelines[0], other) for other in timelines)
+
+
+def _on_clock_of(first: Timeline, other: Timeline) -> Timeline:
+    ends = zip(first.steps, other.steps, strict=True)
+    later_s = statistics.median(there[2] - here[2] for here, there in ends) if first.steps else 0.0
+    return Timeline(
+        spans=tuple(replace(span, start_s=span.start_s - later_s, end_s=span.end_s - later_s) for span in other.spans),
+        steps=tuple((step, start_s - later_s, end_s - later_s) for step, start_s, end_s in other.steps),
     )
 
 

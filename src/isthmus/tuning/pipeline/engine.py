@@ -123,6 +123,7 @@ class PipelineEngine(Engine):
             returned = self._leave_out(run, number)
         else:
             if before != self.rank:
+                run.layer = number - 1  # what it goes on with once they are here is of this layer
                 values = self._receive(run, here.inputs, before, _border(number, _INPUTS))
                 for passing, value in zip(here.inputs, values, strict=True):
                     run.tape.stand_in(leaves[passing.position], value)
@@ -155,6 +156,8 @@ class PipelineEngine(Engine):
     def _experts(self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if hidden.is_meta:
             return no_experts(layer, module, hidden, index, weights)
+        if layer + 1 not in self.pipeline.layers:
+            self._journey.layer = layer - 1  # what comes after the experts is still of this layer
         return super()._experts(layer, module, hidden, index, weights)
 
     def _ghosts(self, structure: Any) -> Any:
@@ -217,6 +220,7 @@ class PipelineEngine(Engine):
                 weight=run.weight,
                 tape=run.tape,
                 seed=run.seed,
+                layer=self.pipeline.layers[0] - 1,
                 number=number,
                 route=self.pipeline.route(on_device(run.batch.inputs, self._device)),
             )

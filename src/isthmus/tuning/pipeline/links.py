@@ -128,13 +128,14 @@ class Links:
 
     def gather(self, fact: object, what: str) -> list[Any]:
         """Every rank's ``fact`` (JSON) in the order of ranks, the same on all. Blocks until all have called this."""
+        return self.from_first(self.to_first(fact, what), what)
+
+    def to_first(self, fact: object, what: str) -> list[Any]:
+        """As ``gather``, but of use to rank 0 alone: the others do not wait, and get nothing."""
         if self.rank:
             self._tell(fact, 0, what)
-            return self._hear(0, what)
-        facts = [json.loads(json.dumps(fact)), *(self._hear(other, what) for other in range(1, self.size))]
-        for other in range(1, self.size):
-            self._tell(facts, other, what)
-        return facts
+            return []
+        return [json.loads(json.dumps(fact)), *(self._hear(other, what) for other in range(1, self.size))]
 
     def from_first(self, fact: object, what: str) -> Any:
         """Rank 0's ``fact`` (JSON), on all. Blocks the others until it comes."""
