@@ -44,8 +44,8 @@ class Run:
     layer: int = OUTER_LAYER
 
     def seed_of(self, place: int, num_layers: int) -> int:
-        """Random numbers depend on the micro-batch and the place alone: place 2·l is the code before layer ``l``, 2·l + 1
-        the layer. So they are the same wherever the places before run."""
+        """Random numbers depend on the micro-batch and the place alone: place 2·l is the code before layer ``l``,
+        2·l + 1 the layer. So they are the same wherever the places before run."""
         return (self.seed * (2 * num_layers + 1) + place) % (1 << 63)
 
 
@@ -54,7 +54,8 @@ class Group:
     """Micro-batches whose experts run together."""
 
     runs: list[Run]
-    waiting: ForwardPass | None = None
+    waiting: ForwardPass | BackwardPass | None = None
+    """Its experts, under way."""
     waves: dict[int, Wave] = field(default_factory=dict)
 
 
@@ -183,7 +184,7 @@ class Engine:
         while active:
             for group in list(active):
                 outputs: list[Tensor | None] = [None] * len(group.runs)
-                if group.waiting is not None:
+                if isinstance(group.waiting, ForwardPass):
                     outputs = list(group.waiting.finish())
                     group.waiting = None
                 calls = [self._resume(run, output) for run, output in zip(group.runs, outputs, strict=True)]
@@ -199,11 +200,12 @@ class Engine:
         self.optimizer.wait_layer(layer)
         wave = Wave.of(calls, spec.num_experts)
         split = self.policy.split_forward(layer, wave.counts_E, wave.hidden_TH, wave.index_Tk)
-        group.waiting = ForwardPass(self.resources, wave, split, priority=forward_priority(layer), name=f"L{layer}")
-        self._count(group.waiting)
+        work = ForwardPass(self.resources, wave, split, priority=forward_priority(layer), name=f"L{layer}")
+        self._count(work)
         total = self.counts.counts_LE.setdefault(layer, [0] * spec.num_experts)
         self.counts.counts_LE[layer] = [a + b for a, b in zip(total, wave.counts_E, strict=True)]
-        group.waiting.start()
+        work.start()
+        group.waiting = work
         if group.runs[0].tape.recording:
             group.waves[layer] = wave
 
@@ -246,8 +248,9 @@ class Engine:
             )
             self._count(work)
             work.start(merged)
+            group.waiting = work
             yield
-            gradients = list(work.finish())
+            gradients, group.waiting = list(work.finish()), None
             self.resources.deferred.run_before(layer)
         self.dense.require(layer)
         with self.resources.accelerator.compute(f"dense backward L{layer}", kind="dense"):
