@@ -14,7 +14,6 @@ from isthmus.simulation.tuning.candidates import Choice, choose
 from isthmus.simulation.tuning.costs import Costs
 from isthmus.simulation.tuning.mapping import (
     check_hosts,
-    device_order,
     other_mappings,
     resident_short_bytes,
     stages_for,
@@ -92,7 +91,7 @@ def simulate_tuning(
     """
     check_hosts(costs)
     stages = stages_for(costs, costs.job.num_stages)
-    order = device_order(costs.seats)
+    order = costs.order
     outcomes: dict[str, Outcome] = {}
     bounds_s: dict[Sequence[Stage], float] = {}
     work: StepWork | None = None
