@@ -2,8 +2,9 @@
 
 Raises a testbed (root) whose devices have a core share and a link each, and fine-tunes one model of random weights on
 one device, on two and on four, in turns. Every device is a process that computes in place; stages loop over
-them (APTMoE, section 3), activations travel. One device is measured while the other three do the same, each by itself:
-devices of one host slow each other down (shared caches, threads of one core), as real ones would not. Seconds of a step
+them (APTMoE, section 3), activations travel. One device is measured while the other three do the same, each by itself,
+on the cores where four together have them: devices of one host slow each other down (shared caches, turns on one core),
+as real ones would not. Seconds of a step
 are the first device's, from its begin until all devices have told what they did; the first two steps of a run are not
 counted. The bound on D devices is one device's seconds ÷ D, times (M·R + D - 1) ÷ (M·R) for M micro-batches and R
 stages a device, in which a pipeline fills and drains. Nothing else should run on the host: the table says how much of
@@ -80,13 +81,16 @@ def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, nu
         command += [name, str(value)]
     command += ["--overwrite", "--plain"]
     if number > 1:
-        devices, place, shell = range(number), output, f"cd '{output}'"
+        devices, place, shell = range(number), output, f"cd '{output}'; exec"
     else:
         devices, place = range(max(NUM_DEVICES)), output / "0"
-        shell = f"unset WORLD_SIZE RANK; mkdir -p '{output}'/$ISTHMUS_DEVICE; cd '{output}'/$ISTHMUS_DEVICE"
+        # As processes that train together pin themselves: one that moves from core to core loses some of its share.
+        core = f"$((ISTHMUS_DEVICE * {os.cpu_count()} / {max(NUM_DEVICES)}))"
+        own = f"'{output}'/$ISTHMUS_DEVICE"
+        shell = f"unset WORLD_SIZE RANK; mkdir -p {own}; cd {own}; exec taskset -c {core}"
     report = run_once(
         testbed,
-        ["sh", "-c", f'{shell}; exec "$@"', "sh", *command],
+        ["sh", "-c", f'{shell} "$@"', "sh", *command],
         place / "report.json",
         cache=folder / "cache",
         again=True,
