@@ -108,7 +108,7 @@ def simulate_tuning(
             outcome.seconds.append(runner.step(counts, keeps_spans=keeps_spans and is_last))
             tell(policy, number + 1)
         work = runner.work
-        outcome.last, outcome.note, outcome.stages = runner.last, runner.note, work.stages
+        outcome.last, outcome.note, outcome.stages = runner.last, runner.note, tuple(work.stages)
         if work.stages not in bounds_s:  # counts are the same for all
             bounds_s[work.stages] = step_bound_s(work)
         outcome.bound_s = bounds_s[work.stages]
