@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,12 @@ def test_every_core_of_a_host_is_one_processes(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_more_processes_than_cores_share_them_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = shares(monkeypatch, [{4, 5}] * 4)
-    assert all(len(cores) == number == 1 for cores, number in found)
-    assert {core for cores, _ in found for core in cores} == {4, 5}
+    for num_processes, num_cores in ((4, 2), (5, 2), (8, 3), (3, 2)):
+        found = shares(monkeypatch, [set(range(num_cores))] * num_processes)
+        assert all(len(cores) == number == 1 for cores, number in found)
+        load = Counter(core for cores, _ in found for core in cores)
+        assert len(load) == num_cores
+        assert max(load.values()) - min(load.values()) <= 1
 
 
 def test_cores_that_a_user_has_divided_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

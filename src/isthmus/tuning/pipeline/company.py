@@ -44,12 +44,17 @@ def share_cores(links: Links) -> int:
     here = [rank for rank, (host, _) in enumerate(told) if host == mine[0]]
     num_cores, cores = num_cpus_usable(), mine[1]
     if all(told[rank][1] == cores for rank in here):
-        place = here.index(links.rank)
-        first, last = (len(cores) * at // len(here) for at in (place, place + 1))
-        os.sched_setaffinity(0, cores[first:last] or [cores[place % len(cores)]])
+        os.sched_setaffinity(0, own_cores(cores, here.index(links.rank), len(here)))
         num_cores = max(1, num_cores // len(here))
     asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
     return min(num_cores, asked) if asked > 1 else num_cores
+
+
+def own_cores(cores: list[int], place: int, num_processes: int) -> list[int]:
+    """Of a host's ``cores`` those of its process number ``place``: a run of them, or where there are more processes
+    than cores one that it shares with its neighbours. No core has two processes more than another."""
+    first, last = (len(cores) * at // num_processes for at in (place, place + 1))
+    return cores[first:last] or [cores[first]]
 
 
 @contextmanager
