@@ -2,11 +2,13 @@
 
 Raises a testbed (root) whose devices have a core share and a link each, and fine-tunes one model of random weights on
 one device, on two and on four, in turns. Every device is a process that computes in place; stages loop over
-them (APTMoE, section 3), activations travel. One device is measured while the other three do the same, each by itself:
-devices of one host slow each other down (shared caches, threads of one core), as real ones would not. Seconds of a step
+them (APTMoE, section 3), activations travel. One device is measured while the other three do the same, each by itself,
+on the cores where four together have them: devices of one host slow each other down (shared caches, turns on one core),
+as real ones would not. Seconds of a step
 are the first device's, from its begin until all devices have told what they did; the first two steps of a run are not
 counted. The bound on D devices is one device's seconds ÷ D, times (M·R + D - 1) ÷ (M·R) for M micro-batches and R
-stages a device, in which a pipeline fills and drains.
+stages a device, in which a pipeline fills and drains. Nothing else should run on the host: the table says how much of
+its cores the devices are promised together.
 
     sudo python benchmarks/tune_scaling.py [--share 0.45] [--mbit 1000] [--repeats 2] [--micro-batches 16]
 """
@@ -14,6 +16,7 @@ stages a device, in which a pipeline fills and drains.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -78,13 +81,16 @@ def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, nu
         command += [name, str(value)]
     command += ["--overwrite", "--plain"]
     if number > 1:
-        devices, place, shell = range(number), output, f"cd '{output}'"
+        devices, place, shell = range(number), output, f"cd '{output}'; exec"
     else:
         devices, place = range(max(NUM_DEVICES)), output / "0"
-        shell = f"unset WORLD_SIZE RANK; mkdir -p '{output}'/$ISTHMUS_DEVICE; cd '{output}'/$ISTHMUS_DEVICE"
+        # As processes that train together pin themselves: one that moves from core to core loses some of its share.
+        core = f"$((ISTHMUS_DEVICE * {os.cpu_count()} / {max(NUM_DEVICES)}))"
+        own = f"'{output}'/$ISTHMUS_DEVICE"
+        shell = f"unset WORLD_SIZE RANK; mkdir -p {own}; cd {own}; exec taskset -c {core}"
     report = run_once(
         testbed,
-        ["sh", "-c", f'{shell}; exec "$@"', "sh", *command],
+        ["sh", "-c", f'{shell} "$@"', "sh", *command],
         place / "report.json",
         cache=folder / "cache",
         again=True,
@@ -99,7 +105,7 @@ def table(found: dict[int, list[float]], options: argparse.Namespace) -> str:
         f"# Strong scaling of isthmus tune: {options.share} cores and {options.mbit} Mbit/s a device",
         "",
         f"{NUM_LAYERS} layers, a stage each, {options.micro_batches} micro-batches of {options.seq_len} tokens, fp32, "
-        "in place.",
+        f"in place. Four devices are promised {max(NUM_DEVICES) * options.share:.2f} of {os.cpu_count()} cores.",
         "",
         "| devices | bound, s | step, s (p10–p90) | speed-up | of the bound |",
         "|---|---:|---:|---:|---:|",
@@ -122,7 +128,7 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, default=1000.0, help="of each device's link")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--micro-batches", type=int, default=16)
     options = parser.parse_args()
     options.output = options.output.resolve()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from isthmus.cli.main import app
 from isthmus.models.decoupled import architectures
 from isthmus.models.decoupled.configs import decoupled_config
 from isthmus.models.shards import ShardReader
+from isthmus.planning.inference import weigh
+from isthmus.planning.plans import Question
 from isthmus.reporting.human import human_s
+from isthmus.spec.cluster import ClusterProfile
+from isthmus.spec.inference import InferenceRequest
 from isthmus.spec.report import PlanInferReport
 from isthmus.spec.serialization import from_json, to_json
 
@@ -114,3 +119,24 @@ def test_of_a_model_that_cannot_be_decoupled_it_says_nothing(
     model = checkpoint("distilbert")
     printed, report = plan(model, profile_of(model, 4), tmp_path / "report.json")
     assert report.decoupled is None and "ecoupl" not in printed
+
+
+def test_where_memory_is_short_it_plans_for_devices_that_are_frugal_with_it(
+    checkpoint: Callable[[str], Path],  # noqa: F811
+    profile_of: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = checkpoint("bert")
+    path = profile_of(model, 2)
+    profile = from_json(ClusterProfile, path.read_text())
+    question = Question(spec=ShardReader(model).spec, request=InferenceRequest(num_tokens=64), profile=profile)
+    frugally, usually = (
+        min(max(each.memory_bytes) for each in weigh(replace(question, is_frugal=is_frugal)))
+        for is_frugal in (True, False)
+    )
+    assert frugally < usually
+    short = tuple(replace(each, free_memory_bytes=(frugally + usually) // 2) for each in profile.devices)
+    path.write_text(to_json(replace(profile, devices=short)))
+    printed, report = plan(model, path, tmp_path / "report.json", "--tokens", "64")
+    assert "Memory is short: devices give it back as soon as it is free" in printed
+    assert report.chosen.memory_bytes_per_device <= (frugally + usually) // 2

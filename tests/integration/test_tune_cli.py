@@ -163,7 +163,8 @@ def test_cuda_without_a_gpu_is_one_clear_line(inputs: Inputs, run: Tune, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("option", "choice"), [("--policy", "affinity"), ("--accelerator", "emulated"), ("--dtype", "bf16")]
+    ("option", "choice"),
+    [("--policy", "affinity"), ("--accelerator", "emulated"), ("--dtype", "bf16"), ("--wire", "int8")],
 )
 def test_unknown_choice_is_refused_with_the_choices(
     option: str, choice: str, inputs: Inputs, run: Tune, tmp_path: Path

@@ -18,6 +18,7 @@ from tests.integration.support import VOCAB_SIZE, Inputs, Tune, losses, succeed
 from transformers import AutoModelForCausalLM
 
 from isthmus.models.tiny import write_tiny_checkpoint
+from isthmus.reporting.chrome_trace import read_chrome_trace
 from isthmus.training.checkpoints import read_state
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,11 @@ def test_two_processes_and_then_four_make_the_model_that_one_makes(deep: Inputs,
     assert report["steps"][-1]["evaluation_loss"] == pytest.approx(
         json.loads((alone / "report.json").read_text())["steps"][-1]["evaluation_loss"], rel=1e-5
     )
+    devices = read_chrome_trace(together / "timeline.json")
+    assert len(devices) == 4 and (together / "timeline.png").exists()
+    for rank, device in enumerate(devices):
+        dense = {span.layer for span in device.spans if span.kind == "dense"} - {None, 4}  # 4: behind the last layer
+        assert dense == {rank}
     alone_bytes = json.loads((alone / "report.json").read_text())["summary"]["needed_host_bytes"]
     assert report["summary"]["needed_host_bytes"] == pytest.approx(alone_bytes, rel=1e-2)  # nothing is kept twice
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (alone, together)]

@@ -61,16 +61,24 @@ def test_every_lane_is_a_named_and_sorted_thread() -> None:
     assert all({"ts", "dur"} <= event.keys() for event in events if event["ph"] == "X")
 
 
-@given(timelines())
-def test_timeline_survives_the_round_trip(tmp_path_factory: pytest.TempPathFactory, timeline: Timeline) -> None:
+@given(st.lists(timelines(), min_size=1, max_size=3))
+def test_timelines_of_devices_survive_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, devices: list[Timeline]
+) -> None:
     path = tmp_path_factory.getbasetemp() / "trace.json"
-    path.write_text(chrome_trace(timeline), encoding="utf-8")
-    assert read_chrome_trace(path) == timeline
+    path.write_text(chrome_trace(*devices), encoding="utf-8")
+    assert read_chrome_trace(path) == tuple(devices)
+
+
+def test_every_device_is_a_process_with_its_name() -> None:
+    events = json.loads(chrome_trace(SMALL, SMALL))["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert names == {1: "device 0", 2: "device 1"}
 
 
 def test_written_trace_reads_back(tmp_path: Path, run_timeline: Timeline) -> None:
     write_chrome_trace(run_timeline, tmp_path / "deep" / "trace.json")
-    back = read_chrome_trace(tmp_path / "deep" / "trace.json")
+    (back,) = read_chrome_trace(tmp_path / "deep" / "trace.json")
     assert len(back.spans) == len(run_timeline.spans) and len(back.steps) == len(run_timeline.steps)
     for was, now in zip(run_timeline.spans, back.spans, strict=True):
         assert (now.lane, now.name, now.kind, now.num_bytes) == (was.lane, was.name, was.kind, was.num_bytes)
@@ -87,7 +95,7 @@ def test_failed_write_leaves_the_previous_trace(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_chrome_trace(Timeline(spans=()), path)
-    assert read_chrome_trace(path) == SMALL
+    assert read_chrome_trace(path) == (SMALL,)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"traceEvents": []}', '{"otherData": {"isthmus_schema_version": 2}}'])

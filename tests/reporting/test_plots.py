@@ -8,11 +8,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from isthmus.reporting.canvas import new_figure
+from isthmus.reporting.canvas import SERIES, new_figure
+from isthmus.reporting.devices_plot import plot_devices
 from isthmus.reporting.fidelity_plot import plot_fidelity
 from isthmus.reporting.loss_plot import plot_losses, running_mean
 from isthmus.reporting.popularity_plot import plot_popularity, popularity_skew
 from isthmus.reporting.timeline_plot import plot_timeline
+from isthmus.spec.plan import Stage
 from isthmus.spec.report import FidelityPoint, StepRecord
 from isthmus.spec.timeline import Span, Timeline
 
@@ -147,3 +149,14 @@ def test_fidelity_is_drawn_for_encoders_and_decoders(tmp_path: Path, is_decoder:
 def test_fidelity_without_a_point_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="curve is empty, wanted at least one point"):
         plot_fidelity([], tmp_path / "fidelity.png")
+
+
+def test_devices_below_one_another_have_a_colour_per_stage(tmp_path: Path, run_timeline: Timeline) -> None:
+    stages = [Stage(first_layer=0, last_layer=1), Stage(first_layer=2, last_layer=3)]
+    plot_devices([run_timeline, run_timeline], stages, tmp_path / "devices.png", title="affinity")
+    assert {*SERIES[:2], "#f1f3f5"} <= colours_in(tmp_path / "devices.png")
+
+
+def test_no_spans_of_any_device_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"devices: no timeline has spans: record with keep_spans=True"):
+        plot_devices([Timeline(spans=())], [], tmp_path / "devices.png", title="affinity")

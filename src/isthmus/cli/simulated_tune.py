@@ -132,7 +132,7 @@ def row_of(outcome: Outcome, batch: int) -> SimulateTuneRow:
         policy=outcome.policy,
         step_s=Spread(median=median, p10=p10, p90=p90),
         sequences_per_s=batch / median,
-        num_stages=outcome.num_stages,
+        num_stages=len(outcome.stages),
         bound_s=outcome.bound_s * outcome.bubble_factor,
         bubble_factor=outcome.bubble_factor,
         bound_share=outcome.bound_s * outcome.bubble_factor / median,
@@ -195,11 +195,12 @@ def markdown(title: str, report: SimulateTuneReport) -> str:
 
 
 def _write_timelines(found: Simulated, path: Path, title: str) -> None:
-    """One Chrome trace and one picture for each policy and device."""
-    from isthmus.reporting.timeline_plot import plot_timeline
+    """One Chrome trace and one picture for each policy, of all devices."""
+    from isthmus.reporting.devices_plot import plot_devices
 
     for policy, outcome in found.outcomes.items():
-        for device, timeline in enumerate(outcome.timelines):
-            target = path.with_name(f"{path.stem}-{policy}-{device}.json")
-            write_chrome_trace(timeline, target)
-            plot_timeline(timeline, target.with_suffix(".png"), title=f"{policy}, accelerator {device}: {title}")
+        if not outcome.timelines:
+            continue
+        target = path.with_name(f"{path.stem}-{policy}.json")
+        write_chrome_trace(outcome.timelines, target)
+        plot_devices(outcome.timelines, outcome.stages, target.with_suffix(".png"), title=f"{policy}: {title}")

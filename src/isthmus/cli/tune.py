@@ -151,8 +151,11 @@ Plain = Annotated[
 
 
 Wire = Annotated[
-    Literal["bf16"] | None,
-    _hardware("Started by torchrun: what an fp32 model's activations travel in. Left out: fp32."),
+    Literal["bf16", "int8"] | None,
+    _hardware(
+        "Started by torchrun: how hidden states and their gradients travel. [b]bf16[/]: half of an fp32 model's bytes. "
+        "[b]int8[/]: a quarter (of a bf16 model's half), one scale for 64 values. Left out: as they are."
+    ),
 ]
 RankTimeout = Annotated[
     float,

@@ -75,13 +75,15 @@ def plan_infer(
     question = _question(options, reader, console)
     if question is None:
         return None
-    choice = choose(question)
+    question, choice = _chosen(question)
     console.print(candidates_table(choice, num_rows))
     plan = choice.chosen.plan
     devices = ", ".join(question.profile.devices[rank].name for rank in plan.devices)
     error = expected_error(plan, reader.spec, question.request)
     rounded = f"; what is sent is rounded, relative error about {error:.1g}" if error else ""
     console.print(f"→ {plan.strategy} on {devices}: {choice.reason}{rounded}")
+    if question.is_frugal:
+        console.print("Memory is short: devices give it back as soon as it is free, which takes time not told here.")
     decoupled = None
     if reader.config.model_type in CONFIGS:
         decoupled = outlook(question, choice)
@@ -91,6 +93,15 @@ def plan_infer(
     if report is not None:
         atomic_write(report, to_json(_report(options, question, choice, decoupled)))
     return choice
+
+
+def _chosen(question: Question) -> tuple[Question, Choice]:
+    """As devices would answer it: frugal with memory where nothing fits otherwise."""
+    try:
+        return question, choose(question)
+    except IsthmusError:
+        frugal = replace(question, is_frugal=True)
+        return frugal, choose(frugal)
 
 
 def _question(options: PlanOptions, reader: ShardReader, console: Console) -> Question | None:

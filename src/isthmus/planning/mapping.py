@@ -99,15 +99,15 @@ class StageMapping:
     """Whether every way of cutting was weighed."""
 
 
-def device_order(devices: Sequence[DevicePlace]) -> list[int]:
-    """The devices in the order in which stages go round: host by host, and on a host with as few neighbours under one
-    PCIe root as can be."""
+def device_order(places: Sequence[tuple[int, int]]) -> list[int]:
+    """The devices, of each of which ``places`` has (host, PCIe root), in the order in which stages go round: host by
+    host, and on a host with as few neighbours under one root as can be."""
     order: list[int] = []
-    for host in sorted({device.host for device in devices}):
+    for host in sorted({host for host, _ in places}):
         queues: dict[int, deque[int]] = {}
-        for number, device in enumerate(devices):
-            if device.host == host:
-                queues.setdefault(device.root, deque()).append(number)
+        for number, (own_host, root) in enumerate(places):
+            if own_host == host:
+                queues.setdefault(root, deque()).append(number)
         last: int | None = None
         while queues:
             # The fullest root first, else its devices are left over at the end.
@@ -172,7 +172,7 @@ class _Weigher:
 
     def __init__(self, problem: MappingProblem) -> None:
         self.problem = problem
-        self.order = device_order(problem.devices)
+        self.order = device_order([(device.host, device.root) for device in problem.devices])
         seconds_LD = np.array([layer.seconds for layer in problem.layers], dtype=np.float64)[:, self.order]
         self._seconds = _sums(seconds_LD)
         """(L + 1, D) of all layers before, by position in the order; likewise below (L + 1,)."""

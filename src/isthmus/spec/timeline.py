@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 LANES = ("accelerator", "cpu_experts", "h2d", "d2h", "optimizer")
+_LAYER = re.compile(r"\bL(\d+)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,12 @@ class Span:
     ``tokens``, ``wait``, …"""
     num_bytes: int = 0
     num_tokens: int = 0
+
+    @property
+    def layer(self) -> int | None:
+        """The first of those that its ``name`` has, as in ``load L3 E5``; None: it is of none."""
+        found = _LAYER.search(self.name)
+        return int(found[1]) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

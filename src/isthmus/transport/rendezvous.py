@@ -121,14 +121,19 @@ def local_address(meeting: Meeting) -> str:
     if meeting.rank == 0:
         return meeting.address
     try:
-        family, kind, _, _, target = socket.getaddrinfo(meeting.address, meeting.port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)
-            return probe.getsockname()[0]
+        return address_towards(meeting.address, meeting.port)
     except OSError as error:
         raise RendezvousError(
             f"no way to rank 0 at {meeting.address} ({error}): check MASTER_ADDR and the network"
         ) from error
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address of this host that ``host`` sees it by. Sends nothing. Raises ``OSError`` where there is no way."""
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        return probe.getsockname()[0]
 
 
 def send_frame(connection: socket.socket, content: dict) -> None:

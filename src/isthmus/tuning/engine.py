@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel, on_device
 from isthmus.spec.model import OUTER_LAYER, UnitKey
-from isthmus.training.random_state import random_state, restore_random_state
+from isthmus.training.random_state import random_state, restore_random_state, seed_random_state
 from isthmus.tuning.backward_pass import BackwardPass
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
@@ -43,10 +43,10 @@ class Run:
     random_state: list[Tensor] | None = None
     layer: int = OUTER_LAYER
 
-    def seed_place(self, place: int, num_layers: int) -> None:
-        """Random numbers from here on depend on the micro-batch and the place alone: place 2·l is the code before layer
-        ``l``, 2·l + 1 the layer. So they are the same wherever the places before run."""
-        torch.manual_seed((self.seed * (2 * num_layers + 1) + place) % (1 << 63))
+    def seed_of(self, place: int, num_layers: int) -> int:
+        """Random numbers depend on the micro-batch and the place alone: place 2·l is the code before layer ``l``,
+        2·l + 1 the layer. So they are the same wherever the places before run."""
+        return (self.seed * (2 * num_layers + 1) + place) % (1 << 63)
 
 
 @dataclass(slots=True)
@@ -54,7 +54,8 @@ class Group:
     """Micro-batches whose experts run together."""
 
     runs: list[Run]
-    waiting: ForwardPass | None = None
+    waiting: ForwardPass | BackwardPass | None = None
+    """Its experts, under way."""
     waves: dict[int, Wave] = field(default_factory=dict)
 
 
@@ -109,7 +110,7 @@ class Engine:
         return lambda *args, **kwargs: self._run_layer(layer, forward, args, kwargs)
 
     def _run_layer(self, layer: int, forward: Callable[..., object], args: tuple, kwargs: dict) -> object:
-        run, num_layers = self._run, self.model.spec.num_layers
+        run = self._run
         assert run is not None, "the model runs only inside the engine"
         run.layer = layer
         if layer not in self._entered:
@@ -117,13 +118,16 @@ class Engine:
             self._make_ready(layer)
             self.policy.enter_forward(layer)
         self.dense.require(layer)
-        run.seed_place(2 * layer + 1, num_layers)
+        self._seed(run, 2 * layer + 1)
         returned = run.tape.run_layer(layer, forward, args, kwargs)
-        run.seed_place(2 * layer + 2, num_layers)
+        self._seed(run, 2 * layer + 2)
         self._left[layer] -= 1
         if not self._left[layer]:
             self.dense.leave_forward(layer)
         return returned
+
+    def _seed(self, run: Run, place: int) -> None:
+        seed_random_state(self.resources.accelerator.device, run.seed_of(place, self.model.spec.num_layers))
 
     def _router_logits(self, layer: int, logits: Tensor) -> Tensor:
         return self._run.tape.cut_router_logits(logits) if self._run else logits
@@ -151,7 +155,7 @@ class Engine:
         self._run = run
         if run.greenlet is None:
             run.greenlet = greenlet.greenlet(self._start)
-            run.seed_place(0, self.model.spec.num_layers)
+            self._seed(run, 0)
             argument: object = run
         else:
             assert run.random_state is not None
@@ -180,7 +184,7 @@ class Engine:
         while active:
             for group in list(active):
                 outputs: list[Tensor | None] = [None] * len(group.runs)
-                if group.waiting is not None:
+                if isinstance(group.waiting, ForwardPass):
                     outputs = list(group.waiting.finish())
                     group.waiting = None
                 calls = [self._resume(run, output) for run, output in zip(group.runs, outputs, strict=True)]
@@ -196,11 +200,12 @@ class Engine:
         self.optimizer.wait_layer(layer)
         wave = Wave.of(calls, spec.num_experts)
         split = self.policy.split_forward(layer, wave.counts_E, wave.hidden_TH, wave.index_Tk)
-        group.waiting = ForwardPass(self.resources, wave, split, priority=forward_priority(layer), name=f"L{layer}")
-        self._count(group.waiting)
+        work = ForwardPass(self.resources, wave, split, priority=forward_priority(layer), name=f"L{layer}")
+        self._count(work)
         total = self.counts.counts_LE.setdefault(layer, [0] * spec.num_experts)
         self.counts.counts_LE[layer] = [a + b for a, b in zip(total, wave.counts_E, strict=True)]
-        group.waiting.start()
+        work.start()
+        group.waiting = work
         if group.runs[0].tape.recording:
             group.waves[layer] = wave
 
@@ -243,8 +248,9 @@ class Engine:
             )
             self._count(work)
             work.start(merged)
+            group.waiting = work
             yield
-            gradients = list(work.finish())
+            gradients, group.waiting = list(work.finish()), None
             self.resources.deferred.run_before(layer)
         self.dense.require(layer)
         with self.resources.accelerator.compute(f"dense backward L{layer}", kind="dense"):

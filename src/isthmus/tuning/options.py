@@ -10,6 +10,7 @@ from isthmus.models.skeleton import torch_dtype
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.units import parse_bytes, parse_emulate
 from isthmus.training.schedule import learning_rate_at
+from isthmus.tuning.pipeline.wire import WIRES
 from isthmus.tuning.policies import POLICIES
 from isthmus.tuning.session import SessionOptions
 from isthmus.tuning.trainer import TrainerOptions
@@ -73,8 +74,8 @@ class TuneOptions:
             raise IsthmusError("resume, overwrite: got both; --resume continues a run, --overwrite deletes it first.")
         if self.rank_timeout <= 0:
             raise IsthmusError(f"rank_timeout: got {self.rank_timeout}, wanted seconds above 0.")
-        if self.wire not in (None, "bf16"):
-            raise IsthmusError(f"wire: got {self.wire!r}, wanted bf16, or nothing for full precision.")
+        if self.wire not in (None, *WIRES):
+            raise IsthmusError(f"wire: got {self.wire!r}, wanted one of {', '.join(WIRES)}, or left out.")
         torch_dtype(self.dtype)
         learning_rate_at(
             0, schedule=self.schedule, learning_rate=self.learning_rate, num_steps=self.steps, warmup=self.warmup

@@ -128,7 +128,7 @@ def place(
     if policy not in POLICIES:
         raise IsthmusError(f"policy: got {policy!r}, wanted one of {', '.join(sorted(POLICIES))}.")
     spec = model.spec
-    num_tokens = sum(batch.num_tokens for batch in example)
+    num_tokens = sum(batch.num_computed_tokens for batch in example)
     measured = measure_profile(
         model,
         accelerator,
@@ -259,8 +259,9 @@ def _budget_error(
 def activations(model: MoeModel, example: list[MicroBatch], accelerator: Accelerator, part: Part | None = None) -> int:
     """Accelerator bytes of one step's activations: what the dense part saves, and what experts take."""
     run = part.run if part else loss_of
-    saved = max(measure_saved_bytes(model, batch.inputs, run) for batch in example) * len(example)
-    num_tokens = sum(batch.num_tokens for batch in example)
+    distinct = {id(batch): batch for batch in example}.values()
+    saved = max(measure_saved_bytes(model, batch.inputs, run) for batch in distinct) * len(example)
+    num_tokens = sum(batch.num_computed_tokens for batch in example)
     experts = [layer for layer in model.spec.layers if layer is not None]
     scratch = scratch_bytes(model) if should_group(model, accelerator) else 0
     return saved + experts_bytes(experts, num_tokens, torch_dtype(model.dtype).itemsize) + scratch

@@ -16,6 +16,7 @@ from isthmus.models.config import load_config
 from isthmus.models.safetensors_file import SafetensorsReader
 from isthmus.planning.popularity_trace import PopularityTrace, write_trace
 from isthmus.reporting.chrome_trace import write_chrome_trace
+from isthmus.reporting.devices_plot import plot_devices
 from isthmus.reporting.environment import environment
 from isthmus.reporting.host_memory import PeakHostMemory
 from isthmus.reporting.loss_plot import plot_losses
@@ -26,12 +27,20 @@ from isthmus.reporting.timeline_plot import plot_timeline
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
+from isthmus.spec.timeline import Timeline
 from isthmus.training.interruption import StopSignals
 from isthmus.training.output import check_file, check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset_for
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
-from isthmus.tuning.pipeline.company import choose_device, of_all_ranks, require_same, share_cores
+from isthmus.tuning.pipeline.company import (
+    choose_device,
+    of_all_ranks,
+    require_same,
+    require_shared,
+    share_cores,
+    timelines_of_all,
+)
 from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
@@ -117,10 +126,12 @@ def _tune(
     session_options = options.session()
     if links is not None:
         require_same(links, _facts(options, path, stream))
+        require_shared(output, links)
         choose_device(options.accelerator)
         session_options = replace(session_options, num_cores=share_cores(links))
     is_first = links is None or not links.rank
-    with Session(path, session_options, stream.peek(), recorder, progress.phase, links=links) as session:
+    example, largest = stream.peek(), stream.largest()
+    with Session(path, session_options, example, recorder, progress.phase, links=links, largest=largest) as session:
         trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
         if options.overwrite and is_first:
             # Not before: a run is only replaced by one whose input is known to be good.
@@ -136,6 +147,7 @@ def _tune(
             steps=tuple(trainer.records),
             summary=of_all_ranks(summarise(session, trainer, memory.peak_bytes), links),
         )
+        timelines = timelines_of_all(recorder.timeline(), links)
         if links is not None:
             links.close()
         if not is_first:
@@ -145,7 +157,7 @@ def _tune(
         if options.trace is not None and trainer.counts:
             write_trace(PopularityTrace.of_steps(session.model.whole_spec, trainer.counts), Path(options.trace))
         progress.phase("drawing")
-        draw(output, trainer, recorder, options.policy, Path(options.timeline or output / "timeline.json"))
+        _draw(session, trainer, timelines, options)
     return result
 
 
@@ -206,15 +218,20 @@ def summarise(session: Session, trainer: Trainer, peak_host_bytes: int) -> TuneS
     )
 
 
-def draw(output: Path, trainer: Trainer, recorder: Recorder, policy: str, timeline_path: Path) -> None:
+def _draw(session: Session, trainer: Trainer, timelines: tuple[Timeline, ...], options: TuneOptions) -> None:
     """The pictures of a run: timeline (also as a Chrome trace), expert popularity, losses.
 
     A finished run that was resumed took no step here: then the first two stay as they are.
     """
-    timeline = recorder.timeline()
-    if timeline.spans:
-        write_chrome_trace(timeline, timeline_path)
-        plot_timeline(timeline, timeline_path.with_suffix(".png"), title=policy)
+    output = Path(options.output)
+    path = Path(options.timeline or output / "timeline.json")
+    if any(timeline.spans for timeline in timelines):
+        write_chrome_trace(timelines, path)
+        if session.pipeline is None:
+            plot_timeline(timelines[0], path.with_suffix(".png"), title=options.policy)
+        else:
+            stages = session.pipeline.division.stages
+            plot_devices(timelines, stages, path.with_suffix(".png"), title=options.policy)
     totals: defaultdict[int, list[int]] = defaultdict(list)
     for counts_LE in trainer.counts:
         for layer, counts in counts_LE.items():

@@ -15,7 +15,6 @@ from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.reader import read_checkpoint
-from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.problem import CostModel
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
@@ -66,7 +65,7 @@ class SessionOptions:
     num_cores: int | None = None
     """What to compute with; None: ``OMP_NUM_THREADS`` or what this process may use."""
     wire: str | None = None
-    """In what activations and their gradients go between processes; None: as they are."""
+    """One of ``WIRES``: how hidden states and their gradients go between processes; None: as they are."""
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 0.0
@@ -99,10 +98,12 @@ class Session:
         progress: Callable[[str, float], None] = lambda text, fraction: None,
         copy_delay: Callable[[], float] | None = None,
         links: Links | None = None,
+        largest: MicroBatch | None = None,
     ) -> None:
         """Reads the checkpoint at ``path`` and measures what the plan needs. ``example``: one step's micro-batches, for
         their sizes. ``copy_delay`` (for tests): seconds by which an emulated copy is late. ``links``: this process is
-        one of several, each of which makes a session with the same arguments and calls the same methods."""
+        one of several, each of which makes a session with the same arguments and calls the same methods. ``largest``:
+        a micro-batch that takes as much memory as any that will come, where those of ``example`` may take less."""
         keep_freed_memory()
         self.options = options
         self.recorder = recorder
@@ -126,18 +127,19 @@ class Session:
         self.num_steps = 0
         """The number of the last step that ``train_step`` took."""
         try:
-            self._build(example, progress)
+            self._build(example, [largest] * len(example) if largest else example, progress)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, example: list[MicroBatch], progress: Callable[[str, float], None]) -> None:
+    def _build(
+        self, example: list[MicroBatch], largest: list[MicroBatch], progress: Callable[[str, float], None]
+    ) -> None:
         options, accelerator, model = self.options, self.accelerator, self.model
         if not accelerator.is_separate:
             use_blocked_attention(model.module)
         if self.links is not None:
-            wire = torch_dtype(options.wire) if options.wire else None
-            self.pipeline = Pipeline(model, self.links, options.num_stages, wire)
+            self.pipeline = Pipeline(model, self.links, options.num_stages, options.wire)
         self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
         torch.set_num_threads(num_threads)
@@ -165,7 +167,7 @@ class Session:
         model.move_buffers(accelerator.device)
         part = Part(stages=self.pipeline.stages, run=self.pipeline.rehearse) if self.pipeline else None
         self.dense, activation_bytes = place_dense(
-            model, self.store, accelerator, example, options.policy, self._dense_units, part
+            model, self.store, accelerator, largest, options.policy, self._dense_units, part
         )
         self.placement: Placement = place(
             model,

@@ -115,6 +115,8 @@ class WavePass:
         self.weights_S = weights_of(wave.weights_Tk, self.routing)
         accelerator, worker = resources.accelerator, resources.worker
         self.cpu = CpuPart(accelerator, worker, resources.buffers, priority=priority, name=name)
+        self._late: list[int] = []
+        """Of the accelerator's experts those that had not landed when the rest was computed."""
 
     def key(self, expert: int) -> UnitKey:
         return UnitKey(self.wave.layer, expert)
@@ -143,6 +145,11 @@ class WavePass:
         rows = self.rows_of(experts)
         is_whole = rows.stop - rows.start == sum(self.counts(experts))
         return [experts] if is_whole else [[expert] for expert in experts]
+
+    def is_ready(self) -> bool:
+        """Whether all that ``finish`` needs is there."""
+        is_resident = self.resources.loader.is_resident
+        return self.cpu.is_done() and all(is_resident(self.key(expert)) for expert in self._late)
 
     def join_cpu(self) -> None:
         """Makes compute wait for the CPU's part. Blocks until the CPU has ended; does deferred work meanwhile."""

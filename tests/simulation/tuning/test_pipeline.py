@@ -14,7 +14,7 @@ from isthmus.simulation.tuning.bound import step_bound_s
 from isthmus.simulation.tuning.candidates import Make, choose, steady_step
 from isthmus.simulation.tuning.clusters import a800
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.mapping import device_order, stages_for
+from isthmus.simulation.tuning.mapping import stages_for
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import (
     Affinity,
@@ -137,7 +137,7 @@ def test_schedules_are_what_they_were(policy: Make, seconds: float) -> None:
     for layer in range(64):
         turned = shares[layer % 8 :] + shares[: layer % 8]
         counts[layer] = [round(4096 * share / sum(shares)) for share in turned]
-    step = StepWork(costs, stages_for(costs, 16), device_order(costs.seats), counts)
+    step = StepWork(costs, stages_for(costs, 16), costs.order, counts)
     assert steady_step(step, policy).seconds == pytest.approx(seconds, rel=1e-9)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from isthmus.planning.stages import map_stages
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.mapping import device_order
 from isthmus.simulation.tuning.work import StepWork
 from isthmus.spec.model import ExpertSpec, ModelSpec, TensorSpec
 from isthmus.spec.tune_cluster import TuneAccelerator, TuneCluster, TuneHost
@@ -86,4 +85,4 @@ def work(
     job = TuneJob(batch=max(tokens, micro_batches), seq_len=1, num_micro_batches=micro_batches)
     costs = Costs(spec, on, job)
     stages = map_stages(spec, num_slots=0, num_stages=num_stages or costs.num_devices)
-    return StepWork(costs, stages, device_order(costs.seats), counts)
+    return StepWork(costs, stages, costs.order, counts)

@@ -104,6 +104,21 @@ def test_peeking_and_evaluating_leave_the_stream_where_it_is(make_dataset: MakeD
         assert ids([peeked]) == wanted == ids([stream.next_step()])
 
 
+def test_no_micro_batch_is_larger_than_the_largest(make_dataset: MakeDataset) -> None:
+    documents = [[7] * length for length in (2, 9, 3, 5, 4, 8)]
+    for is_encoder_decoder in (False, True):
+        dataset = make_dataset(documents, 12, num_prompt_tokens=1, is_encoder_decoder=is_encoder_decoder)
+        stream = BatchStream(dataset, micro_batch_size=2)
+        largest = stream.largest()
+        batches = [batch for _ in range(20) for batch in stream.next_step()]
+        for name, value in largest.inputs.items():
+            widths = [batch.inputs[name].shape[1] for batch in batches]
+            assert value.shape == (2, max(widths)), name
+        assert largest.num_computed_tokens == max(batch.num_computed_tokens for batch in batches)
+        assert all(batch.num_tokens <= batch.num_computed_tokens for batch in batches)
+        assert all(batch.inputs.keys() == largest.inputs.keys() for batch in batches)
+
+
 def test_epochs_differ_in_order_and_seeds_too(make_dataset: MakeDataset) -> None:
     stream = BatchStream(many(make_dataset), seed=1)
     epochs = [ids([stream.next_step() for _ in range(stream.num_sequences)]) for _ in range(2)]

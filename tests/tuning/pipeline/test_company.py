@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from isthmus.spec.errors import IsthmusError
 from isthmus.tuning.engine import StepCounts
 from isthmus.tuning.pipeline import company
-from isthmus.tuning.pipeline.company import StepFacts, require_same, share_cores
+from isthmus.tuning.pipeline.company import StepFacts, require_same, require_shared, share_cores
 from isthmus.tuning.pipeline.links import Links
 
 
@@ -20,10 +22,14 @@ class Played(Links):
 
     def __init__(self, rank: int, told: list[Any]) -> None:
         self.rank, self.size, self.told, self.fact = rank, len(told), told, None
+        self.first: object = None
 
     def gather(self, fact: object, what: str) -> list[Any]:
         self.fact = fact
         return self.told
+
+    def from_first(self, fact: object, what: str) -> Any:
+        return self.first if self.rank else fact
 
 
 def shares(
@@ -53,9 +59,12 @@ def test_every_core_of_a_host_is_one_processes(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_more_processes_than_cores_share_them_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = shares(monkeypatch, [{4, 5}] * 4)
-    assert all(len(cores) == number == 1 for cores, number in found)
-    assert {core for cores, _ in found for core in cores} == {4, 5}
+    for num_processes, num_cores in ((4, 2), (5, 2), (8, 3), (3, 2)):
+        found = shares(monkeypatch, [set(range(num_cores))] * num_processes)
+        assert all(len(cores) == number == 1 for cores, number in found)
+        load = Counter(core for cores, _ in found for core in cores)
+        assert len(load) == num_cores
+        assert max(load.values()) - min(load.values()) <= 1
 
 
 def test_cores_that_a_user_has_divided_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +91,19 @@ def test_the_first_difference_is_named() -> None:
     require_same(Played(0, [same, same]), same)
     with pytest.raises(IsthmusError, match="dtype: rank 2 got 'fp32', rank 0 'bf16'; wanted the same everywhere"):
         require_same(Played(1, [same, same, same | {"dtype": "fp32"}]), same)
+
+
+def test_a_directory_that_one_does_not_see_is_refused_by_all_and_nothing_is_left(tmp_path: Path) -> None:
+    require_shared(tmp_path, Played(0, [["a", True], ["b", True]]))
+    for rank in range(2):
+        played = Played(rank, [["a", True], ["b", False]])
+        played.first = str(tmp_path / "seen")
+        with pytest.raises(
+            IsthmusError, match=f"output: rank 1, on b, does not see what rank 0, on a, .* {tmp_path}; "
+        ):
+            require_shared(tmp_path, played)
+        assert played.fact == [socket.gethostname(), rank == 0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_steps_facts_are_those_of_all_ranks() -> None:

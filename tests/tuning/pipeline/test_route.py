@@ -109,3 +109,15 @@ def test_a_ghost_takes_no_memory_and_is_not_a_number() -> None:
     ghost = ghost_of(Form((1000, 1000), torch.float32), CPU)
     assert ghost.untyped_storage().nbytes() == 4
     assert torch.isnan(ghost).all()
+
+
+def test_who_counts_what_autograd_saves_counts_nothing_of_finding_it() -> None:
+    saved: list[torch.Size] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        route_of("mixtral", is_packed=True)
+    assert not saved

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.planning.curves import evaluate, scale
+from isthmus.planning.mapping import device_order
 from isthmus.planning.memory import FP32_BYTES
 from isthmus.planning.problem import BYTES_PER_VALUE, LayerProblem
 from isthmus.spec.errors import IsthmusError
@@ -214,6 +215,8 @@ class Costs:
         self.job = job
         self.cluster = cluster
         self.seats = seats(cluster)
+        self.order = tuple(device_order([(seat.host_number, seat.root) for seat in self.seats]))
+        """Of devices, in which stages go round."""
         self._known: dict[object, LayerCosts] = {}
 
     def layer(self, device: int, layer: int) -> LayerCosts:

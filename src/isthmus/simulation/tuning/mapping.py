@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from isthmus.planning.stages import map_stages
-from isthmus.simulation.tuning.costs import Costs, Seat
+from isthmus.simulation.tuning.costs import Costs
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
 
@@ -14,19 +14,6 @@ DEFAULT_ROUNDS = 2
 """Stages of every device where their number is not given and memory allows."""
 RESIDENT_FP32 = 3
 """Gradient and Adam's two moments beside the weights where everything stays on the accelerators."""
-
-
-def device_order(seats: Sequence[Seat]) -> list[int]:
-    """Devices in the order in which stages go round: host by host, and on a host from root to root, so that neighbours
-    load through different roots."""
-    order: list[int] = []
-    for host in sorted({seat.host_number for seat in seats}):
-        of_host = [seat for seat in seats if seat.host_number == host]
-        roots = sorted({seat.root for seat in of_host})
-        queues = [[seat.device for seat in of_host if seat.root == root] for root in roots]
-        for turn in range(max(map(len, queues))):
-            order += [queue[turn] for queue in queues if turn < len(queue)]
-    return order
 
 
 def stages_for(costs: Costs, num_stages: int | None) -> tuple[Stage, ...]:
@@ -82,9 +69,8 @@ def _short_bytes(costs: Costs, stages: Sequence[Stage]) -> int:
     pass a whole stage one after the other, so all its layers' gradients are there until the last has passed."""
     num_devices = costs.num_devices
     stage_bytes = [costs.stage_bytes(stage.first_layer, stage.last_layer) for stage in stages]
-    order = device_order(costs.seats)
     shorts = []
-    for position, device in enumerate(order):
+    for position, device in enumerate(costs.order):
         own = range(position, len(stages), num_devices)
         held = max((stage_bytes[a] + stage_bytes[b] for a, b in pairwise(own)), default=stage_bytes[own[0]])
         gradients = max(stage_bytes[number] for number in own)
@@ -98,7 +84,7 @@ def resident_short_bytes(costs: Costs, stages: Sequence[Stage]) -> int:
     """Likewise where all weights, gradients and moments stay on the accelerators; 0 or less: they fit."""
     num_devices = costs.num_devices
     shorts = []
-    for position, device in enumerate(device_order(costs.seats)):
+    for position, device in enumerate(costs.order):
         own = [stages[number] for number in range(position, len(stages), num_devices)]
         weights = sum(costs.stage_bytes(stage.first_layer, stage.last_layer) for stage in own)
         layers = sum(stage.last_layer - stage.first_layer + 1 for stage in own)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
 from isthmus.simulation.tuning.candidates import choose, steady_step
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.mapping import device_order, other_mappings, stages_for
+from isthmus.simulation.tuning.mapping import other_mappings, stages_for
 from isthmus.simulation.tuning.policies import Aptmoe, GPipeOffload, Mobius, RuntimeAptmoe, StepPolicy
 from isthmus.simulation.tuning.popularity import DrawnPopularity
 from isthmus.simulation.tuning.shapes import MOE_SHAPES
@@ -108,7 +108,7 @@ def simulate_cell(cell: Cell, cluster: TuneCluster) -> CellSeconds:
     costs = Costs(spec, cluster, job)
     popularity = DrawnPopularity(spec, cell.skewness, is_capped=False)
     counts = {layer: counts_E.tolist() for layer, counts_E in next(popularity.steps(job.num_tokens)).items()}
-    stages, order = stages_for(costs, None), device_order(costs.seats)
+    stages, order = stages_for(costs, None), costs.order
     works = [StepWork(costs, mapped, order, counts) for mapped in (stages, *other_mappings(costs, stages))]
 
     def seconds(policy: type[StepPolicy]) -> list[float]:

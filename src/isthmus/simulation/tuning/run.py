@@ -14,7 +14,6 @@ from isthmus.simulation.tuning.candidates import Choice, choose
 from isthmus.simulation.tuning.costs import Costs
 from isthmus.simulation.tuning.mapping import (
     check_hosts,
-    device_order,
     other_mappings,
     resident_short_bytes,
     stages_for,
@@ -52,7 +51,7 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     last: StepResult | None = None
     note: str = ""
-    num_stages: int = 0
+    stages: tuple[Stage, ...] = ()
     bound_s: float = 0.0
     """Of the last step, without the bubble factor."""
     bubble_factor: float = 1.0
@@ -92,7 +91,7 @@ def simulate_tuning(
     """
     check_hosts(costs)
     stages = stages_for(costs, costs.job.num_stages)
-    order = device_order(costs.seats)
+    order = costs.order
     outcomes: dict[str, Outcome] = {}
     bounds_s: dict[Sequence[Stage], float] = {}
     work: StepWork | None = None
@@ -109,7 +108,7 @@ def simulate_tuning(
             outcome.seconds.append(runner.step(counts, keeps_spans=keeps_spans and is_last))
             tell(policy, number + 1)
         work = runner.work
-        outcome.last, outcome.note, outcome.num_stages = runner.last, runner.note, len(work.stages)
+        outcome.last, outcome.note, outcome.stages = runner.last, runner.note, tuple(work.stages)
         if work.stages not in bounds_s:  # counts are the same for all
             bounds_s[work.stages] = step_bound_s(work)
         outcome.bound_s = bounds_s[work.stages]

@@ -38,6 +38,30 @@ class MicroBatch:
     num_label_tokens: int
     """Tokens that the loss is the mean of (after the model's shift)."""
 
+    @property
+    def num_computed_tokens(self) -> int:
+        """With padding, which layers compute like all else."""
+        names = ("input_ids", "labels") if "attention_mask" in self.inputs else ("input_ids",)
+        return sum(self.inputs[name].numel() for name in names)
+
+
+def largest_micro_batch(num_sequences: int, seq_len: int, target_len: int | None = None) -> MicroBatch:
+    """What takes most memory of all micro-batches with sequences of at most ``seq_len`` tokens: two documents in each,
+    for which attention needs a mask. With an encoder (``target_len``): sources and targets of full length. Tokens are
+    zeros."""
+    ids_BS = torch.zeros((num_sequences, seq_len), dtype=torch.int64)
+    labels_BS = torch.zeros((num_sequences, target_len or seq_len), dtype=torch.int64)
+    labels_BS[:, 0] = IGNORED
+    inputs = {"input_ids": ids_BS, "labels": labels_BS}
+    if target_len is not None:
+        inputs["attention_mask"] = torch.ones_like(ids_BS)
+    else:
+        half = seq_len // 2
+        positions_S = torch.cat([torch.arange(half), torch.arange(seq_len - half)])
+        inputs["position_ids"] = positions_S.expand(num_sequences, seq_len)
+    num_tokens = ids_BS.numel() + (labels_BS.numel() if target_len is not None else 0)
+    return MicroBatch(inputs, num_tokens, int((labels_BS != IGNORED).sum()))
+
 
 class BatchStream:
     """Endless steps of ``num_micro_batches`` micro-batches of ``micro_batch_size`` sequences over a data set.
@@ -94,6 +118,15 @@ class BatchStream:
         batches = self.next_step()
         self.load_state_dict(state)
         return batches
+
+    def largest(self) -> MicroBatch:
+        """Of the shapes that no micro-batch of this stream exceeds, whatever the order: to see what memory it takes."""
+        dataset = self._dataset
+        if not dataset.is_encoder_decoder:
+            return largest_micro_batch(self._micro_batch_size, dataset.seq_len)
+        targets = np.add.reduceat(dataset.is_label, dataset.offsets[:-1], dtype=np.int64)
+        sources = dataset.lengths - targets
+        return largest_micro_batch(self._micro_batch_size, int(sources.max()), int(targets.max()))
 
     def evaluation_batches(self, max_steps: int | None = None) -> list[list[MicroBatch]]:
         """The whole data set once in steps, or the first ``max_steps`` of them; the same at each call.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import TuneSummary
+from isthmus.spec.serialization import from_json, to_json
+from isthmus.spec.timeline import Timeline
 from isthmus.tuning.engine import StepCounts
 from isthmus.tuning.pipeline.links import Links
 
@@ -65,6 +70,25 @@ def in_one_directory(made: AbstractContextManager[Path], links: Links | None, wh
         yield directory
 
 
+def require_shared(directory: Path, links: Links) -> None:
+    """Raises ``IsthmusError`` on all, naming the first rank that does not see what rank 0 writes to ``directory``: long
+    before it would have to write there too."""
+    with in_one_directory(_made_in(directory), links, "where the run's files go") as seen:
+        told = links.gather([socket.gethostname(), seen.is_dir()], "whether it sees the run's files")
+    for rank, (host, sees) in enumerate(told):
+        if not sees:
+            raise IsthmusError(
+                f"output: rank {rank}, on {host}, does not see what rank 0, on {told[0][0]}, writes to {seen.parent}; "
+                "wanted a directory that all processes see: name one of a shared file system."
+            )
+
+
+@contextmanager
+def _made_in(directory: Path) -> Iterator[Path]:
+    with TemporaryDirectory(prefix=".seen-by-all-", dir=directory) as made:
+        yield Path(made)
+
+
 def choose_device(accelerator: str) -> None:
     """Each process of a host takes a GPU of its own, where GPUs are used. Raises ``IsthmusError`` without one."""
     if accelerator not in ("auto", "cuda") or not torch.cuda.is_available():
@@ -91,6 +115,25 @@ def of_all_ranks(summary: TuneSummary, links: Links | None) -> TuneSummary:
         peak_host_bytes=sum(peaks),
         needed_host_bytes=sum(needed),
         peak_accelerator_bytes=max(on_accelerator),
+    )
+
+
+def timelines_of_all(timeline: Timeline, links: Links | None) -> tuple[Timeline, ...]:
+    """Every rank's, in the order of ranks and on rank 0's clock; on other ranks nothing. Clocks are compared where
+    steps end: there all wait for rank 0's word, so they are as far apart as a message takes to travel."""
+    if links is None:
+        return (timeline,)
+    told = links.to_first(json.loads(to_json(timeline)), "its timeline")
+    timelines = [from_json(Timeline, json.dumps(fact)) for fact in told]
+    return tuple(_on_clock_of(timelines[0], other) for other in timelines)
+
+
+def _on_clock_of(first: Timeline, other: Timeline) -> Timeline:
+    ends = zip(first.steps, other.steps, strict=True)
+    later_s = statistics.median(there[2] - here[2] for here, there in ends) if first.steps else 0.0
+    return Timeline(
+        spans=tuple(replace(span, start_s=span.start_s - later_s, end_s=span.end_s - later_s) for span in other.spans),
+        steps=tuple((step, start_s - later_s, end_s - later_s) for step, start_s, end_s in other.steps),
     )
 
 

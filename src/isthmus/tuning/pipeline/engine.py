@@ -3,15 +3,15 @@ one process does, but leaves out what is another rank's and exchanges what cross
 
 The order is the looped breadth-first one (APTMoE, section 4): a rank takes all micro-batches, one after the other,
 through one of its stages before it goes on to its next; while one waits for its experts on the CPU, the next computes.
-Backward is the same in reverse. Every rank follows this one order, in which whatever is waited for comes earlier, so
-nobody waits for ever.
+What need not wait goes on before the next is begun: another rank waits for it. Backward is the same in reverse. Every
+rank follows this one order, in which whatever is waited for comes earlier, so nobody waits for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,18 +23,18 @@ from isthmus.profiling.dense import no_experts
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.engine import Engine, Group, Run
+from isthmus.tuning.forward_pass import ForwardPass
 from isthmus.tuning.pipeline.links import FIRST_FREE_TAG, Arrival, Form
 from isthmus.tuning.pipeline.pipeline import Pipeline
 from isthmus.tuning.pipeline.route import Passing, Route, fill_in, ghost_of
 from isthmus.tuning.pipeline.steering import Abandoned, Forward
+from isthmus.tuning.pipeline.wire import form_of
 from isthmus.tuning.protocols import Policy
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.tape import ExpertsCall, Received, Sent
 from isthmus.tuning.wave import Resources
 
 _INPUTS, _OUTPUTS, _ROUTER, _NUM_KINDS = 0, 1, 2, 3
-_MOST_TENSORS = 64
-"""At one border, of one micro-batch."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,8 @@ class Journey(Run):
     gradients: dict[int, Arrival] = field(default_factory=dict)
     """In backward: what comes back, by border."""
     logits: dict[int, Tensor] = field(default_factory=dict)
-    """On rank 0: where the auxiliary loss will read the router logits of layers that are not here."""
+    """Router logits by layer: on rank 0 where the auxiliary loss will read those of layers that are not here, elsewhere
+    those that rank 0 is to get."""
     num_outer: int = 0
 
 
@@ -70,39 +71,36 @@ class PipelineEngine(Engine):
 
     def _tag(self, run: Journey, border: int, *, is_gradient: bool) -> int:
         number = run.number * _NUM_KINDS * self.model.spec.num_layers + border
-        return FIRST_FREE_TAG + (2 * number + is_gradient) * _MOST_TENSORS
+        return FIRST_FREE_TAG + 2 * number + is_gradient
 
     def _send(self, run: Journey, leaves: list[Any], passings: Sequence[Passing], to: int, border: int) -> None:
-        assert len(passings) <= _MOST_TENSORS
         values = [leaves[passing.position] for passing in passings]
         flags = [passing.is_differentiable for passing in passings]
         for value, passing in zip(values, passings, strict=True):
-            if Form(tuple(value.shape), value.dtype) != passing.form:
+            if form_of(value) != passing.form:
                 raise RuntimeError(f"{_name(run, border)}: got {value.shape} {value.dtype}, wanted {passing.form}")
         leaving = run.tape.send(values, to=to, number=border, are_differentiable=flags)
-        self._set_off(leaving, to, border, self._tag(run, border, is_gradient=False), _name(run, border))
+        self._set_off(leaving, to, self._tag(run, border, is_gradient=False), _name(run, border))
 
-    def _set_off(self, values: list[Tensor], to: int, border: int, tag: int, name: str) -> None:
-        self.links.send([value.to(self._on_wire(value.dtype, border)) for value in values], to, tag, name)
+    def _set_off(self, values: list[Tensor], to: int, tag: int, name: str) -> None:
+        self.links.send([self.pipeline.wire.pack(value) for value in values], to, tag, name)
 
     def _await(
         self, run: Journey, forms: Sequence[Form], source: int, border: int, *, is_gradient: bool = False
     ) -> Arrival:
         name = f"gradients of {_name(run, border)}" if is_gradient else _name(run, border)
-        arriving = [replace(form, dtype=self._on_wire(form.dtype, border)) for form in forms]
-        return self.links.receive(arriving, source, self._tag(run, border, is_gradient=is_gradient), name)
+        messages = [self.pipeline.wire.message(form) for form in forms]
+        return self.links.receive(messages, source, self._tag(run, border, is_gradient=is_gradient), name)
 
-    def _on_wire(self, dtype: torch.dtype, border: int) -> torch.dtype:
-        """In what activations and their gradients travel. Router logits, which are few, go as they are."""
+    def _arrived(self, messages: Sequence[Tensor], forms: Sequence[Form]) -> list[Tensor]:
         wire = self.pipeline.wire
-        return wire if wire is not None and dtype == torch.float32 and border % _NUM_KINDS != _ROUTER else dtype
+        return [wire.unpack(message, form).to(self._device) for message, form in zip(messages, forms, strict=True)]
 
     def _receive(self, run: Journey, passings: Sequence[Passing], source: int, border: int) -> list[Tensor]:
         """Inside a micro-batch's greenlet: lets the others go on until the tensors are here."""
         assert self._hub is not None
-        arrival = self._await(run, [passing.form for passing in passings], source, border)
-        received = zip(self._hub.switch(arrival), passings, strict=True)
-        values = [value.to(self._device, passing.form.dtype) for value, passing in received]
+        forms = [passing.form for passing in passings]
+        values = self._arrived(self._hub.switch(self._await(run, forms, source, border)), forms)
         are_differentiable = [passing.is_differentiable for passing in passings]
         run.tape.receive(values, source=source, number=border, are_differentiable=are_differentiable)
         return values
@@ -123,6 +121,7 @@ class PipelineEngine(Engine):
             returned = self._leave_out(run, number)
         else:
             if before != self.rank:
+                run.layer = number - 1  # what it goes on with once they are here is of this layer
                 values = self._receive(run, here.inputs, before, _border(number, _INPUTS))
                 for passing, value in zip(here.inputs, values, strict=True):
                     run.tape.stand_in(leaves[passing.position], value)
@@ -132,7 +131,7 @@ class PipelineEngine(Engine):
             if self.rank:
                 raise Abandoned
             self._collect_logits(run)
-        run.seed_place(2 * number + 2, len(run.route.layers))
+        self._seed(run, 2 * number + 2)
         return returned
 
     def outer(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
@@ -155,6 +154,8 @@ class PipelineEngine(Engine):
     def _experts(self, layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if hidden.is_meta:
             return no_experts(layer, module, hidden, index, weights)
+        if layer + 1 not in self.pipeline.layers:
+            self._journey.layer = layer - 1  # what comes after the experts is still of this layer
         return super()._experts(layer, module, hidden, index, weights)
 
     def _ghosts(self, structure: Any) -> Any:
@@ -180,16 +181,15 @@ class PipelineEngine(Engine):
         return returned
 
     def _send_what_others_read(self, run: Journey, number: int, returned: Any, after: int) -> None:
-        """What rank 0 reads of a layer of ours: its outputs, if the gap behind it is rank 0's, and router logits."""
+        """What rank 0 reads of a layer of ours: its outputs, if the gap behind it is rank 0's, and behind our last one
+        the router logits of all, in one message: nobody reads them before the model's end."""
         here = run.route.layers[number]
         if not self.rank:
             return
         if after == 0:
             self._send(run, pytree.tree_leaves(returned), here.outputs, 0, _border(number, _OUTPUTS))
-        if number in run.logits:
-            assert here.router_logits is not None
-            passing = Passing(0, here.router_logits, is_differentiable=True)
-            self._send(run, [run.logits[number]], [passing], 0, _border(number, _ROUTER))
+        if number == self.pipeline.layers[-1] and run.logits:
+            self._send(run, list(run.logits.values()), self._logits_of(run, run.logits), 0, _border(number, _ROUTER))
 
     def _router_logits(self, layer: int, logits: Tensor) -> Tensor:
         cut = super()._router_logits(layer, logits)
@@ -199,13 +199,23 @@ class PipelineEngine(Engine):
 
     def _collect_logits(self, run: Journey) -> None:
         """Before the last gap rank 0 gets all router logits there are; the auxiliary loss has their places already."""
-        for number in sorted(run.logits):
-            form = run.route.layers[number].router_logits
-            assert form is not None
-            source, border = self.pipeline.division.rank_of(number), _border(number, _ROUTER)
-            (value,) = self._await(run, [form], source, border).wait()
-            run.logits[number].copy_(value)
-            run.tape.receive([run.logits[number]], source=source, number=border, are_differentiable=[True])
+        division = self.pipeline.division
+        for source in range(1, self.links.size):
+            own = division.layers_of(source)
+            layers, border = [layer for layer in own if layer in run.logits], _border(own[-1], _ROUTER)
+            if not layers:
+                continue
+            passings = self._logits_of(run, layers)
+            values = self._await(run, [passing.form for passing in passings], source, border).wait()
+            for layer, value in zip(layers, values, strict=True):
+                run.logits[layer].copy_(value)
+            places = [run.logits[layer] for layer in layers]
+            run.tape.receive(places, source=source, number=border, are_differentiable=[True] * len(places))
+
+    @staticmethod
+    def _logits_of(run: Journey, layers: Iterable[int]) -> list[Passing]:
+        forms = [run.route.layers[layer].router_logits for layer in layers]
+        return [Passing(at, form, is_differentiable=True) for at, form in enumerate(forms) if form is not None]
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +227,7 @@ class PipelineEngine(Engine):
                 weight=run.weight,
                 tape=run.tape,
                 seed=run.seed,
+                layer=self.pipeline.layers[0] - 1,
                 number=number,
                 route=self.pipeline.route(on_device(run.batch.inputs, self._device)),
             )
@@ -237,29 +248,31 @@ class PipelineEngine(Engine):
         """Takes all micro-batches to where they wait for another rank next; returns those that are not at their end."""
         active, waiting = list(groups), []
         while active:
-            for group in self._going_on(active):
-                run = _journey_of(group)
-                output: object = None
-                if group.waiting is not None:
-                    (output,) = group.waiting.finish()
-                    group.waiting = None
-                elif run.arrival is not None:
-                    output = self._wait(run)
-                event: Any = self._resume(run, output)
-                if isinstance(event, ExpertsCall):
-                    self._start_wave(group, [event])
-                    continue
-                active.remove(group)
-                if isinstance(event, Arrival):
-                    run.arrival = event
-                    waiting.append(group)
+            group = self._going_on(active)
+            run = _journey_of(group)
+            output: object = None
+            if isinstance(group.waiting, ForwardPass):
+                (output,) = group.waiting.finish()
+                group.waiting = None
+            elif run.arrival is not None:
+                output = self._wait(run)
+            event: Any = self._resume(run, output)
+            if isinstance(event, ExpertsCall):
+                self._start_wave(group, [event])
+                continue
+            active.remove(group)
+            if isinstance(event, Arrival):
+                run.arrival = event
+                waiting.append(group)
         return waiting
 
     @staticmethod
-    def _going_on(active: list[Group]) -> list[Group]:
-        """Those that wait for nothing, for what is here, or for experts of ours; where there are none, the first."""
-        arrivals = [(group, _journey_of(group).arrival) for group in active]
-        return [group for group, arrival in arrivals if arrival is None or arrival.is_here()] or active[:1]
+    def _going_on(active: list[Group]) -> Group:
+        """The first that need not wait: what another rank waits for so leaves before the next is begun. Where all
+        wait, the first that does so for experts of ours, else the first."""
+        ready = (group for group in active if _is_ready(group))
+        ours = (group for group in active if group.waiting is not None)
+        return next(ready, None) or next(ours, active[0])
 
     def _wait(self, run: Journey) -> list[Tensor]:
         arrival, run.arrival = run.arrival, None
@@ -282,9 +295,9 @@ class PipelineEngine(Engine):
             parts = {id(group): self._backward_part(group) for group in groups}
             active, over = list(groups), object()
             while active:
-                for group in self._going_on(active):
-                    if next(parts[id(group)], over) is over:
-                        active.remove(group)
+                group = self._going_on(active)
+                if next(parts[id(group)], over) is over:
+                    active.remove(group)
             groups = [group for group in groups if group.runs[0].tape.segments]
         self.links.flush()
 
@@ -298,14 +311,13 @@ class PipelineEngine(Engine):
             segment = run.tape.segments.pop()
             if isinstance(segment, Received):
                 border, tag = segment.number, self._tag(run, segment.number, is_gradient=True)
-                self._set_off(segment.gradients(), segment.source, border, tag, f"gradients of {_name(run, border)}")
+                self._set_off(segment.gradients(), segment.source, tag, f"gradients of {_name(run, border)}")
                 if border % _NUM_KINDS != _ROUTER:
                     return
             elif isinstance(segment, Sent):
                 run.arrival = run.gradients.pop(segment.number)
                 yield
-                received = zip(self._wait(run), segment.leaves, strict=True)
-                gradients = [gradient.to(self._device, leaf.dtype) for gradient, leaf in received]
+                gradients = self._arrived(self._wait(run), [form_of(leaf) for leaf in segment.leaves])
                 with self.resources.accelerator.compute("gap backward", kind="dense"):
                     segment.finish(gradients)
             else:
@@ -315,7 +327,7 @@ class PipelineEngine(Engine):
         """From here on there is memory for all that will come back."""
         for sent in reversed(run.tape.segments):
             if isinstance(sent, Sent):
-                forms = [Form(tuple(leaf.shape), leaf.dtype) for leaf in sent.leaves]
+                forms = [form_of(leaf) for leaf in sent.leaves]
                 run.gradients[sent.number] = self._await(run, forms, sent.to, sent.number, is_gradient=True)
 
 
@@ -323,6 +335,14 @@ def _journey_of(group: Group) -> Journey:
     (run,) = group.runs
     assert isinstance(run, Journey)
     return run
+
+
+def _is_ready(group: Group) -> bool:
+    """Whether it can go on without waiting."""
+    arrival = _journey_of(group).arrival
+    if arrival is not None:
+        return arrival.is_here()
+    return group.waiting is None or group.waiting.is_ready()
 
 
 def _border(layer: int, kind: int) -> int:

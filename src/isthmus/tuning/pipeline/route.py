@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import MoeModel
@@ -72,7 +73,8 @@ def find_route(
     for marks_all in (True, False):
         survey = _Survey(model, steering, device, marks_all=marks_all)
         state = random_state(device)
-        with steering.using(survey), torch.enable_grad():
+        # Who counts what autograd saves in a pass counts none of this.
+        with steering.using(survey), torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             with suppress(Abandoned):
                 model.module(**inputs, **arguments)
         restore_random_state(device, state)
@@ -91,6 +93,10 @@ def find_route(
         for marked_layer, real_layer in zip(marked.layers, real.layers, strict=True)
     )
     return Route(layers=layers, outer=tuple(marked.outer_structures))
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _passings(marked: dict[int, Form], real: dict[int, Form]) -> tuple[Passing, ...]:

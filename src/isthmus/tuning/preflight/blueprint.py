@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -12,7 +11,8 @@ from isthmus.models.config import load_config
 from isthmus.models.moe_model import MoeModel
 from isthmus.planning.memory import Blueprint
 from isthmus.profiling.activations import count_saved_bytes
-from isthmus.tuning.data import IGNORED, keep_documents_apart
+from isthmus.tuning.data import keep_documents_apart
+from isthmus.tuning.data.batches import largest_micro_batch
 
 
 def read_blueprint(
@@ -37,11 +37,4 @@ def blueprint_of(config: PretrainedConfig, dtype: str, inputs: dict[str, Tensor]
 def packed_inputs(config: PretrainedConfig, micro_batch_size: int, seq_len: int) -> dict[str, Tensor]:
     """A micro-batch as training data makes them: two documents in every sequence, for which attention needs a mask.
     With an encoder, sources and targets of the full length."""
-    ids = torch.zeros((micro_batch_size, seq_len), dtype=torch.int64)
-    labels = ids.clone()
-    labels[:, 0] = IGNORED
-    if config.is_encoder_decoder:
-        return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-    half = seq_len // 2
-    positions = torch.cat([torch.arange(half), torch.arange(seq_len - half)])
-    return {"input_ids": ids, "labels": labels, "position_ids": positions.expand(micro_batch_size, seq_len)}
+    return largest_micro_batch(micro_batch_size, seq_len, seq_len if config.is_encoder_decoder else None).inputs

@@ -22,7 +22,7 @@ from isthmus.planning.memory import (
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.planning.stages import map_stages
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.mapping import DEFAULT_ROUNDS, device_order
+from isthmus.simulation.tuning.mapping import DEFAULT_ROUNDS
 from isthmus.simulation.tuning.run import Outcome, Popularity, simulate_tuning
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
@@ -104,7 +104,7 @@ def predict(question: Question) -> Prediction:
     """Blocks for seconds on large models. Raises ``IsthmusError`` as ``Question.check`` does."""
     question.check()
     costs = question.costs()
-    order = device_order(costs.seats)
+    order = costs.order
     stages = _default_stages(question)
     devices, parts = _devices(question, costs, stages, order)
     hosts = _hosts(question, costs, parts)
@@ -117,8 +117,8 @@ def predict(question: Question) -> Prediction:
         # The simulator asks for room for two whole stages, which experts that come one by one do not need.
         return Prediction(devices=devices, hosts=hosts, links=(), step=None, skewness=None, reason=str(error))
     outcome = found.outcomes[policy]
-    if outcome.num_stages != len(stages):
-        stages = map_stages(question.blueprint.spec, num_slots=0, num_stages=outcome.num_stages)
+    if outcome.stages != stages:
+        stages = outcome.stages
         devices, parts = _devices(question, costs, stages, order)
         hosts = _hosts(question, costs, parts)
     return Prediction(
@@ -135,7 +135,7 @@ def predict_memory(question: Question) -> tuple[DeviceNeed | HostNeed, ...]:
     """What accelerators and hosts need with as many stages as are asked for, or two for each accelerator."""
     question.check()
     costs = question.costs()
-    devices, parts = _devices(question, costs, _default_stages(question), device_order(costs.seats))
+    devices, parts = _devices(question, costs, _default_stages(question), costs.order)
     return (*devices, *_hosts(question, costs, parts))
 
 
@@ -274,7 +274,7 @@ def _step(question: Question, outcome: Outcome) -> PredictedStep:
     return PredictedStep(
         step_s=seconds,
         tokens_per_s=question.micro_batch_size * question.micro_batches * question.seq_len / seconds,
-        num_stages=outcome.num_stages,
+        num_stages=len(outcome.stages),
         bound_s=bound_s,
         bound_share=bound_s / seconds,
         busy_shares=shares,

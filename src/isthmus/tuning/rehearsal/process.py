@@ -173,11 +173,16 @@ class Process:
         return next(group.walk, None)
 
     def _going_on(self, active: list[Group]) -> list[Group]:
-        here = [group for group in active if group.arrival is None or self._is_here(group)]
-        return here or active[:1]
+        """As ``Engine`` all, in rounds; as ``PipelineEngine`` the first that need not wait."""
+        if not self.is_pipelined:
+            return list(active)
+        ready = (group for group in active if self._is_ready(group))
+        ours = (group for group in active if group.waiting is not None)
+        return [next(ready, None) or next(ours, active[0])]
 
-    def _is_here(self, group: Group) -> bool:
-        assert group.arrival is not None
+    def _is_ready(self, group: Group) -> bool:
+        if group.arrival is None:
+            return group.waiting is None or group.waiting.is_ready()
         is_gradient = group.arrival.layer < 0
         return self.mail.message(group.numbers[0], abs(group.arrival.layer), is_gradient=is_gradient).is_done()
 
@@ -300,8 +305,10 @@ class Process:
             work = BackwardPass(scene, layer, group.counts[layer], num_tokens, found[0], priority)
             self._count(work)
             work.start()
+            group.waiting = work
             yield
             work.finish()
+            group.waiting = None
             scene.deferred.run_before(layer)
         seconds = scene.costs.dense_s(self.num_tokens, is_backward=True) * len(group.numbers)
         scene.compute(seconds, f"dense backward L{layer}", "dense")
@@ -334,8 +341,8 @@ class Process:
         scene.compute(self._message_s() * len(group.numbers), name, "message")
 
     def _exchange_logits(self, group: Group) -> None:
-        """Router logits of other processes' layers, and their gradients."""
-        others = [layer for layer in self.spec.moe_layers if layer not in self.layers]
+        """Router logits of other processes' layers, and their gradients: one message from each of these."""
+        others = {self.division.rank_of(layer) for layer in self.spec.moe_layers} - {self.rank}
         self.scene.cores.work(MESSAGE_S * len(others) * len(group.numbers))
 
 

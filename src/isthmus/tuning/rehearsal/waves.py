@@ -93,6 +93,9 @@ class _Trip:
                 on_done=submit if number == len(down_bytes) else None,
             )
 
+    def is_done(self) -> bool:
+        return self._done is None or self._done.is_done()
+
     def join(self) -> None:
         if self._done is None:
             return
@@ -149,6 +152,11 @@ class WavePass:
         ready = [expert for expert in self.on_accelerator if scene.loader.is_resident(self.key(expert))]
         self.compute(ready)
         self._late = [expert for expert in self.on_accelerator if expert not in set(ready)]
+
+    def is_ready(self) -> bool:
+        """Whether all that ``finish`` needs is there."""
+        is_resident = self.scene.loader.is_resident
+        return self.trip.is_done() and all(is_resident(self.key(expert)) for expert in self._late)
 
     def finish(self) -> None:
         for expert in self._late:
