@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from isthmus.cli.main import app
 from isthmus.models.tiny import tiny_config
+from isthmus.reporting.chrome_trace import read_chrome_trace
 from isthmus.simulation.tuning.clusters import a800
 from isthmus.spec.plan_tune import PlanTuneReport
 from isthmus.spec.serialization import from_json, to_json
@@ -165,8 +166,10 @@ def test_processes_of_this_machine_share_it(model: str, tmp_path: Path, monkeypa
     assert "on 2 accelerators of this machine: it fits" in printed
     assert report.step is not None and report.step.num_stages == 4
     assert report.devices == () and report.links == () and len(report.hosts) == 1
-    names = {event["name"] for event in json.loads(timeline.read_text())["traceEvents"]}
-    assert {"dense L0", "dense backward L5"} <= names
+    devices = read_chrome_trace(timeline)
+    assert len(devices) == 2 and timeline.with_suffix(".png").exists()
+    layers = [{span.layer for span in device.spans if span.kind == "dense"} - {None} for device in devices]
+    assert layers[0].isdisjoint(layers[1]) and layers[0] | layers[1] == {*range(8)}
 
 
 @pytest.mark.parametrize(

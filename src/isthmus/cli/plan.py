@@ -64,7 +64,9 @@ AcceleratorMemory = Annotated[
 ]
 PlannedTimeline = Annotated[
     str | None,
-    typer.Option(help="Of this machine: write the first process's predicted step as a Chrome trace.", metavar="FILE"),
+    typer.Option(
+        help="Of this machine: write the predicted steps as a Chrome trace, and as a picture.", metavar="FILE"
+    ),
 ]
 Changes = Annotated[bool, typer.Option(help="Look for what would help most; takes most of the time.")]
 

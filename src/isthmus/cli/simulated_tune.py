@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.costs import Costs, TuneJob
@@ -196,11 +195,9 @@ def markdown(title: str, report: SimulateTuneReport) -> str:
 
 def _write_timelines(found: Simulated, path: Path, title: str) -> None:
     """One Chrome trace and one picture for each policy, of all devices."""
-    from isthmus.reporting.devices_plot import plot_devices
+    from isthmus.reporting.devices_plot import write_timelines
 
     for policy, outcome in found.outcomes.items():
-        if not outcome.timelines:
-            continue
-        target = path.with_name(f"{path.stem}-{policy}.json")
-        write_chrome_trace(outcome.timelines, target)
-        plot_devices(outcome.timelines, outcome.stages, target.with_suffix(".png"), title=f"{policy}: {title}")
+        if outcome.timelines:
+            target = path.with_name(f"{path.stem}-{policy}.json")
+            write_timelines(outcome.timelines, outcome.stages, target, title=f"{policy}: {title}")

@@ -1,4 +1,5 @@
-"""Owns the picture of several devices' timelines, one below the other: a colour per stage, as in APTMoE's figures."""
+"""Owns the picture of several devices' timelines, one below the other: a colour per stage, as in APTMoE's figures; and
+how timelines are written, of one device or several."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from isthmus.reporting.canvas import INK, MUTED, SERIES, new_figure, write_png
+from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.human import human_s
 from isthmus.reporting.timeline_facts import WAIT, busy_s, clip, middle_steps
+from isthmus.reporting.timeline_plot import plot_timeline
 from isthmus.spec.plan import Stage
 from isthmus.spec.timeline import LANES, Span, Timeline
 
@@ -82,6 +86,18 @@ def plot_devices(
     said = f"{what}{human_s(end_s - start_s)}  ·  {len(stages)} stages; right: share of the time in which it computes"
     figure.text(_LEFT, 1 - 0.56 / height_in, said, fontsize=10, color=MUTED)
     write_png(figure, path)
+
+
+def write_timelines(
+    devices: Sequence[Timeline], stages: Sequence[Stage], path: str | os.PathLike[str], *, title: str
+) -> None:
+    """Writes a Chrome trace of all to ``path``, and beside it (``.png``) their picture, or one device's own."""
+    write_chrome_trace(devices, path)
+    picture = Path(path).with_suffix(".png")
+    if len(devices) == 1:
+        plot_timeline(devices[0], picture, title=title)
+    else:
+        plot_devices(devices, stages, picture, title=title)
 
 
 def _rows(num_devices: int, lanes: Sequence[str]) -> Iterator[_Row]:

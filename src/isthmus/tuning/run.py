@@ -15,15 +15,13 @@ from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
 from isthmus.models.config import load_config
 from isthmus.models.safetensors_file import SafetensorsReader
 from isthmus.planning.popularity_trace import PopularityTrace, write_trace
-from isthmus.reporting.chrome_trace import write_chrome_trace
-from isthmus.reporting.devices_plot import plot_devices
+from isthmus.reporting.devices_plot import write_timelines
 from isthmus.reporting.environment import environment
 from isthmus.reporting.host_memory import PeakHostMemory
 from isthmus.reporting.loss_plot import plot_losses
 from isthmus.reporting.popularity_plot import plot_popularity
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
-from isthmus.reporting.timeline_plot import plot_timeline
 from isthmus.spec.files import atomic_write
 from isthmus.spec.report import TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
@@ -226,12 +224,8 @@ def _draw(session: Session, trainer: Trainer, timelines: tuple[Timeline, ...], o
     output = Path(options.output)
     path = Path(options.timeline or output / "timeline.json")
     if any(timeline.spans for timeline in timelines):
-        write_chrome_trace(timelines, path)
-        if session.pipeline is None:
-            plot_timeline(timelines[0], path.with_suffix(".png"), title=options.policy)
-        else:
-            stages = session.pipeline.division.stages
-            plot_devices(timelines, stages, path.with_suffix(".png"), title=options.policy)
+        stages = session.pipeline.division.stages if session.pipeline else ()
+        write_timelines(timelines, stages, path, title=options.policy)
     totals: defaultdict[int, list[int]] = defaultdict(list)
     for counts_LE in trainer.counts:
         for layer, counts in counts_LE.items():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from isthmus.reporting.environment import num_cpus_usable
+from isthmus.spec.plan import Stage
 from isthmus.spec.plan_tune import PredictedStep
 from isthmus.spec.profile import Profile
 from isthmus.spec.timeline import Timeline
@@ -19,11 +20,11 @@ NOTE = "the runtime played through with what was measured here"
 
 def rehearse(
     question: Question, profile: Profile, found: Prediction, *, times_decisions: bool = True
-) -> tuple[Prediction, tuple[Timeline, ...]]:
-    """``found``, predicted with the simulator, with the step that the runtime would take instead; and its timeline by
-    process. ``times_decisions``: see ``play``. Blocks for seconds. As it is where nothing fits."""
+) -> tuple[Prediction, tuple[Timeline, ...], tuple[Stage, ...]]:
+    """``found``, predicted with the simulator, with the step that the runtime would take instead; its timeline by
+    process; and the stages. ``times_decisions``: see ``play``. Blocks for seconds. As it is where nothing fits."""
     if not found.fits:
-        return found, ()
+        return found, (), ()
     num_processes = question.cluster.num_accelerators
     scenario = Scenario(
         blueprint=question.blueprint,
@@ -56,4 +57,5 @@ def rehearse(
     )
     devices = found.devices if scenario.is_separate else ()
     links = found.links if scenario.is_separate else ()
-    return replace(found, devices=devices, links=links, step=step, reason=""), played.timelines
+    whole = replace(found, devices=devices, links=links, step=step, reason="")
+    return whole, played.timelines, scenario.division.stages

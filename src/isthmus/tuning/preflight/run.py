@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from isthmus.planning.memory import Blueprint
-from isthmus.reporting.chrome_trace import write_chrome_trace
+from isthmus.reporting.devices_plot import write_timelines
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.popularity import find_popularity
@@ -144,9 +144,9 @@ def plan_tune(
 
 
 def _rehearsed(options: PlanTuneOptions, question: Question, profile: Profile, found: Prediction) -> Prediction:
-    found, timelines = rehearse(question, profile, found)
+    found, timelines, stages = rehearse(question, profile, found)
     if options.timeline is not None and timelines:
-        write_chrome_trace(timelines[0], Path(options.timeline))
+        write_timelines(timelines, stages, options.timeline, title=f"{options.policy}, predicted")
     return found
 
 
