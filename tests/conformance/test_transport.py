@@ -344,6 +344,7 @@ def test_subgroups_number_their_ranks_anew_and_end_by_themselves(kind: str) -> N
 def test_a_failed_subgroup_names_ranks_of_the_first_group(kind: str) -> None:
     def body(group: Group) -> None:
         with group.subgroup([1, 2]) if group.rank else group.subgroup([0]) as part:
+            part.all_reduce(torch.ones(1))  # or 2 may be gone before 1 has met it
             if group.rank != 2:
                 part.all_reduce(torch.ones(1))
 

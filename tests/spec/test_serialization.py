@@ -28,7 +28,7 @@ from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.model import ExpertSpec, ModelSpec, TensorSpec
 from isthmus.spec.plan import Plan, Stage
-from isthmus.spec.profile import Curve, ExpertTimes, Profile
+from isthmus.spec.profile import Curve, ExpertTimes, Profile, Slowdown
 from isthmus.spec.report import (
     BenchInferReport,
     BenchInferRow,
@@ -93,7 +93,11 @@ EXAMPLES: dict[str, Any] = {
         dtype="fp32",
         experts={
             "h6-i4-glu": ExpertTimes(
-                cpu_forward=_CURVE, cpu_backward=_CURVE, accelerator_forward=_CURVE, accelerator_backward=_CURVE
+                cpu_forward=_CURVE,
+                cpu_backward=_CURVE,
+                accelerator_forward=_CURVE,
+                accelerator_backward=_CURVE,
+                routing_forward=_CURVE,
             )
         },
         h2d_s_per_byte=5e-10,
@@ -105,6 +109,11 @@ EXAMPLES: dict[str, Any] = {
         optimizer_s_per_parameter=2.7e-10,
         dense_forward_s_per_token=1e-6,
         dense_backward_s_per_token=2e-6,
+        outer_forward_s_per_token=1e-7,
+        outer_backward_s_per_token=2e-7,
+        norm_s_per_parameter=1e-10,
+        dense_slowdown=Slowdown(alone=1.125, beside=1.25),
+        copy_core_s_per_byte=1e-10,
         measured_at="2026-01-01T00:00:00Z",
         notes={"why": "golden"},
     ),
