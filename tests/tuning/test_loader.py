@@ -535,10 +535,13 @@ def test_misuse_of_slots_and_pins_is_refused() -> None:
         with pytest.raises(ValueError, match=r"wanted one from take_slot\(\), once"):
             b.loader.give_slot(slot, None)
         for field_name in ("num_slots", "slot_numel", "window"):
+            numbers = {"num_slots": 1, "slot_numel": 1, "window": 1, field_name: 0}
             with pytest.raises(ValueError, match=f"{field_name}: got 0"):
                 ExpertLoader(
                     b.accelerator,
-                    **{"num_slots": 1, "slot_numel": 1, "window": 1, field_name: 0},
+                    num_slots=numbers["num_slots"],
+                    slot_numel=numbers["slot_numel"],
+                    window=numbers["window"],
                     dtype=torch.float32,
                     source=b.weights.get,
                     next_use=lambda key: 0.0,
