@@ -57,6 +57,39 @@ def random_model(directory: Path, config: Any, decoupled: Mapping[str, Any] | No
     return directory
 
 
+def moe_and_text(name: str, folder: Path, *, num_characters: int) -> tuple[Path, Path]:
+    """(random checkpoint below ``folder``, text of the standard library), made once. ``qwen3``: a Qwen3-MoE of 8 layers
+    of 8 experts, 29M parameters; ``mixtral``: 4 layers of 16 experts, 60M."""
+    model, text = folder / name, folder / "text.txt"
+    if not (model / "tokenizer.json").is_file():
+        from transformers import MixtralConfig, Qwen3MoeConfig
+
+        from isthmus.data import standard_library_text, train_tokenizer
+        from isthmus.models.tiny import write_random_checkpoint
+
+        documents = standard_library_text(num_characters)
+        folder.mkdir(parents=True, exist_ok=True)
+        text.write_text("\n".join(documents))
+        shape: dict[str, Any] = dict(
+            vocab_size=512,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=64,
+            num_experts_per_tok=2,
+            max_position_embeddings=512,
+            router_aux_loss_coef=0.01,
+            tie_word_embeddings=False,
+        )
+        if name == "qwen3":
+            shape |= dict(hidden_size=256, num_hidden_layers=8, num_experts=8, moe_intermediate_size=512)
+            config: Any = Qwen3MoeConfig(**shape, intermediate_size=512)
+        else:
+            shape |= dict(hidden_size=384, num_hidden_layers=4, num_local_experts=16, intermediate_size=768)
+            config = MixtralConfig(**shape)
+        write_random_checkpoint(config, model, 0, train_tokenizer(documents, 512))
+    return model, text
+
+
 def run_once(
     testbed: Testbed,
     command: Sequence[str],

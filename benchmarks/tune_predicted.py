@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from testbed_runs import write_results
+from testbed_runs import moe_and_text, write_results
 
 WARM_STEPS = 3
 NUM_STEPS = 10
@@ -92,39 +92,6 @@ CONFIGURATIONS = (
 )
 
 
-def write_model(name: str, folder: Path) -> tuple[Path, Path]:
-    """(random checkpoint, text), made once. Qwen3-MoE: 8 layers of 8 experts, 29M parameters; Mixtral: 4 layers of 16
-    experts, 60M."""
-    model, text = folder / name, folder / "text.txt"
-    if not (model / "tokenizer.json").is_file():
-        from transformers import MixtralConfig, Qwen3MoeConfig
-
-        from isthmus.data import standard_library_text, train_tokenizer
-        from isthmus.models.tiny import write_random_checkpoint
-
-        documents = standard_library_text(2_000_000)
-        folder.mkdir(parents=True, exist_ok=True)
-        text.write_text("\n".join(documents))
-        shape: dict[str, Any] = dict(
-            vocab_size=512,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=64,
-            num_experts_per_tok=2,
-            max_position_embeddings=512,
-            router_aux_loss_coef=0.01,
-            tie_word_embeddings=False,
-        )
-        if name == "qwen3":
-            shape |= dict(hidden_size=256, num_hidden_layers=8, num_experts=8, moe_intermediate_size=512)
-            config: Any = Qwen3MoeConfig(**shape, intermediate_size=512)
-        else:
-            shape |= dict(hidden_size=384, num_hidden_layers=4, num_local_experts=16, intermediate_size=768)
-            config = MixtralConfig(**shape)
-        write_random_checkpoint(config, model, 0, train_tokenizer(documents, 512))
-    return model, text
-
-
 class Bench:
     """Runs and plans, with what they wrote."""
 
@@ -133,7 +100,7 @@ class Bench:
 
     def run(self, configuration: Configuration) -> None:
         """``isthmus tune``; keeps its report, popularity and timeline."""
-        model, text = write_model(configuration.model, self.folder / "models")
+        model, text = moe_and_text(configuration.model, self.folder / "models", num_characters=2_000_000)
         place = self.folder / configuration.name
         place.mkdir(parents=True, exist_ok=True)
         command = ["-m", "isthmus", "tune", str(model), "--data", str(text), *configuration.options()]
@@ -148,7 +115,7 @@ class Bench:
 
     def plan(self, configuration: Configuration) -> None:
         """``isthmus plan tune``; keeps its report."""
-        model, _ = write_model(configuration.model, self.folder / "models")
+        model, _ = moe_and_text(configuration.model, self.folder / "models", num_characters=2_000_000)
         place = self.folder / configuration.name
         command = ["-m", "isthmus", "plan", "tune", str(model), *configuration.options()]
         command += ["--num-devices", str(configuration.processes), "--popularity", str(place / "popularity.npz")]

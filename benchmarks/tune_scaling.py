@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from testbed_runs import run_once, write_results
+from testbed_runs import moe_and_text, run_once, write_results
 
 from isthmus.testbed import DeviceSpec, Testbed, TestbedSpec
 
@@ -31,40 +31,9 @@ NUM_LAYERS = 8
 WARM_STEPS = 2
 
 
-def model_and_text(folder: Path) -> tuple[Path, Path]:
-    """A Qwen3-MoE of 8 layers and 8 experts a layer (29M parameters), and Python's standard library; made once."""
-    model, text = folder / "model", folder / "text.txt"
-    if not (model / "tokenizer.json").is_file():
-        from transformers import Qwen3MoeConfig
-
-        from isthmus.data import standard_library_text, train_tokenizer
-        from isthmus.models.tiny import write_random_checkpoint
-
-        documents = standard_library_text(1_000_000)
-        folder.mkdir(parents=True, exist_ok=True)
-        text.write_text("\n".join(documents))
-        shape: dict[str, Any] = dict(
-            vocab_size=512,
-            hidden_size=256,
-            num_hidden_layers=NUM_LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=64,
-            num_experts=8,
-            num_experts_per_tok=2,
-            moe_intermediate_size=512,
-            intermediate_size=512,
-            max_position_embeddings=512,
-            router_aux_loss_coef=0.01,
-            tie_word_embeddings=False,
-        )
-        write_random_checkpoint(Qwen3MoeConfig(**shape), model, 0, train_tokenizer(documents, 512))
-    return model, text
-
-
 def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, number: int, repeat: int) -> list[float]:
     """Of each step that counts, on ``number`` devices."""
-    model, text = model_and_text(folder)
+    model, text = moe_and_text("qwen3", folder, num_characters=1_000_000)
     output = folder / f"{number}-{repeat}"
     command = [str(Path(sys.executable).with_name("isthmus")), "tune", str(model), "--data", str(text)]
     values: dict[str, Any] = {
