@@ -237,13 +237,10 @@ class _Sweep:
         environment = {"ISTHMUS_CACHE": cache}
         ended = self.devices.run(command, env=environment, output=folder / "log", timeout_s=_RUN_TIMEOUT_S)
         if (device := ended.failed_device) is not None:
-            *_, last_words = [
-                "nothing",
-                *(folder / "log" / f"device-{device}.err").read_text(errors="replace").split("\n")[:-1],
-            ]
+            told = (folder / "log" / f"device-{device}.err").read_text(errors="replace").splitlines()
             raise IsthmusError(
                 f"demo: device {device} ended with exit code {ended.exit_code}; look at what the devices said in "
-                f"{folder}/log; its last words: {last_words}"
+                f"{folder}/log; its last words: {told[-1] if told else 'nothing'}"
             )
         if ended.exit_code:
             raise IsthmusError(

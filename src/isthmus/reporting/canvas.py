@@ -14,6 +14,7 @@ from isthmus.spec.files import atomic_write
 INK = "#1f2933"
 MUTED = "#6b7785"
 RULE = "#d5dbe1"
+WAIT_FACE, WAIT_EDGE = "#f1f3f5", "#b4bcc5"
 SERIES = ("#2563a8", "#d9480f", "#2b8a3e", "#8e44ad", "#b8860b", "#0b7285", "#c2255c", "#5c6770")
 """Colours for lines and bars, in order; distinguishable with red-green weakness by their lightness."""
 

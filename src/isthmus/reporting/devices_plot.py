@@ -10,10 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from isthmus.reporting.canvas import INK, MUTED, SERIES, new_figure, write_png
+from isthmus.reporting.canvas import INK, MUTED, SERIES, WAIT_EDGE, WAIT_FACE, new_figure, write_png
 from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.human import human_s
-from isthmus.reporting.timeline_facts import WAIT, busy_s, clip, middle_steps
+from isthmus.reporting.timeline_facts import WAIT, busy_s, clip, middle_steps, window
 from isthmus.reporting.timeline_plot import plot_timeline
 from isthmus.spec.plan import Stage
 from isthmus.spec.timeline import LANES, Span, Timeline
@@ -21,7 +21,7 @@ from isthmus.spec.timeline import LANES, Span, Timeline
 _LANE_TITLES = {"accelerator": "computes", "cpu_experts": "CPU experts", "h2d": "loads", "d2h": "unloads"}
 _LANE_HEIGHTS = {"accelerator": 1.0}
 _OTHER_LANE_HEIGHT, _GAP = 0.55, 0.35
-_NO_STAGE, _WAIT_FACE, _WAIT_EDGE = "#9aa5b1", "#f1f3f5", "#b4bcc5"
+_NO_STAGE = "#9aa5b1"
 _BACKWARD_TINT = 0.45
 """Of white in the colour of backward work."""
 _MOST_IN_LEGEND, _LEGEND_COLUMNS = 16, 7
@@ -58,8 +58,7 @@ def plot_devices(
     spans = [span for timeline in devices for span in timeline.spans]
     if not spans:
         raise ValueError("devices: no timeline has spans: record with keep_spans=True during some steps")
-    start_s = steps[0][1] if steps else min(span.start_s for span in spans)
-    end_s = steps[-1][2] if steps else max(span.end_s for span in spans)
+    start_s, end_s = window(steps, spans)
     shown = [clip(timeline.spans, start_s, end_s) for timeline in devices]
     lanes = [lane for lane in LANES if any(span.lane == lane for spans in shown for span in spans)]
     rows = list(_rows(len(devices), lanes))
@@ -119,7 +118,7 @@ def _draw_row(axes: Any, row: _Row, spans: Sequence[Span], stage_of: dict[int, i
     boxes = [_box(span, row, start_s) for span in work]
     axes.add_collection(PolyCollection(boxes, facecolors=faces, linewidths=0, zorder=2))
     boxes = [_box(span, row, start_s) for span in spans if span.kind == WAIT]
-    waits = {"facecolors": _WAIT_FACE, "edgecolors": _WAIT_EDGE, "hatch": "////", "linewidths": 0.3}
+    waits = {"facecolors": WAIT_FACE, "edgecolors": WAIT_EDGE, "hatch": "////", "linewidths": 0.3}
     axes.add_collection(PolyCollection(boxes, **waits, zorder=3))
     if row.lane == "accelerator":
         _draw_stage_numbers(axes, row, [span for span in work if span.layer in stage_of], stage_of, start_s)
@@ -170,7 +169,7 @@ def _finish(figure: Any, axes: Any, rows: Sequence[_Row], stages: Sequence[Stage
     ]
     handles.append(Patch(color=_NO_STAGE, label="of no layer"))
     handles.append(Patch(color=_colour(None, is_backward=True), label="lighter: backward"))
-    handles.append(Patch(facecolor=_WAIT_FACE, edgecolor=_WAIT_EDGE, hatch="////", label="waits"))
+    handles.append(Patch(facecolor=WAIT_FACE, edgecolor=WAIT_EDGE, hatch="////", label="waits"))
     figure.legend(
         handles=handles,
         loc="lower left",

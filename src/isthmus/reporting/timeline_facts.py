@@ -3,7 +3,7 @@ waited for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.spec.timeline import Span, Timeline
@@ -29,6 +29,13 @@ def middle_steps(timeline: Timeline, num_steps: int) -> tuple[tuple[int, float, 
     steps = sorted(timeline.steps, key=lambda step: step[1])
     first = max(0, (len(steps) - num_steps + 1) // 2)
     return tuple(steps[first : first + num_steps])
+
+
+def window(steps: Sequence[tuple[int, float, float]], spans: Sequence[Span]) -> tuple[float, float]:
+    """(start_s, end_s) of ``steps``, in their order; of ``spans`` where there are none, and zeros where neither are."""
+    if steps:
+        return steps[0][1], steps[-1][2]
+    return min((span.start_s for span in spans), default=0.0), max((span.end_s for span in spans), default=0.0)
 
 
 def clip(spans: Iterable[Span], start_s: float, end_s: float) -> tuple[Span, ...]:

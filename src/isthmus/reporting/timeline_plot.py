@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from isthmus.reporting.canvas import INK, MUTED, new_figure, write_png
+from isthmus.reporting.canvas import INK, MUTED, WAIT_EDGE, WAIT_FACE, new_figure, write_png
 from isthmus.reporting.human import human_bytes, human_s
-from isthmus.reporting.timeline_facts import WAIT, Wait, busy_s, clip, find_waits, middle_steps
+from isthmus.reporting.timeline_facts import WAIT, Wait, busy_s, clip, find_waits, middle_steps, window
 from isthmus.spec.timeline import LANES, Span, Timeline
 
 _LANE_TITLES = {
@@ -32,7 +32,6 @@ _KINDS = {
     "optimizer": ("optimizer step", "#7d5a44"),
 }
 _OTHER_COLOURS = ("#4f9d9d", "#9c6b98", "#94a33b", "#5c6770")
-_WAIT_FACE, _WAIT_EDGE = "#f1f3f5", "#b4bcc5"
 _BAR_HEIGHT = 0.74
 _POINTS_PER_CHARACTER = 4.7
 """A little more than the mean advance of the labels' type, 7 points high."""
@@ -49,11 +48,7 @@ def plot_timeline(
     draw. Blocks while drawing (about a second).
     """
     steps = middle_steps(timeline, num_steps)
-    if steps:
-        start_s, end_s = steps[0][1], steps[-1][2]
-    else:
-        start_s = min((span.start_s for span in timeline.spans), default=0.0)
-        end_s = max((span.end_s for span in timeline.spans), default=0.0)
+    start_s, end_s = window(steps, timeline.spans)
     spans = clip(timeline.spans, start_s, end_s)
     if not spans:
         raise ValueError("timeline has no spans in the steps to show: record with keep_spans=True during some steps")
@@ -88,12 +83,12 @@ def _draw_spans(axes: Any, spans: Sequence[Span], start_s: float) -> None:
     axes.add_collection(PolyCollection(boxes, facecolors=faces, edgecolors=edges, linewidths=0.5, zorder=2))
     boxes = [_box(span, start_s) for span in spans if span.kind == WAIT]
     axes.add_collection(
-        PolyCollection(boxes, facecolors=_WAIT_FACE, edgecolors=_WAIT_EDGE, hatch="////", linewidths=0.5, zorder=3)
+        PolyCollection(boxes, facecolors=WAIT_FACE, edgecolors=WAIT_EDGE, hatch="////", linewidths=0.5, zorder=3)
     )
     for span in spans:
         text = f"waits for {span.name.rpartition(': ')[2]}" if span.kind == WAIT else span.name
         room = int((span.end_s - span.start_s) * 1e3 * points_per_ms / _POINTS_PER_CHARACTER) - 1
-        _draw_label(axes, span, start_s, text, room, colours.get(span.kind, _WAIT_FACE))
+        _draw_label(axes, span, start_s, text, room, colours.get(span.kind, WAIT_FACE))
 
 
 def _draw_label(axes: Any, span: Span, start_s: float, text: str, room: int, colour: str) -> None:
@@ -114,7 +109,7 @@ def _draw_label(axes: Any, span: Span, start_s: float, text: str, room: int, col
         fontsize=7,
         linespacing=1.15,
         color=INK if is_wait or _is_light(colour) else "white",
-        bbox={"facecolor": _WAIT_FACE, "edgecolor": "none", "pad": 1.0} if is_wait else None,
+        bbox={"facecolor": WAIT_FACE, "edgecolor": "none", "pad": 1.0} if is_wait else None,
         zorder=4,
         clip_on=True,
     )
@@ -191,7 +186,7 @@ def _finish(figure: Any, axes: Any, spans: Sequence[Span]) -> None:
     handles = [Patch(color=colour, label=_title_of(kind)) for kind, colour in _colours(spans).items()]
     if any(span.kind == WAIT for span in spans):
         handles.append(
-            Patch(facecolor=_WAIT_FACE, edgecolor=_WAIT_EDGE, hatch="////", label="waits (strip, arrow: for what)")
+            Patch(facecolor=WAIT_FACE, edgecolor=WAIT_EDGE, hatch="////", label="waits (strip, arrow: for what)")
         )
     figure.legend(
         handles=handles,

@@ -41,7 +41,8 @@ class Run:
     seed: int
     greenlet: greenlet.greenlet | None = None
     random_state: list[Tensor] | None = None
-    layer: int = OUTER_LAYER
+    dense_layer: int = 0
+    """Whose dense part it goes on with."""
 
     def seed_of(self, place: int, num_layers: int) -> int:
         """Random numbers depend on the micro-batch and the place alone: place 2·l is the code before layer ``l``,
@@ -112,7 +113,7 @@ class Engine:
     def _run_layer(self, layer: int, forward: Callable[..., object], args: tuple, kwargs: dict) -> object:
         run = self._run
         assert run is not None, "the model runs only inside the engine"
-        run.layer = layer
+        run.dense_layer = layer + 1
         if layer not in self._entered:
             self._entered.add(layer)
             self._make_ready(layer)
@@ -162,7 +163,7 @@ class Engine:
             restore_random_state(self.resources.accelerator.device, run.random_state)
             argument = output
         with self.resources.accelerator.compute(
-            f"dense L{run.layer + 1}", kind="dense", num_tokens=run.batch.num_tokens
+            f"dense L{run.dense_layer}", kind="dense", num_tokens=run.batch.num_tokens
         ):
             call = run.greenlet.switch(argument)
         run.random_state = random_state(self.resources.accelerator.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from isthmus.training.heap import keep_freed_memory
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data import IGNORED, MicroBatch, keep_documents_apart
+from isthmus.tuning.data.batches import largest_micro_batch
 from isthmus.tuning.measure import OneOfSeveral, at_cpu_speed, measure_profile
 from isthmus.tuning.pipeline.pipeline import Pipeline
 from isthmus.tuning.session import thread_split
@@ -147,17 +149,10 @@ def cores_of_each(num_processes: int) -> int | None:
 
 def _random_batch(model: MoeModel, micro_batch_size: int, seq_len: int) -> MicroBatch:
     """Tokens of two documents in every sequence, as training data is packed."""
+    batch = largest_micro_batch(micro_batch_size, seq_len, seq_len if model.spec.is_encoder_decoder else None)
     ids = torch.randint(0, model.spec.vocab_size, (micro_batch_size, seq_len))
-    labels = ids.clone()
-    labels[:, 0] = IGNORED
-    inputs = {"input_ids": ids, "labels": labels}
-    if model.spec.is_encoder_decoder:
-        inputs["attention_mask"] = torch.ones_like(ids)
-    else:
-        half = seq_len // 2
-        positions = torch.cat([torch.arange(half), torch.arange(seq_len - half)])
-        inputs["position_ids"] = positions.expand(micro_batch_size, seq_len)
-    return MicroBatch(inputs, num_tokens=ids.numel(), num_label_tokens=int((labels != IGNORED).sum()))
+    labels = ids.where(batch.inputs["labels"] != IGNORED, IGNORED)
+    return replace(batch, inputs=batch.inputs | {"input_ids": ids, "labels": labels}, num_tokens=ids.numel())
 
 
 def show(profile: Profile, console: Console) -> None:

@@ -3,12 +3,14 @@ random numbers seeded anew at each layer. What that costs belongs to the dense p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from isthmus.models.moe_model import MoeModel
+from isthmus.models.moe_model import MoeModel, bound_parameters
 from isthmus.profiling.dense import loss_of
-from isthmus.training.random_state import random_state, restore_random_state
+from isthmus.training.random_state import random_state, restore_random_state, seed_random_state
 from isthmus.tuning.tape import ExpertsCall, Segment, Tape
 
 
@@ -18,6 +20,7 @@ class TapedForward:
 
     def __call__(self, model: MoeModel, inputs: dict[str, Tensor]) -> TapedLoss:
         tape = Tape(recording=True)
+        device = next(bound_parameters(model)).device
         forwards = [layer.forward for layer in model.layers]
 
         def experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -29,7 +32,7 @@ class TapedForward:
         model.set_experts_function(experts)
         model.wrap_routers(lambda layer, logits: tape.cut_router_logits(logits))
         for number, (layer, forward) in enumerate(zip(model.layers, forwards, strict=True)):
-            layer.forward = _taped(tape, number, forward)
+            layer.forward = _taped(tape, number, forward, device)
         try:
             tape.loss = loss_of(model, inputs)
         finally:
@@ -39,11 +42,11 @@ class TapedForward:
         return TapedLoss(tape)
 
 
-def _taped(tape: Tape, number: int, forward):
+def _taped(tape: Tape, number: int, forward: Callable[..., object], device: torch.device) -> Callable[..., object]:
     def run(*args: object, **kwargs: object) -> object:
-        torch.manual_seed(number)
+        seed_random_state(device, number)
         returned = tape.run_layer(number, forward, args, kwargs)
-        torch.manual_seed(number + 1)
+        seed_random_state(device, number + 1)
         return returned
 
     return run

@@ -29,7 +29,7 @@ _SHORTEST_WAIT_S = 50e-6
 """Waits of compute below this are thread switches rather than lack of data, and stay out of the timeline."""
 
 
-_CHUNK_S = 2e-3
+CHUNK_S = 2e-3
 """A long copy can be interrupted by an urgent one after each chunk of this link time."""
 _SMALLEST_CHUNK_BYTES = 1 << 16
 
@@ -130,7 +130,7 @@ class EmulatedAccelerator(AccountedAccelerator):
             delay_s = self.copy_delay()
             time.sleep(delay_s)
             queued_s = max(queued_s, self._link_free_at_s[direction]) + delay_s
-        chunk_bytes = max(_SMALLEST_CHUNK_BYTES, int(rate * _CHUNK_S))
+        chunk_bytes = max(_SMALLEST_CHUNK_BYTES, int(rate * CHUNK_S))
         begun_s, end_s, latency_s = None, queued_s, self.latency_s
         for offset in range(0, num_bytes, chunk_bytes) or (0,):
             if not is_urgent:

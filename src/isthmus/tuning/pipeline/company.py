@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import statistics
@@ -123,8 +122,7 @@ def timelines_of_all(timeline: Timeline, links: Links | None) -> tuple[Timeline,
     steps end: there all wait for rank 0's word, so they are as far apart as a message takes to travel."""
     if links is None:
         return (timeline,)
-    told = links.to_first(json.loads(to_json(timeline)), "its timeline")
-    timelines = [from_json(Timeline, json.dumps(fact)) for fact in told]
+    timelines = [from_json(Timeline, text) for text in links.to_first(to_json(timeline), "its timeline")]
     return tuple(_on_clock_of(timelines[0], other) for other in timelines)
 
 

@@ -121,7 +121,7 @@ class PipelineEngine(Engine):
             returned = self._leave_out(run, number)
         else:
             if before != self.rank:
-                run.layer = number - 1  # what it goes on with once they are here is of this layer
+                run.dense_layer = number
                 values = self._receive(run, here.inputs, before, _border(number, _INPUTS))
                 for passing, value in zip(here.inputs, values, strict=True):
                     run.tape.stand_in(leaves[passing.position], value)
@@ -155,7 +155,7 @@ class PipelineEngine(Engine):
         if hidden.is_meta:
             return no_experts(layer, module, hidden, index, weights)
         if layer + 1 not in self.pipeline.layers:
-            self._journey.layer = layer - 1  # what comes after the experts is still of this layer
+            self._journey.dense_layer = layer  # the next one is not here
         return super()._experts(layer, module, hidden, index, weights)
 
     def _ghosts(self, structure: Any) -> Any:
@@ -205,8 +205,8 @@ class PipelineEngine(Engine):
             layers, border = [layer for layer in own if layer in run.logits], _border(own[-1], _ROUTER)
             if not layers:
                 continue
-            passings = self._logits_of(run, layers)
-            values = self._await(run, [passing.form for passing in passings], source, border).wait()
+            forms = [passing.form for passing in self._logits_of(run, layers)]
+            values = self._arrived(self._await(run, forms, source, border).wait(), forms)
             for layer, value in zip(layers, values, strict=True):
                 run.logits[layer].copy_(value)
             places = [run.logits[layer] for layer in layers]
@@ -227,7 +227,7 @@ class PipelineEngine(Engine):
                 weight=run.weight,
                 tape=run.tape,
                 seed=run.seed,
-                layer=self.pipeline.layers[0] - 1,
+                dense_layer=self.pipeline.layers[0],
                 number=number,
                 route=self.pipeline.route(on_device(run.batch.inputs, self._device)),
             )

@@ -118,13 +118,12 @@ def predict(question: Question) -> Prediction:
         return Prediction(devices=devices, hosts=hosts, links=(), step=None, skewness=None, reason=str(error))
     outcome = found.outcomes[policy]
     if outcome.stages != stages:
-        stages = outcome.stages
-        devices, parts = _devices(question, costs, stages, order)
+        devices, parts = _devices(question, costs, outcome.stages, order)
         hosts = _hosts(question, costs, parts)
     return Prediction(
         devices=devices,
         hosts=hosts,
-        links=_links(question, costs, stages, order, outcome),
+        links=_links(question, costs, outcome.stages, order, outcome),
         step=_step(question, outcome),
         skewness=found.skewness,
         reason="",

@@ -19,10 +19,10 @@ NOTE = "the runtime played through with what was measured here"
 
 
 def rehearse(
-    question: Question, profile: Profile, found: Prediction, *, times_decisions: bool = True
+    question: Question, profile: Profile, found: Prediction
 ) -> tuple[Prediction, tuple[Timeline, ...], tuple[Stage, ...]]:
     """``found``, predicted with the simulator, with the step that the runtime would take instead; its timeline by
-    process; and the stages. ``times_decisions``: see ``play``. Blocks for seconds. As it is where nothing fits."""
+    process; and the stages. Blocks for seconds. As it is where nothing fits."""
     if not found.fits:
         return found, (), ()
     num_processes = question.cluster.num_accelerators
@@ -37,9 +37,7 @@ def rehearse(
         policy=question.policy,
     )
     num_tokens = question.blueprint.num_tokens * question.micro_batches
-    played = play(
-        scenario, whole_steps(question.popularity().steps(num_tokens), NUM_STEPS), times_decisions=times_decisions
-    )
+    played = play(scenario, whole_steps(question.popularity().steps(num_tokens), NUM_STEPS))
     step_s = float(np.median(played.steps_s[WARM_STEPS:]))
     shares = {
         name: float(np.mean([busy[lane] for busy in played.busy_s])) / sum(played.steps_s)

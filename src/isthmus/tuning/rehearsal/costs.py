@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isthmus.planning.curves import evaluate
-from isthmus.planning.problem import WEIGHT_GRADIENT_SHARE, expert_times
-from isthmus.spec.model import ExpertSpec, ModelSpec, UnitKey
+from isthmus.planning.problem import expert_times
+from isthmus.spec.model import ModelSpec
 from isthmus.spec.profile import Curve, ExpertTimes, Profile
 
 MESSAGE_S = 2e-4
@@ -27,10 +27,10 @@ class Costs:
     spec: ModelSpec
     """Of the whole model."""
 
-    def _expert(self, layer: int) -> tuple[ExpertSpec, ExpertTimes]:
+    def _expert(self, layer: int) -> ExpertTimes:
         expert = self.spec.layers[layer]
         assert expert is not None
-        return expert, expert_times(self.profile, expert)
+        return expert_times(self.profile, expert)
 
     def dense_s(self, num_tokens: int, *, is_backward: bool) -> float:
         """Of one layer's dense part."""
@@ -46,13 +46,13 @@ class Costs:
 
     def routing_s(self, layer: int, num_tokens: int, *, is_backward: bool) -> float:
         """Of sorting a wave's rows by expert, bringing them together and back."""
-        _, times = self._expert(layer)
+        times = self._expert(layer)
         curve = times.routing_backward if is_backward else times.routing_forward
         return 0.0 if curve is None else float(evaluate(curve, [num_tokens])[0])
 
     def experts_s(self, layer: int, counts: Sequence[int], *, is_backward: bool, on_cpu: bool) -> list[float]:
         """Of experts of the layer with so many rows each; in backward all of it."""
-        _, times = self._expert(layer)
+        times = self._expert(layer)
         curve: Curve = {
             (False, False): times.accelerator_forward,
             (False, True): times.accelerator_backward,
@@ -67,16 +67,3 @@ class Costs:
 
     def norm_s(self, num_parameters: int) -> float:
         return num_parameters * self.profile.norm_s_per_parameter
-
-    def numel(self, key: UnitKey) -> int:
-        """Parameters of a unit."""
-        if key.layer < 0:
-            return self.spec.outer_numel
-        expert = self.spec.layers[key.layer]
-        if not key.is_expert:
-            return self.spec.dense_numel[key.layer]
-        assert expert is not None
-        return expert.numel
-
-
-DEFERRED_SHARE = WEIGHT_GRADIENT_SHARE

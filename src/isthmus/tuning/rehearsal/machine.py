@@ -20,10 +20,9 @@ from torch import Tensor
 
 from isthmus.reporting.recorder import Recorder
 from isthmus.tuning.accelerator.base import Accelerator, Direction, Event
+from isthmus.tuning.accelerator.emulated import CHUNK_S
 from isthmus.tuning.rehearsal.clock import Clock, Cores, Happening
 
-CHUNK_S = 2e-3
-"""A long copy lets urgent ones in after each chunk of so much link time (``accelerator/emulated.py``)."""
 Priority = float
 
 

@@ -17,10 +17,10 @@ from isthmus.planning.memory import Blueprint, accelerator_memory, num_dense_buf
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import Division, divide, map_stages
 from isthmus.profiling.crowding import Forgetting
-from isthmus.spec.model import ModelSpec, UnitKey, UnitLayout
+from isthmus.spec.model import OUTER_LAYER, ModelSpec, UnitKey, UnitLayout
 from isthmus.spec.plan import Plan, Stage
 from isthmus.spec.profile import Profile
-from isthmus.spec.timeline import Timeline
+from isthmus.spec.timeline import LANES, Timeline
 from isthmus.tuning.deferred import DeferredWork
 from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.gradients import GradientSink
@@ -58,7 +58,6 @@ class Scenario:
     micro_batches: int
     num_stages: int | None
     policy: str
-    emulation: dict[str, Any] | None = None
 
     @property
     def is_separate(self) -> bool:
@@ -90,13 +89,14 @@ def play(scenario: Scenario, steps: Sequence[dict[int, list[int]]], *, times_dec
     """``steps``: of each the rows (E,) by layer. ``times_decisions``: the policy's own time is measured, here, and
     counted as the run's. Blocks for about the time of planning as often."""
     clock = Clock()
+    forget = Forgetting() if times_decisions else None
     mail = Mail(clock, scenario.num_processes)
     cores: dict[tuple[int, ...], Cores] = {}
     processes, seconds, bounds_s = [], [], []
     for rank in range(scenario.num_processes):
         own = tuple(own_cores(list(range(scenario.num_cores)), rank, scenario.num_processes))
         shared = cores.setdefault(own, Cores(clock, len(own)))
-        processes.append(_Maker(scenario, rank, clock, shared, mail, times_decisions).process())
+        processes.append(_Maker(scenario, rank, clock, shared, mail, forget).process())
 
     def run(process: Process, bounding_s: float) -> None:
         """The trainer bounds every step, which takes time that belongs to it."""
@@ -112,11 +112,10 @@ def play(scenario: Scenario, steps: Sequence[dict[int, list[int]]], *, times_dec
     clock.run()
     if len(seconds) < len(steps):
         raise RuntimeError(f"the rehearsal stopped in step {len(seconds) + 1}: a process waits for what never comes")
-    lanes = ("accelerator", "cpu_experts", "optimizer", "h2d", "d2h")
     return Played(
         steps_s=tuple(seconds),
         timelines=tuple(process.scene.recorder.timeline() for process in processes),
-        busy_s=tuple({lane: process.scene.recorder.busy_s(lane) for lane in lanes} for process in processes),
+        busy_s=tuple({lane: process.scene.recorder.busy_s(lane) for lane in LANES} for process in processes),
         num_bytes=tuple(dict(process.scene.accelerator.copied_bytes()) for process in processes),
         bound_s=max(bounds_s),
         cpu_rows_share=sum(p.num_cpu_rows for p in processes) / max(1, sum(p.num_rows for p in processes)),
@@ -215,10 +214,11 @@ class _Maker:
     """Puts one process together, as ``Session`` does."""
 
     def __init__(
-        self, scenario: Scenario, rank: int, clock: Clock, cores: Cores, mail: Mail, times_decisions: bool
+        self, scenario: Scenario, rank: int, clock: Clock, cores: Cores, mail: Mail, forget: Forgetting | None
     ) -> None:
+        """``forget`` None: decisions take no time."""
         self.scenario, self.rank, self.clock, self.cores, self.mail = scenario, rank, clock, cores, mail
-        self.times_decisions, self.forget = times_decisions, Forgetting()
+        self.forget = forget
         self.division = scenario.division
         self.layers = self.division.layers_of(rank)
         self.is_pipelined = scenario.num_processes > 1
@@ -228,7 +228,7 @@ class _Maker:
         self.recorder = ClockRecorder(clock)
         self.accelerator = ClockAccelerator(clock, cores, self.recorder, _link_costs(scenario.profile))
         self.accelerator.is_separate = scenario.is_separate
-        layers = {*self.layers, *(() if rank else (-1,))}
+        layers = {*self.layers, *(() if rank else (OUTER_LAYER,))}
         layouts = scenario.blueprint.layouts
         self.store = _Store({key: layout for key, layout in layouts.items() if key.layer in layers})
         num_cores = max(1, scenario.num_cores // scenario.num_processes)
@@ -298,7 +298,7 @@ class _Maker:
 
     def _decide(self, ask: Callable[[], object]) -> None:
         """With caches as cold as in a step, where the time counts."""
-        if not self.times_decisions:
+        if self.forget is None:
             ask()
             return
         self.forget()

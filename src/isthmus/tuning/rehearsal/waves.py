@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from isthmus.planning.problem import BYTES_PER_VALUE
+from isthmus.planning.problem import BYTES_PER_VALUE, WEIGHT_GRADIENT_SHARE
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
 from isthmus.tuning.deferred import DeferredWork
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.protocols import Loader
 from isthmus.tuning.rehearsal.clock import Clock, Cores, Happening
-from isthmus.tuning.rehearsal.costs import DEFERRED_SHARE, Costs
+from isthmus.tuning.rehearsal.costs import Costs
 from isthmus.tuning.rehearsal.machine import ClockAccelerator, ClockRecorder, ClockWorker
 
 
@@ -207,7 +207,7 @@ class BackwardPass(WavePass):
 
         def weight_gradient(expert: int, seconds: float) -> None:
             scene.gradients.open(self.key(expert), on_cpu=True)
-            scene.compute_on_cpu(DEFERRED_SHARE * seconds)
+            scene.compute_on_cpu(WEIGHT_GRADIENT_SHARE * seconds)
             scene.gradients.close(self.key(expert))
 
         def defer() -> None:
@@ -223,7 +223,7 @@ class BackwardPass(WavePass):
         self.trip.start(
             [4 * rows, rows * self.row_bytes, rows * self.row_bytes],
             [rows * self.row_bytes, 4 * rows],
-            lambda: scene.compute_on_cpu((1 - DEFERRED_SHARE) * sum(seconds)),
+            lambda: scene.compute_on_cpu((1 - WEIGHT_GRADIENT_SHARE) * sum(seconds)),
             kind=self.kind,
             num_tokens=rows,
             then=defer,
@@ -236,7 +236,7 @@ class BackwardPass(WavePass):
         seconds = self.seconds(experts, on_cpu=False)
         rows = sum(self.counts_E[expert] for expert in experts)
         in_place = scene.worker is None
-        now = 1.0 if in_place else 1 - DEFERRED_SHARE
+        now = 1.0 if in_place else 1 - WEIGHT_GRADIENT_SHARE
         for key in keys:
             scene.loader.acquire(key)
             if in_place:
@@ -247,7 +247,7 @@ class BackwardPass(WavePass):
             if in_place:
                 scene.gradients.close(self.key(expert))
             else:
-                later = DEFERRED_SHARE * one_s
+                later = WEIGHT_GRADIENT_SHARE * one_s
                 scene.deferred.add(self.layer, lambda expert=expert, later=later: self._weight_gradient(expert, later))
 
     def _weight_gradient(self, expert: int, seconds: float) -> None:
