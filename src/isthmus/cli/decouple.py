@@ -150,7 +150,7 @@ def decouple(
     heads: Heads = "all",
     minutes: Minutes = None,
     steps: Steps = None,
-    learning_rate: LearningRate = 1e-3,
+    learning_rate: LearningRate = 5e-4,
     batch_tokens: BatchTokens = 1024,
     seq_len: SeqLen = 128,
     basis: Basis = "auto",

@@ -112,7 +112,7 @@ def decouple(
     heads: str = "all",
     minutes: float | None = None,
     steps: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     batch_tokens: int = 1024,
     seq_len: int = 128,
     basis: str = "auto",
