@@ -35,6 +35,7 @@ def rehearse(
         micro_batches=question.micro_batches,
         num_stages=question.num_stages,
         policy=question.policy,
+        micro_batches_in_flight=question.micro_batches_in_flight,
     )
     num_tokens = question.blueprint.num_tokens * question.micro_batches
     played = play(scenario, whole_steps(question.popularity().steps(num_tokens), NUM_STEPS))
@@ -55,5 +56,5 @@ def rehearse(
     )
     devices = found.devices if scenario.is_separate else ()
     links = found.links if scenario.is_separate else ()
-    whole = replace(found, devices=devices, links=links, step=step, reason="")
+    whole = replace(found, devices=devices, links=links, num_in_flight=scenario.num_in_flight, step=step, reason="")
     return whole, played.timelines, scenario.division.stages

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from isthmus.planning.flights import check_in_flight
 from isthmus.planning.memory import Blueprint
 from isthmus.reporting.devices_plot import write_timelines
 from isthmus.reporting.progress import TrainingProgress
@@ -46,6 +47,7 @@ class PlanTuneOptions:
     num_stages: int | None = None
     num_devices: int | None = None
     policy: str = "affinity"
+    micro_batches_in_flight: int | None = None
     popularity: str = "uniform"
     accelerator: str = "auto"
     emulate: str | None = None
@@ -60,6 +62,7 @@ class PlanTuneOptions:
         for name in ("seq_len", "micro_batch_size", "micro_batches"):
             if getattr(self, name) < 1:
                 raise IsthmusError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        check_in_flight(self.micro_batches_in_flight, self.micro_batches)
         if self.policy not in SIMULATED:
             raise IsthmusError(f"policy: got {self.policy!r}, wanted one of {', '.join(SIMULATED)}")
         if self.method != "full":
@@ -114,6 +117,7 @@ def plan_tune(
         num_stages=options.num_stages,
         policy=options.policy,
         popularity=popularity,
+        micro_batches_in_flight=options.micro_batches_in_flight,
         num_steps=1 if options.popularity == "uniform" else 2,
     )
     with TrainingProgress(1, title=TITLE, plain=plain) as progress:
@@ -136,6 +140,7 @@ def plan_tune(
         limiting=limiting(found, changes),
         reason=found.reason,
         changes=changes,
+        micro_batches_in_flight=found.num_in_flight,
     )
     show(written, _title(options, written), console or Console())
     if report is not None:
@@ -179,9 +184,11 @@ def _with_memory(cluster: TuneCluster, options: PlanTuneOptions) -> TuneCluster:
 
 def _title(options: PlanTuneOptions, report: PlanTuneReport) -> str:
     skew = "" if report.skewness is None else f", G = {report.skewness:.2f}"
+    number, in_flight = options.micro_batches, report.micro_batches_in_flight
+    flight = "" if in_flight in (None, number) else f" ({in_flight} in flight at most)"
     return (
         f"{options.model} ({_count(report.num_parameters)} parameters), {options.dtype}, "
-        f"{options.micro_batches} micro-batches of {options.micro_batch_size} × {options.seq_len} tokens{skew}, on "
+        f"{number} micro-batches{flight} of {options.micro_batch_size} × {options.seq_len} tokens{skew}, on "
         f"{report.cluster.num_accelerators} accelerator{'s' * (report.cluster.num_accelerators > 1)} of "
         f"{report.cluster.name}"
     )

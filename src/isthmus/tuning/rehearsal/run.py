@@ -13,7 +13,14 @@ from torch import Tensor
 
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.bound import step_bound
-from isthmus.planning.memory import Blueprint, accelerator_memory, num_dense_buffers
+from isthmus.planning.flights import smallest_flight
+from isthmus.planning.memory import (
+    Blueprint,
+    Footprint,
+    accelerator_memory,
+    flight_that_fits,
+    num_dense_buffers,
+)
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import Division, divide, map_stages
 from isthmus.profiling.crowding import Forgetting
@@ -58,10 +65,28 @@ class Scenario:
     micro_batches: int
     num_stages: int | None
     policy: str
+    micro_batches_in_flight: int | None = None
+    """None: as many as fit."""
 
     @property
     def is_separate(self) -> bool:
         return self.profile.hardware.link is not None
+
+    def part(self, rank: int) -> Footprint:
+        division = self.division
+        stages = division.stages_of(rank) if self.num_processes > 1 else ()
+        return self.blueprint.part(division.layers_of(rank), stages=stages)
+
+    @property
+    def num_in_flight(self) -> int:
+        """As many on every process. Raises ``IsthmusError`` where the least do not fit."""
+        number, asked = self.micro_batches, self.micro_batches_in_flight
+        if not self.is_separate:
+            return smallest_flight(number, asked or number)
+        return min(
+            flight_that_fits(self.part(rank), number, self.policy, self.memory_bytes, asked)
+            for rank in range(self.num_processes)
+        )
 
     @property
     def division(self) -> Division:
@@ -179,14 +204,27 @@ class _Optimizer:
     def __init__(self, store: _Store, costs: Costs, cores: Cores, num_threads: int, mail: Mail) -> None:
         self.store, self._costs, self._cores, self._mail = store, costs, cores, mail
         self._num_threads = num_threads
+        self._present: dict[UnitKey, bool] = {}
+        """Units with a gradient, and whether its norm is known."""
 
     def gradient_destination(self, key: UnitKey) -> tuple[Tensor, bool]:
-        return self.store.gradient(key), False
+        adds = key in self._present
+        self._present[key] = False
+        return self.store.gradient(key), adds
+
+    def add_gradient(self, key: UnitKey, flat: Tensor) -> None:
+        self._cores.work(self._costs.adding_s(self.store.numel(key)))
 
     def finish_gradient(self, key: UnitKey) -> None:
+        if self._present.get(key, True):
+            return
+        self._present[key] = True
         self._cores.work(self._costs.norm_s(self.store.numel(key)), self._num_threads)
 
     def begin_step(self, step: int, learning_rate: float) -> float:
+        for key in sorted(self._present):
+            self.finish_gradient(key)
+        self._present.clear()
         self._mail.meet()  # the norm is that of all processes
         return 1.0
 
@@ -220,6 +258,7 @@ class _Maker:
         self.scenario, self.rank, self.clock, self.cores, self.mail = scenario, rank, clock, cores, mail
         self.forget = forget
         self.division = scenario.division
+        self.num_in_flight = scenario.num_in_flight
         self.layers = self.division.layers_of(rank)
         self.is_pipelined = scenario.num_processes > 1
         whole = scenario.blueprint.spec
@@ -291,6 +330,7 @@ class _Maker:
             self.mail,
             num_tokens=scenario.blueprint.num_tokens,
             num_micro_batches=scenario.micro_batches,
+            num_in_flight=self.num_in_flight,
             decide=self._decide,
             predictor=predictor,
             num_slots=plan.num_slots,
@@ -318,12 +358,13 @@ class _Maker:
             dense_bytes=0,
             activation_bytes=0,
             copy_window=scenario.profile.copy_window,
-            num_waves=scenario.micro_batches if self.is_pipelined else min(2, scenario.micro_batches),
+            num_waves=self.num_in_flight if self.is_pipelined else min(2, self.num_in_flight),
+            num_in_flight=self.num_in_flight,
         )
         if not scenario.is_separate:
             return plan
-        part = scenario.blueprint.part(self.layers, stages=own if self.is_pipelined else ())
-        memory = accelerator_memory(part, scenario.micro_batches, scenario.policy, scenario.memory_bytes)
+        part = scenario.part(self.rank)
+        memory = accelerator_memory(part, self.num_in_flight, scenario.policy, scenario.memory_bytes)
         if not self.is_pipelined:
             most = max(part.experts, default=0)
             own = map_stages(self.spec, num_slots=memory.num_slots - most, num_stages=scenario.num_stages)
@@ -359,7 +400,7 @@ class _Maker:
             costs=CostModel(scenario.profile, self.spec),
             plan=plan,
             loader=loader,
-            num_tokens=scenario.blueprint.num_tokens * scenario.micro_batches,
+            num_tokens=scenario.blueprint.num_tokens * self.num_in_flight,
             recorder=self.recorder,
             predictor=guess,
             is_pipelined=self.is_pipelined,
