@@ -167,8 +167,9 @@ def test_the_next_flight_finds_its_first_experts_there(policy: str, case: Callab
         for number, batches in enumerate(plain.steps[:3], start=1):
             session.train_step(batches, step=number, learning_rate=LEARNING_RATE)
     assert len(found) == 3 * 2
-    assert all(wanted <= there for there, wanted in found)
-    assert any(wanted for _, wanted in found)
+    # Without what is queued at the border Equation 1's rule finds one in four.
+    num_wanted = sum(len(wanted) for _, wanted in found)
+    assert sum(len(wanted & there) for there, wanted in found) >= 0.7 * num_wanted > 0
 
 
 def test_a_run_goes_on_with_another_number_in_flight(case: Callable[[str], Case], tmp_path: Path) -> None:
