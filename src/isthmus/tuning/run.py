@@ -97,11 +97,10 @@ def tune(
     options = TuneOptions(**locals())
     options.check()
     links = Links.connect(rank_timeout) if is_one_of_several() else None
-    is_first = links is None or not links.rank
-    if is_first:
-        _check_places(options)
     # Rank 0 speaks for all; errors are told by whoever meets them.
-    console = None if is_first else Console(quiet=True)
+    console = Console(quiet=True) if links is not None and links.rank else None
+    if console is None:
+        _check_places(options)
     with PeakHostMemory() as memory, TrainingProgress(steps, console=console, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
             return _tune(options, memory, progress, stop, links)

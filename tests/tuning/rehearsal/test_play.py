@@ -15,7 +15,8 @@ from isthmus.simulation.tuning.popularity import find_popularity
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
 from isthmus.tuning.preflight.blueprint import blueprint_of, packed_inputs
-from isthmus.tuning.rehearsal.run import Played, Scenario, play, whole_steps
+from isthmus.tuning.rehearsal.run import Played, play, whole_steps
+from isthmus.tuning.rehearsal.scenario import Scenario
 
 NUM_LAYERS, NUM_TOKENS, MICRO_BATCHES, TOP_K = 8, 16, 4, 2
 

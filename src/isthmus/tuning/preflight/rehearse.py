@@ -13,7 +13,8 @@ from isthmus.spec.plan_tune import PredictedStep
 from isthmus.spec.profile import Profile
 from isthmus.spec.timeline import Timeline
 from isthmus.tuning.preflight.predict import RESOURCES, Prediction, Question
-from isthmus.tuning.rehearsal.run import NUM_STEPS, WARM_STEPS, Scenario, play, whole_steps
+from isthmus.tuning.rehearsal.run import NUM_STEPS, WARM_STEPS, play, whole_steps
+from isthmus.tuning.rehearsal.scenario import Scenario
 
 NOTE = "the runtime played through with what was measured here"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from isthmus.reporting.devices_plot import write_timelines
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.popularity import find_popularity
+from isthmus.simulation.tuning.run import Popularity
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.plan_tune import Change, PlanTuneReport
@@ -108,18 +110,7 @@ def plan_tune(
         own = blueprint(options.dtype)
         popularity = find_popularity(options.popularity, own.spec)
     cluster, profile = _measured(options, own) if named is None else (_with_memory(named, options), None)
-    question = Question(
-        blueprint=own,
-        cluster=cluster,
-        micro_batch_size=options.micro_batch_size,
-        micro_batches=options.micro_batches,
-        seq_len=options.seq_len,
-        num_stages=options.num_stages,
-        policy=options.policy,
-        popularity=popularity,
-        micro_batches_in_flight=options.micro_batches_in_flight,
-        num_steps=1 if options.popularity == "uniform" else 2,
-    )
+    question = _question(options, own, cluster, popularity)
     with TrainingProgress(1, title=TITLE, plain=plain) as progress:
         progress.phase("predicting")
         found = predict(question)
@@ -146,6 +137,23 @@ def plan_tune(
     if report is not None:
         atomic_write(report, to_json(written))
     return written
+
+
+def _question(
+    options: PlanTuneOptions, blueprint: Blueprint, cluster: TuneCluster, popularity: Callable[[], Popularity]
+) -> Question:
+    return Question(
+        blueprint=blueprint,
+        cluster=cluster,
+        micro_batch_size=options.micro_batch_size,
+        micro_batches=options.micro_batches,
+        seq_len=options.seq_len,
+        num_stages=options.num_stages,
+        policy=options.policy,
+        popularity=popularity,
+        micro_batches_in_flight=options.micro_batches_in_flight,
+        num_steps=1 if options.popularity == "uniform" else 2,
+    )
 
 
 def _rehearsed(options: PlanTuneOptions, question: Question, profile: Profile, found: Prediction) -> Prediction:

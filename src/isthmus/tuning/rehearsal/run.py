@@ -13,19 +13,12 @@ from torch import Tensor
 
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.bound import step_bound
-from isthmus.planning.flights import smallest_flight
-from isthmus.planning.memory import (
-    Blueprint,
-    Footprint,
-    accelerator_memory,
-    flight_that_fits,
-    num_dense_buffers,
-)
+from isthmus.planning.memory import accelerator_memory, num_dense_buffers
 from isthmus.planning.problem import CostModel
-from isthmus.planning.stages import Division, divide, map_stages
+from isthmus.planning.stages import map_stages
 from isthmus.profiling.crowding import Forgetting
 from isthmus.spec.model import OUTER_LAYER, ModelSpec, UnitKey, UnitLayout
-from isthmus.spec.plan import Plan, Stage
+from isthmus.spec.plan import Plan
 from isthmus.spec.profile import Profile
 from isthmus.spec.timeline import LANES, Timeline
 from isthmus.tuning.deferred import DeferredWork
@@ -39,6 +32,7 @@ from isthmus.tuning.rehearsal.clock import Changes, Clock, Cores
 from isthmus.tuning.rehearsal.costs import Costs
 from isthmus.tuning.rehearsal.machine import ClockAccelerator, ClockRecorder, ClockWorker, LinkCosts
 from isthmus.tuning.rehearsal.process import Mail, Process, steps_of
+from isthmus.tuning.rehearsal.scenario import Scenario
 from isthmus.tuning.rehearsal.waves import Scene
 from isthmus.tuning.session import thread_split
 from isthmus.tuning.step_optimizer import StepOptimizer
@@ -50,50 +44,6 @@ WARM_STEPS = 2
 """Of these: before them a policy knows no popularity, and has not found out what its machine really takes."""
 PREDICTED_SHARE = 0.85
 """Of tokens whose experts in the next layer the runtime's predictor gets right."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """A run. ``memory_bytes``: of each accelerator; without a separate one it says nothing. ``num_cores``: of the host,
-    for all processes together."""
-
-    blueprint: Blueprint
-    profile: Profile
-    num_processes: int
-    num_cores: int
-    memory_bytes: int
-    micro_batches: int
-    num_stages: int | None
-    policy: str
-    micro_batches_in_flight: int | None = None
-    """None: as many as fit."""
-
-    @property
-    def is_separate(self) -> bool:
-        return self.profile.hardware.link is not None
-
-    def part(self, rank: int) -> Footprint:
-        division = self.division
-        stages = division.stages_of(rank) if self.num_processes > 1 else ()
-        return self.blueprint.part(division.layers_of(rank), stages=stages)
-
-    @property
-    def num_in_flight(self) -> int:
-        """As many on every process. Raises ``IsthmusError`` where the least do not fit."""
-        number, asked = self.micro_batches, self.micro_batches_in_flight
-        if not self.is_separate:
-            return smallest_flight(number, asked or number)
-        return min(
-            flight_that_fits(self.part(rank), number, self.policy, self.memory_bytes, asked)
-            for rank in range(self.num_processes)
-        )
-
-    @property
-    def division(self) -> Division:
-        spec = self.blueprint.spec
-        if self.num_processes > 1:
-            return divide(spec, num_ranks=self.num_processes, num_stages=self.num_stages)
-        return Division(stages=(Stage(first_layer=0, last_layer=spec.num_layers - 1),), num_ranks=1)
 
 
 @dataclass(frozen=True, kw_only=True)
