@@ -121,6 +121,22 @@ def test_a_byte_less_than_the_minimum_is_too_little(inputs: Inputs, run: Tune, t
     assert f"under the minimum of {minimum}" in line
 
 
+def test_activations_that_do_not_all_fit_are_kept_flight_by_flight(inputs: Inputs, run: Tune, tmp_path: Path) -> None:
+    host, output = tmp_path / "host", tmp_path / "out"
+    succeed(run(inputs.arguments(host)))
+    arguments = inputs.arguments(output, *EMULATED)
+    for_all = minimum_bytes(run, [*arguments, "--micro-batches-in-flight", "2"])
+    memory = ["--accelerator-memory", str(int(for_all) - 1)]
+    line = error_line(run([*arguments, *memory, "--micro-batches-in-flight", "2"]))
+    assert "activations of 2 micro-batches" in line and "--micro-batches-in-flight" in line
+    result = run([*arguments, *memory])
+    succeed(result)
+    assert "at most 1 of 2 micro-batches in flight: activations of more do not fit" in result.stderr
+    assert losses(output) == pytest.approx(losses(host), rel=1e-5)
+    assert report(output)["summary"]["micro_batches_in_flight"] == 1
+    assert report(host)["summary"]["micro_batches_in_flight"] == 2
+
+
 def test_tune_in_python_returns_the_report_that_it_writes(inputs: Inputs, tmp_path: Path) -> None:
     options = {"seq_len": 32, "micro_batches": 1, "steps": 2, "dtype": "bf16", "accelerator": "host", "plain": True}
     result = isthmus.tune(inputs.model, data=inputs.data, output=tmp_path / "out", **options)
@@ -135,6 +151,7 @@ def test_tune_in_python_returns_the_report_that_it_writes(inputs: Inputs, tmp_pa
     ("more", "message"),
     [
         (["--num-layers", "3"], r"num_layers: got 3, wanted 1 to 2"),
+        (["--micro-batches-in-flight", "3"], r"micro_batches_in_flight: got 3, wanted a whole number from 1 to 2, the"),
         (["--accelerator", "emulated", "--accelerator-memory", "1GiB"], r"say --emulate h2d=2GB/s"),
         ([*EMULATED], r"say --accelerator-memory 8GiB"),
         ([*EMULATED, "--accelerator-memory", "lots"], r"accelerator_memory: got 'lots', wanted a size"),

@@ -126,6 +126,7 @@ EXAMPLES: dict[str, Any] = {
         activation_bytes=2**16,
         copy_window=3,
         num_waves=2,
+        num_in_flight=4,
     ),
     "timeline": Timeline(
         spans=(
@@ -174,6 +175,7 @@ EXAMPLES: dict[str, Any] = {
             needed_host_bytes=2**29,
             predictor_token_accuracy=0.85,
             predictor_least_popular_quarter_accuracy=1.0,
+            micro_batches_in_flight=2,
         ),
     ),
     "cluster": Cluster(

@@ -32,7 +32,9 @@ EMULATED = SessionOptions(
     emulation=parse_emulate("h2d=200MB/s,d2h=200MB/s,threads=1"),
     accelerator_memory_bytes=1,
     weight_decay=0.01,
+    num_in_flight=3,
 )
+"""All micro-batches in flight, which takes most memory; for fewer see ``test_flights``."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from isthmus.cli.sharing import Refresh, Timeout
-from isthmus.cli.tune import Dtype, MicroBatches, MicroBatchSize, NumLayers, SeqLen
+from isthmus.cli.tune import Dtype, MicroBatches, MicroBatchesInFlight, MicroBatchSize, NumLayers, SeqLen
 
 app = typer.Typer(no_args_is_help=True)
 Profile = Annotated[
@@ -144,6 +144,7 @@ def tune(
     seq_len: SeqLen = 512,
     micro_batch_size: MicroBatchSize = 1,
     micro_batches: MicroBatches = 4,
+    micro_batches_in_flight: MicroBatchesInFlight = None,
     dtype: Dtype = "bf16",
     method: Method = "full",
     num_layers: NumLayers = None,

@@ -62,6 +62,16 @@ MicroBatches = Annotated[
         min=1,
     ),
 ]
+MicroBatchesInFlight = Annotated[
+    int | None,
+    _training(
+        "Micro-batches that go forward before the first goes backward, at most: their activations are kept at once. "
+        "Fewer need less accelerator memory, load weights more often, and change no result. Left out: as many as fit, "
+        "all if they do.",
+        min=1,
+        metavar="N",
+    ),
+]
 LearningRate = Annotated[float, _training("Peak learning rate of AdamW.")]
 Schedule = Annotated[
     Literal["constant", "linear", "cosine"], _training("How the learning rate goes on after the warm-up.")
@@ -173,6 +183,7 @@ def tune(
     steps: Steps = 100,
     micro_batch_size: MicroBatchSize = 1,
     micro_batches: MicroBatches = 4,
+    micro_batches_in_flight: MicroBatchesInFlight = None,
     learning_rate: LearningRate = 2e-5,
     schedule: Schedule = "cosine",
     warmup: Warmup = 0.03,

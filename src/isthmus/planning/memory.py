@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from isthmus.planning.flights import largest_flight, smallest_flight
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import OUTER_LAYER, ExpertSpec, ModelSpec, UnitKey, UnitLayout
@@ -235,6 +236,27 @@ def _num_buffers(part: Footprint) -> int:
     return len(part.layers) if part.stages else min(len(part.layers), num_dense_buffers(part.spec))
 
 
+def flight_that_fits(
+    part: Footprint, num_micro_batches: int, policy: str, budget_bytes: int, asked: int | None = None
+) -> int:
+    """Micro-batches in flight as the runtime chooses them (``planning.flights``), or as ``asked``; where not even the
+    least fit, those: ``accelerator_memory`` then says what is missing."""
+    fits = lambda size: minimum_bytes(part, size, policy) <= budget_bytes  # noqa: E731
+    size = largest_flight(num_micro_batches, fits, asked)
+    return smallest_flight(num_micro_batches, asked) if size is None else size
+
+
+def landing_bytes(part: Footprint, memory: AcceleratorMemory) -> int:
+    """Host bytes of gradients that were copied to the host and have yet to be added to those of other flights: of
+    experts as many as can be on the accelerator, of dense parts as many as pass through, and one that is being
+    added. Buffers' sizes are powers of two."""
+    value_bytes = BYTES_PER_VALUE[part.dtype]
+    experts = min(memory.num_slots + 1, part.num_experts) * _capacity(part.slot_bytes // value_bytes)
+    rooms = [] if memory.is_dense_resident else dense_rooms(part.layouts, _num_buffers(part)).values()
+    passing = [max(_capacity(part.layouts[key].numel) for key in keys) for keys in rooms if len(keys) > 1]
+    return (experts + sum(passing) + max(passing, default=0)) * value_bytes
+
+
 def accelerator_memory(part: Footprint, num_micro_batches: int, policy: str, budget_bytes: int) -> AcceleratorMemory:
     """Divides ``budget_bytes`` as the runtime does. All dense parts stay if that leaves the policy's fewest slots.
 
@@ -263,8 +285,8 @@ def accelerator_memory(part: Footprint, num_micro_batches: int, policy: str, bud
     raise IsthmusError(
         f"accelerator_memory: got {_mib(budget_bytes)}, wanted at least {_mib(minimum)}: dense weights and gradients "
         f"{_mib(least_dense_bytes(part))}, activations {_mib(activations)}, experts "
-        f"{_mib(least_bytes)}. Raise it to the minimum, or lower the sequence length, the micro-batch size or their "
-        "number."
+        f"{_mib(least_bytes)}. Raise it to the minimum, or lower the sequence length, the micro-batch size or the "
+        f"number in flight, {num_micro_batches}."
     )
 
 

@@ -41,5 +41,7 @@ class Plan:
     copy_window: int
     num_waves: int
     """Most groups of micro-batches (waves) whose experts run one after the other; the policy may take fewer."""
+    num_in_flight: int
+    """Most micro-batches whose activations are kept at once: so many go forward and backward before the next begin."""
     is_dense_resident: bool = True
     """Whether every layer's dense part stays on the accelerator; else the layers pass through a few buffers."""

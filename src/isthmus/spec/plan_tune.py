@@ -116,3 +116,5 @@ class PlanTuneReport:
     reason: str
     """Why there is no step, if there is none."""
     changes: tuple[Change, ...]
+    micro_batches_in_flight: int | None = None
+    """Of a step's: so many go forward and backward before the next begin. None: written before that was known."""

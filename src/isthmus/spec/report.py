@@ -48,6 +48,8 @@ class TuneSummary:
     """Share of (token, expert) choices that were predicted."""
     predictor_least_popular_quarter_accuracy: float | None = None
     """Share of the experts called least popular (lowest quarter) that were."""
+    micro_batches_in_flight: int | None = None
+    """So many went forward and backward before the next began."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.planning import memory
 from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.accelerator.base import Accelerator, Event, NotResidentError
+from isthmus.tuning.gradients import GradientReturn
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 
@@ -52,8 +53,9 @@ class _Buffer:
 class DenseUnits:
     """Binds the model's dense parameters to accelerator memory (or, without a separate one, to the store itself).
 
-    Gradients accumulate where autograd leaves them, in ranges laid out like the weights. ``on_complete(key)`` is called
-    once per unit and step when its gradient lies in the store.
+    Gradients accumulate where autograd leaves them, in ranges laid out like the weights, over all of a step's backward
+    passes; where another layer takes a layer's place they leave with every pass. ``on_complete(key)`` is called when
+    one that left lies in the store.
 
     The order of calls, on the computing thread: ``begin_step`` before the optimizer changes anything; for a pass,
     ``begin_forward`` or ``begin_backward``, then per layer ``enter_…`` before the first micro-batch and ``leave_…``
@@ -77,6 +79,7 @@ class DenseUnits:
         self.accelerator = accelerator
         self.optimizer = optimizer
         self.on_complete = on_complete
+        self.way_back = GradientReturn(accelerator, optimizer, on_complete)
         self.num_buffers = num_buffers
         self.num_layers = model.spec.num_layers
         self.keys = sorted(key for key in store.keys if not key.is_expert)
@@ -84,6 +87,8 @@ class DenseUnits:
         self._weights: dict[UnitKey, Tensor] = {}
         self._gradients: dict[UnitKey, Tensor] = {}
         self._blocks: list[Tensor] = []
+        self._is_first = self._is_last = True
+        """Of the step's backward passes, the present one."""
         self._lock = threading.Lock()
         self._current: set[int] = set()
         """Layers whose weights on the host are those of the present step."""
@@ -233,40 +238,46 @@ class DenseUnits:
 
     # --- gradients ---------------------------------------------------------------------------------------------------
 
-    def begin_backward(self) -> None:
-        """Backward is about to start, with what lies behind the last layer, if that is here."""
+    def begin_backward(self, *, is_first: bool = True, is_last: bool = True) -> None:
+        """A backward pass, the first or last of a step or neither, is about to start, with what lies behind the last
+        layer, if that is here."""
+        self._is_first, self._is_last = is_first, is_last
         if OUTER_LAYER in self._by_layer:
             self._zero(OUTER_LAYER)
 
     def enter_backward(self, layer: int) -> None:
-        """As ``enter_forward``; the layer's gradients are zero, and the one before it in its buffer has its own."""
+        """As ``enter_forward``; the layer's gradients are zero, or those of the passes before, and the one before it in
+        its buffer has its own."""
         self.enter_forward(layer)
         self._zero(layer)
 
+    def that_leave(self, layer: int) -> list[UnitKey]:
+        """The layer's units, if their gradients leave with this pass."""
+        return self.of_layer(layer) if self._is_last or self._is_shared(layer) else []
+
     def leave_backward(self, layer: int) -> None:
-        """The layer's gradients are whole: they leave for the store. Does not block."""
+        """The pass has added all to the layer's gradients: those ``that_leave`` set off for the store. Does not
+        block."""
         buffer = self._buffer(layer)
-        for key in self.of_layer(layer):
-            destination, _ = self.optimizer.gradient_destination(key)
-            if not self.accelerator.is_separate:
+        for key in self.that_leave(layer):
+            if self.accelerator.is_separate:
+                buffer.leaving.append(self.way_back.send(key, self._gradients[key], f"dense gradient L{layer}"))
+            else:
+                self.optimizer.gradient_destination(key)
                 self.on_complete(key)
-                continue
-            event = self.accelerator.copy(
-                destination,
-                self._gradients[key],
-                "d2h",
-                name=f"dense gradient L{layer}",
-                kind="gradient",
-                after=self.accelerator.record(),
-                on_done=lambda key=key: self.on_complete(key),
-            )
-            buffer.leaving.append(event)
         self._hand_on(layer, layer - self.num_buffers)
+
+    def _is_shared(self, layer: int) -> bool:
+        """Whether other layers pass through the layer's buffer."""
+        if layer == OUTER_LAYER:
+            return False
+        return layer >= self.num_buffers or layer + self.num_buffers < self.num_layers
 
     def _zero(self, layer: int) -> None:
         buffer = self._buffer(layer)
         for event in buffer.leaving:
             self.accelerator.wait_for(event)
         buffer.leaving.clear()
-        for key in self.of_layer(layer):
-            self._gradients[key].zero_()
+        if self._is_first or self._is_shared(layer):
+            for key in self.of_layer(layer):
+                self._gradients[key].zero_()

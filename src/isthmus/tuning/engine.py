@@ -1,4 +1,5 @@
-"""Runs one training step of all micro-batches: forward and backward, breadth-first over layers.
+"""Runs one training step: forward and backward of all micro-batches, breadth-first over layers; where their
+activations do not all fit, flight by flight (see ``planning.flights``).
 
 Each micro-batch runs the model's own forward code in a greenlet that stops at every layer's experts. The engine resumes
 them group by group (a group is the micro-batches whose experts run together, a wave): while one group's experts are
@@ -8,6 +9,7 @@ APTMoE (section 4), one layer at a time, so that each expert is needed once per 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from isthmus.training.random_state import random_state, restore_random_state, se
 from isthmus.tuning.backward_pass import BackwardPass
 from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
+from isthmus.tuning.flight import Flight
 from isthmus.tuning.forward_pass import ForwardPass
 from isthmus.tuning.protocols import Policy
 from isthmus.tuning.step_optimizer import StepOptimizer, backward_priority, forward_priority
@@ -84,13 +87,18 @@ class Engine:
         dense: DenseUnits,
         policy: Policy,
         optimizer: StepOptimizer,
+        num_in_flight: int,
     ) -> None:
+        """``num_in_flight``: micro-batches whose activations there is memory for at once."""
         self.model = model
         self.resources = resources
         self.dense = dense
         self.policy = policy
         self.optimizer = optimizer
+        self.num_in_flight = num_in_flight
         self.counts = StepCounts()
+        self._counts_LE: dict[int, list[int]] = {}
+        """Tokens per expert of each MoE layer in the present pass."""
         self._run: Run | None = None
         self._hub: greenlet.greenlet | None = None
         self._entered: set[int] = set()
@@ -172,6 +180,7 @@ class Engine:
 
     def _begin_forward(self, groups: list[Group]) -> None:
         self._hub = greenlet.getcurrent()
+        self._counts_LE = {}
         self._entered = set()
         self._left = dict.fromkeys(range(self.model.spec.num_layers), sum(len(group.runs) for group in groups))
         self.policy.begin_forward()
@@ -203,8 +212,7 @@ class Engine:
         split = self.policy.split_forward(layer, wave.counts_E, wave.hidden_TH, wave.index_Tk)
         work = ForwardPass(self.resources, wave, split, priority=forward_priority(layer), name=f"L{layer}")
         self._count(work)
-        total = self.counts.counts_LE.setdefault(layer, [0] * spec.num_experts)
-        self.counts.counts_LE[layer] = [a + b for a, b in zip(total, wave.counts_E, strict=True)]
+        _add_counts(self._counts_LE, layer, wave.counts_E)
         work.start()
         group.waiting = work
         if group.runs[0].tape.recording:
@@ -262,32 +270,31 @@ class Engine:
             self._leave(layer)
 
     def _leave(self, layer: int) -> None:
-        self.optimizer.expect(self.dense.of_layer(layer))
+        self.optimizer.expect(self.dense.that_leave(layer))
         self.dense.leave_backward(layer)
         self.policy.leave_backward(layer)
 
     # --- whole passes ----------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _runs(batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Run]:
-        total = sum(batch.num_label_tokens for batch in batches)
+    def _runs(flight: Flight, seed: int, *, recording: bool) -> list[Run]:
         return [
             Run(
                 batch=batch,
-                weight=batch.num_label_tokens / total,
+                weight=batch.num_label_tokens / flight.num_label_tokens,
                 tape=Tape(recording=recording),
-                seed=seed * len(batches) + i,
+                seed=seed * flight.num_in_step + number,
             )
-            for i, batch in enumerate(batches)
+            for number, batch in enumerate(flight.batches, start=flight.first)
         ]
 
-    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
-        runs = self._runs(batches, seed, recording=recording)
+    def _groups(self, flight: Flight, seed: int, *, recording: bool) -> list[Group]:
+        runs = self._runs(flight, seed, recording=recording)
         num_waves = min(self.policy.num_waves, len(runs))
         return [Group(runs=runs[i::num_waves]) for i in range(num_waves)]
 
     def _loss(self, groups: list[Group]) -> float:
-        """The mean over the label tokens of all micro-batches."""
+        """These micro-batches' part of the mean over the label tokens of all."""
         loss = 0.0
         for run in (run for group in groups for run in group.runs):
             assert run.tape.loss is not None
@@ -297,25 +304,38 @@ class Engine:
     def train_step(self, batches: list[MicroBatch], *, seed: int) -> float:
         """Forward and backward of all micro-batches. Leaves gradients (complete or on their way) in the store.
 
-        Returns the step's loss: the mean over label tokens. ``self.counts`` tells what ran where.
+        Returns the step's loss: the mean over label tokens; if it is not finite, the store has no gradients.
+        ``self.counts`` tells what ran where.
         """
         self.counts = StepCounts()
-        groups = self._groups(batches, seed, recording=True)
+        loss = 0.0
+        for flight in Flight.whole(batches).parts(self.num_in_flight):
+            loss += self._fly(flight, seed)
+            if not math.isfinite(loss):
+                self.optimizer.discard()
+                break
+        return loss
+
+    def _fly(self, flight: Flight, seed: int) -> float:
+        """Forward and backward of one flight; its part of the loss. Backward is left out if that is not finite."""
+        groups = self._groups(flight, seed, recording=True)
         self._forward(groups)
         self.optimizer.wait()
+        for layer, counts_E in self._counts_LE.items():
+            _add_counts(self.counts.counts_LE, layer, counts_E)
         loss = self._loss(groups)
-        if not torch.isfinite(torch.tensor(loss)):
-            return loss
-        self._expect_gradients(groups)
-        self.dense.begin_backward()
-        self.policy.begin_backward(self.counts.counts_LE)
-        self._entered = set()
-        self._left = dict.fromkeys(range(self.model.spec.num_layers), len(groups))
-        self._backward(groups)
-        self.resources.deferred.run_all()
-        if self.dense.of_layer(OUTER_LAYER):
-            self.optimizer.expect(self.dense.of_layer(OUTER_LAYER))
-            self.dense.leave_backward(OUTER_LAYER)
+        if math.isfinite(loss):
+            self.optimizer.begin_backward(is_last=flight.is_last)
+            self._expect_gradients(groups)
+            self.dense.begin_backward(is_first=flight.is_first, is_last=flight.is_last)
+            self.policy.begin_backward(self._counts_LE, is_last=flight.is_last)
+            self._entered = set()
+            self._left = dict.fromkeys(range(self.model.spec.num_layers), len(groups))
+            self._backward(groups)
+            self.resources.deferred.run_all()
+            if self.dense.of_layer(OUTER_LAYER):
+                self.optimizer.expect(self.dense.that_leave(OUTER_LAYER))
+                self.dense.leave_backward(OUTER_LAYER)
         return loss
 
     def _backward(self, groups: list[Group]) -> None:
@@ -345,9 +365,14 @@ class Engine:
         self.counts = StepCounts()
         self.model.module.eval()
         try:
-            groups = self._groups(batches, 0, recording=False)
+            groups = self._groups(Flight.whole(batches), 0, recording=False)
             self._forward(groups)
             self.optimizer.wait()
             return self._loss(groups)
         finally:
             self.model.module.train()
+
+
+def _add_counts(counts_LE: dict[int, list[int]], layer: int, counts_E: list[int]) -> None:
+    before = counts_LE.get(layer, [0] * len(counts_E))
+    counts_LE[layer] = [a + b for a, b in zip(before, counts_E, strict=True)]

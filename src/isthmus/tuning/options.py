@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.models.skeleton import torch_dtype
+from isthmus.planning.flights import check_in_flight
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.units import parse_bytes, parse_emulate
 from isthmus.training.schedule import learning_rate_at
@@ -29,6 +30,7 @@ class TuneOptions:
     seq_len: int
     micro_batch_size: int
     micro_batches: int
+    micro_batches_in_flight: int | None
     learning_rate: float
     schedule: str
     warmup: float
@@ -61,6 +63,7 @@ class TuneOptions:
         for name in (*data, "steps", "eval_every"):
             if getattr(self, name) < 1:
                 raise IsthmusError(f"{name}: got {getattr(self, name)}, wanted at least 1.")
+        check_in_flight(self.micro_batches_in_flight, self.micro_batches)
         for name in ("learning_rate", "weight_decay", "clip_norm", "save_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise IsthmusError(f"{name}: got {getattr(self, name)}, wanted a finite number from 0 up.")
@@ -93,6 +96,7 @@ class TuneOptions:
             cpu_speed=self.cpu_speed,
             num_stages=self.num_stages,
             num_layers=self.num_layers,
+            num_in_flight=self.micro_batches_in_flight,
             wire=self.wire,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm or None,

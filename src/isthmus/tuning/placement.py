@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
+from isthmus.planning.flights import largest_flight, smallest_flight
 from isthmus.planning.memory import (
     experts_bytes,
     experts_of,
@@ -44,6 +45,8 @@ class Part:
 
     stages: tuple[Stage, ...]
     run: Forward
+    least: Callable[[int], int]
+    """The least of what all processes say; all must ask."""
 
 
 class BudgetError(IsthmusError):
@@ -67,6 +70,14 @@ class Placement:
     """What other policies would need to take this one's place; None where there is nothing to decide."""
 
 
+@dataclass(frozen=True)
+class Room:
+    """For micro-batches whose activations are kept at once."""
+
+    num_in_flight: int
+    activation_bytes: int
+
+
 def place_dense(
     model: MoeModel,
     store: ParameterStore,
@@ -75,34 +86,44 @@ def place_dense(
     policy: str,
     make: Callable[[int], DenseUnits],
     part: Part | None = None,
-) -> tuple[DenseUnits, int]:
-    """(the dense units, all resident if the budget allows, else streamed; activation bytes of steps like ``example``).
+    num_in_flight: int | None = None,
+) -> tuple[DenseUnits, Room]:
+    """(the dense units, room for activations of steps like ``example``). As many micro-batches are in flight as leave
+    room for the policy's fewest slots, or as ``num_in_flight`` says; beside them all dense units are resident if the
+    budget allows, else streamed.
 
     ``make(num_buffers)`` allocates them with weights to measure with. Raises ``BudgetError`` if even streamed they
-    leave no room for activations and the policy's fewest slots; the model's parameters then lie in the store. A
-    ``part`` is never streamed.
+    leave no room for the least activations and the policy's fewest slots; the model's parameters then lie in the store.
+    A ``part`` is never streamed. Of several processes all get the least number in flight.
     """
-    spec, activation_bytes = model.spec, None
+    spec, number = model.spec, len(example)
     if not accelerator.is_separate:
-        return make(spec.num_layers), 0
+        return make(spec.num_layers), Room(smallest_flight(number, num_in_flight or number), 0)
     slots_bytes = least_slots_of(model, policy, part) * model.slot_numel * torch_dtype(model.dtype).itemsize
-    choices = {spec.num_layers} if part else {spec.num_layers, num_dense_buffers(spec)}
-    for num_buffers in sorted(choices, reverse=True):
-        needed_bytes = dense_bytes(store, num_buffers) + slots_bytes
-        if needed_bytes > accelerator.budget_bytes:
-            continue
-        dense = make(num_buffers)
-        activation_bytes = activations(model, example, accelerator, part)
-        if needed_bytes + activation_bytes <= accelerator.budget_bytes:
-            return dense, activation_bytes
-        dense.free()
-    if activation_bytes is None:
+    choices = sorted({spec.num_layers} if part else {spec.num_layers, num_dense_buffers(spec)}, reverse=True)
+    left_bytes = {n: accelerator.budget_bytes - dense_bytes(store, n) - slots_bytes for n in choices}
+    num_buffers = next((n for n in choices if left_bytes[n] >= 0), None)
+    dense = None if num_buffers is None else make(num_buffers)
+    if dense is None:
         # Not even the dense part fits: what autograd keeps is measured on the host.
         model.move_buffers(torch.device("cpu"))
         for key in (key for key in store.keys if not key.is_expert):
             model.bind(key, store.weight(key))
-        activation_bytes = activations(model, example, accelerator, part)
-    raise _budget_error(model, policy, accelerator.budget_bytes, activation_bytes, store, part)
+    needed = activations(model, example, accelerator, part)
+    size = largest_flight(number, lambda size: needed(size) <= max(left_bytes.values()), num_in_flight)
+    if size is None:
+        if dense is not None:
+            dense.free()
+        least = smallest_flight(number, num_in_flight)
+        raise _budget_error(model, policy, accelerator.budget_bytes, Room(least, needed(least)), store, part)
+    if part:
+        size = part.least(size)
+    num_buffers = next(n for n in choices if needed(size) <= left_bytes[n])
+    if dense is None or dense.num_buffers != num_buffers:
+        if dense is not None:
+            dense.free()
+        dense = make(num_buffers)
+    return dense, Room(size, needed(size))
 
 
 def place(
@@ -112,7 +133,7 @@ def place(
     dense: DenseUnits,
     example: list[MicroBatch],
     *,
-    activation_bytes: int,
+    room: Room,
     policy: str,
     num_stages: int | None,
     num_waves: int | None,
@@ -139,10 +160,10 @@ def place(
         progress=progress,
     )
     if not accelerator.is_separate or not spec.moe_layers:
-        return _in_place(model, store, measured, part)
+        return _in_place(model, store, measured, room, part)
     profile = at_cpu_speed(measured, cpu_speed)
-    num_waves = len(example) if part else num_waves or min(2, len(example))
-    plan = fit(model, accelerator, dense, activation_bytes, profile.copy_window, policy, num_stages, num_waves, part)
+    num_waves = room.num_in_flight if part else num_waves or min(2, room.num_in_flight)
+    plan = fit(model, accelerator, dense, room, profile.copy_window, policy, num_stages, num_waves, part)
     seat = PolicySeat()
     loader = _make_loader(model, store, accelerator, plan, seat)
     setup = PolicySetup(
@@ -150,7 +171,7 @@ def place(
         costs=CostModel(profile, spec),
         plan=plan,
         loader=loader,
-        num_tokens=num_tokens,
+        num_tokens=num_tokens * room.num_in_flight // len(example),
         recorder=accelerator.recorder,
         is_pipelined=part is not None,
         predictor=make_predictor(model, store, accelerator),
@@ -182,7 +203,7 @@ def _make_loader(
     )
 
 
-def _in_place(model: MoeModel, store: ParameterStore, profile: Profile, part: Part | None) -> Placement:
+def _in_place(model: MoeModel, store: ParameterStore, profile: Profile, room: Room, part: Part | None) -> Placement:
     """Without a separate memory, or without experts, there is nothing to decide: experts run in place, where all
     micro-batches pass together those of all form one wave."""
     plan = Plan(
@@ -194,6 +215,7 @@ def _in_place(model: MoeModel, store: ParameterStore, profile: Profile, part: Pa
         activation_bytes=0,
         copy_window=1,
         num_waves=1,
+        num_in_flight=room.num_in_flight,
     )
     return Placement(plan=plan, profile=profile, loader=HostLoader(store.weight), policy=InPlace())
 
@@ -202,7 +224,7 @@ def fit(
     model: MoeModel,
     accelerator: Accelerator,
     dense: DenseUnits,
-    activation_bytes: int,
+    room: Room,
     copy_window: int,
     policy: str,
     num_stages: int | None,
@@ -212,7 +234,7 @@ def fit(
     """Divides the accelerator's budget: dense part (already allocated), activations, the rest in slots of one
     expert."""
     slot_bytes = model.slot_numel * torch_dtype(model.dtype).itemsize
-    free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - activation_bytes
+    free_bytes = accelerator.budget_bytes - accelerator.allocated_bytes - room.activation_bytes
     experts = experts_of(model.spec)
     stages = part.stages if part else ()
     num_slots = min(free_bytes // slot_bytes, sum(experts) + most_with_gradients(experts, stages))
@@ -222,9 +244,10 @@ def fit(
         num_slots=num_slots,
         slot_bytes=slot_bytes,
         dense_bytes=accelerator.allocated_bytes,
-        activation_bytes=activation_bytes,
+        activation_bytes=room.activation_bytes,
         copy_window=copy_window,
         num_waves=num_waves,
+        num_in_flight=room.num_in_flight,
         is_dense_resident=dense.is_resident,
     )
 
@@ -236,7 +259,7 @@ def least_slots_of(model: MoeModel, policy: str, part: Part | None = None) -> in
 
 
 def _budget_error(
-    model: MoeModel, policy: str, budget_bytes: int, activation_bytes: int, store: ParameterStore, part: Part | None
+    model: MoeModel, policy: str, budget_bytes: int, room: Room, store: ParameterStore, part: Part | None
 ) -> BudgetError:
     """The error that says what the least budget is and what it is made of."""
     slot_bytes, num_slots = model.slot_numel * torch_dtype(model.dtype).itemsize, least_slots_of(model, policy, part)
@@ -244,27 +267,36 @@ def _budget_error(
     if part:
         num_buffers = num_layers
     least_bytes = dense_bytes(store, num_buffers)
-    minimum = least_bytes + activation_bytes + num_slots * slot_bytes
+    minimum = least_bytes + room.activation_bytes + num_slots * slot_bytes
+    one, lower = (
+        ("one micro-batch", "")
+        if room.num_in_flight == 1
+        else (f"{room.num_in_flight} micro-batches", ", --micro-batches-in-flight")
+    )
     at_once = f" (of {num_buffers} of the {num_layers} layers at a time)" if num_buffers < num_layers else ""
     return BudgetError(
         f"accelerator_memory: {budget_bytes} bytes are under the minimum of {minimum} ({minimum / 2**20:.1f} MiB) for "
-        f"policy {policy}: dense weights and gradients {least_bytes / 2**20:.1f} MiB{at_once}, activations "
-        f"{activation_bytes / 2**20:.1f} MiB, {num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise "
-        "--accelerator-memory to at least the minimum, lower --seq-len, --micro-batch-size or --micro-batches, or take "
-        "a policy that loads less.",
+        f"policy {policy}: dense weights and gradients {least_bytes / 2**20:.1f} MiB{at_once}, activations of {one} "
+        f"{room.activation_bytes / 2**20:.1f} MiB, {num_slots} experts of {slot_bytes / 2**20:.2f} MiB. Raise "
+        f"--accelerator-memory to at least the minimum, lower --seq-len, --micro-batch-size{lower}, or take a policy "
+        "that loads less.",
         minimum,
     )
 
 
-def activations(model: MoeModel, example: list[MicroBatch], accelerator: Accelerator, part: Part | None = None) -> int:
-    """Accelerator bytes of one step's activations: what the dense part saves, and what experts take."""
+def activations(
+    model: MoeModel, example: list[MicroBatch], accelerator: Accelerator, part: Part | None = None
+) -> Callable[[int], int]:
+    """Accelerator bytes of activations by number of micro-batches in flight: what the dense part saves, and what
+    experts take. Measures once."""
     run = part.run if part else loss_of
     distinct = {id(batch): batch for batch in example}.values()
-    saved = max(measure_saved_bytes(model, batch.inputs, run) for batch in distinct) * len(example)
-    num_tokens = sum(batch.num_computed_tokens for batch in example)
+    saved_bytes = max(measure_saved_bytes(model, batch.inputs, run) for batch in distinct)
+    num_tokens = sorted((batch.num_computed_tokens for batch in example), reverse=True)
     experts = [layer for layer in model.spec.layers if layer is not None]
     scratch = scratch_bytes(model) if should_group(model, accelerator) else 0
-    return saved + experts_bytes(experts, num_tokens, torch_dtype(model.dtype).itemsize) + scratch
+    value_bytes = torch_dtype(model.dtype).itemsize
+    return lambda size: saved_bytes * size + experts_bytes(experts, sum(num_tokens[:size]), value_bytes) + scratch
 
 
 def make_predictor(model: MoeModel, store: ParameterStore, accelerator: Accelerator) -> PopularityPredictor:

@@ -37,12 +37,12 @@ class Policy(ABC):
     The engine calls these in the order of a step: ``begin_step``, ``begin_forward``, then per layer ``enter_forward``
     and one ``split_forward`` per wave, ``begin_backward``, then per layer from the last ``enter_backward`` and
     ``split_backward``. All calls come from the engine's thread, except ``layer_ready``, which may come from the CPU
-    worker's.
+    worker's. A step may have several passes of either kind, in turns (see ``planning.flights``).
     """
 
     name: str
     num_waves: int = 1
-    """Into how many groups the next step's micro-batches are to be split whose experts run together; while one group's
+    """Into how many groups the next pass's micro-batches are to be split whose experts run together; while one group's
     experts run on the CPU, another group's dense part can run on the accelerator."""
 
     @abstractmethod
@@ -66,8 +66,9 @@ class Policy(ABC):
         """Where the experts of this wave run. ``hidden_TH`` is what the router saw, ``index_Tk`` what it chose."""
 
     @abstractmethod
-    def begin_backward(self, counts_LE: dict[int, list[int]]) -> None:
-        """Forward is over; ``counts_LE`` are the step's counts of every MoE layer."""
+    def begin_backward(self, counts_LE: dict[int, list[int]], *, is_last: bool) -> None:
+        """Forward is over; ``counts_LE`` are its counts of every MoE layer. ``is_last``: no other forward pass with the
+        same weights follows."""
 
     @abstractmethod
     def enter_backward(self, layer: int) -> None:
@@ -75,13 +76,13 @@ class Policy(ABC):
 
     @abstractmethod
     def split_backward(self, layer: int) -> LayerSplit:
-        """Where the layer's experts run in backward; the same answer for all waves of a step."""
+        """Where the layer's experts run in backward; the same answer for all waves of a pass."""
 
     @abstractmethod
     def leave_backward(self, layer: int) -> None:
-        """The layer's backward is over; its weights are not needed again in this step."""
+        """The layer's backward is over; its weights are not needed again in this pass."""
 
     @abstractmethod
     def next_use(self, key: UnitKey) -> float:
-        """Position in the step at which the expert is wanted on the accelerator next; ``inf``: not again.
+        """Position from this forward pass on at which the expert is wanted on the accelerator next; ``inf``: not again.
         Thread-safe."""

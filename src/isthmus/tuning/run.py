@@ -56,6 +56,7 @@ def tune(
     seq_len: int = 512,
     micro_batch_size: int = 1,
     micro_batches: int = 4,
+    micro_batches_in_flight: int | None = None,
     learning_rate: float = 2e-5,
     schedule: str = "cosine",
     warmup: float = 0.03,
@@ -96,11 +97,10 @@ def tune(
     options = TuneOptions(**locals())
     options.check()
     links = Links.connect(rank_timeout) if is_one_of_several() else None
-    is_first = links is None or not links.rank
-    if is_first:
-        _check_places(options)
     # Rank 0 speaks for all; errors are told by whoever meets them.
-    console = None if is_first else Console(quiet=True)
+    console = Console(quiet=True) if links is not None and links.rank else None
+    if console is None:
+        _check_places(options)
     with PeakHostMemory() as memory, TrainingProgress(steps, console=console, plain=plain) as progress:
         with StopSignals(progress.message) as stop:
             return _tune(options, memory, progress, stop, links)
@@ -130,6 +130,8 @@ def _tune(
     is_first = links is None or not links.rank
     example, largest = stream.peek(), stream.largest()
     with Session(path, session_options, example, recorder, progress.phase, links=links, largest=largest) as session:
+        if session.plan.num_in_flight < options.micro_batches:
+            progress.message(_in_flight(session, options))
         trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
         if options.overwrite and is_first:
             # Not before: a run is only replaced by one whose input is known to be good.
@@ -157,6 +159,11 @@ def _tune(
         progress.phase("drawing")
         _draw(session, trainer, timelines, options)
     return result
+
+
+def _in_flight(session: Session, options: TuneOptions) -> str:
+    reason = "as asked" if options.micro_batches_in_flight else "activations of more do not fit"
+    return f"at most {session.plan.num_in_flight} of {options.micro_batches} micro-batches in flight: {reason}"
 
 
 def _facts(options: TuneOptions, path: Path, stream: BatchStream) -> dict[str, object]:
@@ -211,6 +218,7 @@ def summarise(session: Session, trainer: Trainer, peak_host_bytes: int) -> TuneS
         accelerator_budget_bytes=session.accelerator.budget_bytes,
         peak_host_bytes=peak_host_bytes,
         needed_host_bytes=session.store.total_bytes,
+        micro_batches_in_flight=session.plan.num_in_flight,
         predictor_token_accuracy=quality.token_accuracy,
         predictor_least_popular_quarter_accuracy=quality.least_popular_quarter_accuracy,
     )

@@ -45,6 +45,8 @@ from isthmus.tuning.policies import POLICIES, PolicySeat
 from isthmus.tuning.step_optimizer import StepOptimizer
 from isthmus.tuning.wave import Resources
 
+MOST_EVALUATED = 4
+"""Micro-batches at once: more reuse no more of what is loaded than is worth their memory."""
 ROW_MULTIPLE = 16
 """Rows of bf16 experts in place come in multiples of this, see ``pad_rows``: some 3 % more work for few sizes."""
 
@@ -62,6 +64,8 @@ class SessionOptions:
     num_stages: int | None = None
     num_layers: int | None = None
     num_waves: int | None = None
+    num_in_flight: int | None = None
+    """Most micro-batches that go forward before the first goes backward; None: as many as fit."""
     num_cores: int | None = None
     """What to compute with; None: ``OMP_NUM_THREADS`` or what this process may use."""
     wire: str | None = None
@@ -165,9 +169,9 @@ class Session:
             on_layer_stepped=lambda layer: self.placement.policy.layer_ready(layer),
         )
         model.move_buffers(accelerator.device)
-        part = Part(stages=self.pipeline.stages, run=self.pipeline.rehearse) if self.pipeline else None
-        self.dense, activation_bytes = place_dense(
-            model, self.store, accelerator, largest, options.policy, self._dense_units, part
+        part = self.pipeline and Part(stages=self.pipeline.stages, run=self.pipeline.rehearse, least=self._least_of_all)
+        self.dense, room = place_dense(
+            model, self.store, accelerator, largest, options.policy, self._dense_units, part, options.num_in_flight
         )
         self.placement: Placement = place(
             model,
@@ -175,7 +179,7 @@ class Session:
             accelerator,
             self.dense,
             example,
-            activation_bytes=activation_bytes,
+            room=room,
             policy=options.policy,
             num_stages=options.num_stages,
             num_waves=options.num_waves,
@@ -184,9 +188,14 @@ class Session:
             progress=progress,
             part=part,
         )
-        parts = self._resources(), self.dense, self.placement.policy, self.steps
+        parts = self._resources(), self.dense, self.placement.policy, self.steps, room.num_in_flight
         self.engine = PipelineEngine(self.pipeline, *parts) if self.pipeline else Engine(model, *parts)
         self.weights_changed()
+
+    def _least_of_all(self, num_in_flight: int) -> int:
+        """All ranks must take the same micro-batches through at once."""
+        assert self.links is not None
+        return min(self.links.gather(num_in_flight, "how many micro-batches fit"))
 
     def _sum_over_ranks(self, squared_norm: float) -> float:
         """In the order of ranks, so that all get the same bits."""
@@ -299,8 +308,10 @@ class Session:
             is_finite=is_finite,
         )
 
-    def evaluate(self, batches: list[MicroBatch], *, at_once: int = 4) -> float:
-        """Mean loss over the label tokens of all the given micro-batches, ``at_once`` of which run together."""
+    def evaluate(self, batches: list[MicroBatch]) -> float:
+        """Mean loss over the label tokens of all the given micro-batches. A few run together: no more than there is
+        room for in training."""
+        at_once = min(MOST_EVALUATED, self.plan.num_in_flight)
         parts = [batches[start : start + at_once] for start in range(0, len(batches), at_once)]
         losses = [(self.engine.evaluate(part), sum(batch.num_label_tokens for batch in part)) for part in parts]
         return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)

@@ -58,15 +58,41 @@ class StepOptimizer:
         self._dense_steps: dict[int, Future] = {}
         self._steps: dict[int, Future] = {}
         self._is_stepping = False
+        self._is_last = True
+        """Whether the present backward pass is the step's last: gradients are whole when it adds to them."""
+
+    def begin_backward(self, *, is_last: bool) -> None:
+        """A backward pass of the step begins. Blocks until the gradients of those before it lie in the store: this one
+        adds to them. ``is_last``: norms are computed as gradients come in, since nothing more will be added."""
+        self._await_gradients()
+        self._is_last = is_last
+
+    def discard(self) -> None:
+        """Forgets the gradients of the step's passes so far, once they have come in. Blocks."""
+        self._await_gradients()
+        self.optimizer.discard_gradients()
+
+    def _await_gradients(self) -> None:
+        recorder, start_s = self._recorder, self._recorder.now_s()
+        with self._condition:
+            while self._expected:
+                if not self._condition.wait(timeout=300.0):
+                    raise RuntimeError(f"gradients of {sorted(self._expected)[:4]} … did not arrive within 300 s")
+        for norm in self._norms:
+            norm.result()
+        self._norms.clear()
+        recorder.add("accelerator", "gradients on their way to the host", start_s, recorder.now_s(), kind="wait")
 
     def expect(self, keys: Iterable[UnitKey]) -> None:
-        """These units will get a gradient in this step; ``complete`` must be called for each."""
+        """These units will get a gradient in this pass; ``complete`` must be called for each."""
         with self._condition:
             self._expected.update(keys)
 
     def complete(self, key: UnitKey) -> None:
-        """The unit's whole gradient lies in the store. From any thread."""
-        if self.worker is None:
+        """All that this pass adds to the unit's gradient lies in the store. From any thread."""
+        if not self._is_last:
+            pass
+        elif self.worker is None:
             self.optimizer.finish_gradient(key)
         else:
             norm = self.worker.submit(
@@ -86,15 +112,7 @@ class StepOptimizer:
 
         Raises ``NonFiniteGradient`` before anything is changed.
         """
-        recorder, start_s = self._recorder, self._recorder.now_s()
-        with self._condition:
-            while self._expected:
-                if not self._condition.wait(timeout=300.0):
-                    raise RuntimeError(f"gradients of {sorted(self._expected)[:4]} … did not arrive within 300 s")
-        for norm in self._norms:
-            norm.result()
-        self._norms.clear()
-        recorder.add("accelerator", "gradients on their way to the host", start_s, recorder.now_s(), kind="wait")
+        self._await_gradients()
         norm = self.optimizer.begin_step(step, learning_rate)
         self._is_stepping = True
         self.on_step()

@@ -30,6 +30,7 @@ from isthmus.tuning.session import Session, SessionOptions
 
 ROOT = Path(__file__).parents[3]
 LEARNING_RATE = 1e-3
+NUM_MICRO_BATCHES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Job:
     name: str
     model: str
     num_steps: int
-    num_micro_batches: int = 3
+    num_micro_batches: int = NUM_MICRO_BATCHES
     options: dict[str, Any] = field(default_factory=dict)
     more_slots: int | None = None
     """Emulated: each rank has the least budget it accepts, and room for so many more experts."""

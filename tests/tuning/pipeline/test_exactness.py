@@ -109,10 +109,31 @@ def test_four_processes_train_as_plain_transformers_with_experts_on_both_sides(
     families: dict[str, tuple[str, int]], tmp_path: Path
 ) -> None:
     jobs = [
-        make_job(family, tmp_path, 8, accelerator="emulated", policy=policy, num_stages=num_stages, more_slots=2)
+        make_job(
+            family,
+            tmp_path,
+            8,
+            accelerator="emulated",
+            policy=policy,
+            num_stages=num_stages,
+            num_in_flight=ranks.NUM_MICRO_BATCHES,
+            more_slots=2,
+        )
         for family, (policy, num_stages) in families.items()
     ]
     train_and_compare(4, jobs, tmp_path / "out")
+
+
+def test_two_processes_whose_micro_batches_go_in_flights_train_as_plain_transformers(tmp_path: Path) -> None:
+    # Without a number each process finds how many fit it, and all take the least.
+    emulated: dict[str, Any] = {"accelerator": "emulated", "num_stages": 4, "more_slots": 2}
+    jobs = [
+        make_job("gpt_oss", tmp_path, 4, accelerator="host", num_stages=4, num_in_flight=1),
+        make_job("switch_transformers", tmp_path, 4, accelerator="host", num_stages=4, num_in_flight=2),
+        make_job("mixtral", tmp_path, 4, policy="affinity", **emulated),
+        make_job("qwen3_moe", tmp_path, 4, policy="mobius", num_in_flight=2, **emulated),
+    ]
+    train_and_compare(2, jobs, tmp_path / "out")
 
 
 def test_every_family_is_trained_by_four_processes_in_one_of_the_tests() -> None:
@@ -141,6 +162,7 @@ def test_dropout_draws_the_same_numbers_in_one_process_and_in_two(tmp_path: Path
         write_tiny_checkpoint(family, tmp_path / family, 0, "fp32", **layers(family, 4), **dropout)
         options = {"accelerator": "host", "num_stages": 4, **OPTIMIZER}
         jobs.append(ranks.Job(name=family, model=str(tmp_path / family), num_steps=NUM_STEPS, options=options))
+    jobs.append(replace(jobs[-1], name="in flights", options=jobs[-1].options | {"num_in_flight": 2}))
     losses = ranks.run(2, jobs, tmp_path / "out")
     for job in jobs:
         alone = []

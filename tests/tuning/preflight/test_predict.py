@@ -14,7 +14,14 @@ from isthmus.simulation.tuning.popularity import find_popularity
 from isthmus.spec.plan_tune import DeviceNeed
 from isthmus.spec.tune_cluster import TuneCluster
 from isthmus.tuning.preflight.blueprint import blueprint_of, packed_inputs
-from isthmus.tuning.preflight.changes import _faster_links, _for_room, _for_speed, find_changes, limiting
+from isthmus.tuning.preflight.changes import (
+    CHOSEN_IN_FLIGHT,
+    _faster_links,
+    _for_room,
+    _for_speed,
+    find_changes,
+    limiting,
+)
 from isthmus.tuning.preflight.predict import Prediction, Question, predict
 
 
@@ -115,8 +122,60 @@ def test_what_is_short_of_memory_is_offered_what_has_enough(blueprint: Blueprint
     short = [one for one in found.devices if one.short_bytes]
     assert not found.fits and found.step is None and {one.short_bytes for one in short} == {1}
     tried = {text: changed for text, _, changed in _for_room(tight, found)}
-    assert list(tried) == ["accelerators with 1.00 GiB", "--micro-batches 2 instead of 4", "2 times as many hosts"]
+    assert list(tried) == ["accelerators with 1.00 GiB", "2 times as many hosts"]
     assert all(predict(changed).fits for changed in tried.values())
+    asked_for_all = replace(tight, micro_batches_in_flight=4)
+    tried = {text: changed for text, _, changed in _for_room(asked_for_all, predict(asked_for_all))}
+    assert CHOSEN_IN_FLIGHT in tried and tried[CHOSEN_IN_FLIGHT] == tight
+
+
+def with_memory(asked: Question, memory_bytes: int) -> Question:
+    hosts = [
+        replace(host, accelerator=replace(host.accelerator, memory_bytes=memory_bytes)) for host in asked.cluster.hosts
+    ]
+    return replace(asked, cluster=replace(asked.cluster, hosts=tuple(hosts)))
+
+
+def test_micro_batches_go_in_flights_where_not_all_fit(blueprint: Blueprint) -> None:
+    asked = question(blueprint, micro_batches=6)
+    all_at_once = replace(asked, micro_batches_in_flight=6)
+    needed = [max(one.minimum_bytes for one in predict(one_by_one).devices) for one_by_one in (asked, all_at_once)]
+    assert needed[0] < needed[1]
+    roomy, tight = with_memory(asked, needed[1]), with_memory(asked, needed[1] - 1)
+    assert predict(roomy).num_in_flight == 6 and predict(tight).num_in_flight == 3
+    assert predict(with_memory(asked, needed[0])).num_in_flight == 1
+    assert not predict(with_memory(all_at_once, needed[1] - 1)).fits
+    assert not predict(with_memory(asked, needed[0] - 1)).fits
+
+
+@pytest.mark.parametrize("policy", ["mobius", "affinity"])
+def test_flights_load_more_and_take_longer_but_compute_the_same(blueprint: Blueprint, policy: str) -> None:
+    asked = question(blueprint, micro_batches=6, policy=policy, num_stages=4)
+    steps, loaded = [], []
+    for num_in_flight in (6, 4, 2, 1):
+        found = predict(replace(asked, micro_batches_in_flight=num_in_flight))
+        assert found.step is not None
+        # Of 4 in flight at most, two times three go together.
+        assert found.num_in_flight == {4: 3}.get(num_in_flight, num_in_flight)
+        steps.append(found.step.step_s)
+        loaded.append(sum(link.there_bytes for link in found.links if link.name.startswith("accelerator")))
+        networks = [link.there_bytes for link in found.links if link.name.startswith("network")]
+        assert sum(networks) % (6 * 16 * 32 * 4) == 0
+    assert steps == sorted(steps) and steps[-1] > steps[0]
+    assert loaded == sorted(loaded)
+    if policy == "mobius":
+        # Each of k flights loads what one does.
+        assert loaded == pytest.approx([number * loaded[0] for number in (1, 2, 3, 6)], rel=1e-6)
+
+
+def test_what_was_asked_to_be_in_flight_may_be_what_is_slow(blueprint: Blueprint) -> None:
+    asked = question(blueprint, micro_batches_in_flight=1)
+    texts = [text for text, _, _ in _for_speed(asked, predict(asked), lambda dtype: blueprint)]
+    assert CHOSEN_IN_FLIGHT in texts
+    free = question(blueprint)
+    assert CHOSEN_IN_FLIGHT not in [text for text, _, _ in _for_speed(free, predict(free), lambda dtype: blueprint)]
+    with pytest.raises(ValueError, match="micro_batches_in_flight: got 5, wanted a whole number from 1 to 4"):
+        predict(question(blueprint, micro_batches_in_flight=5))
 
 
 def test_a_plan_that_fits_but_cannot_be_simulated_says_why(
@@ -150,5 +209,5 @@ def test_needs_say_how_much_is_missing() -> None:
         minimum_bytes=14,
     )
     assert need.short_bytes == 4 and replace(need, memory_bytes=20).short_bytes == 0
-    whole = Prediction(devices=(need,), hosts=(), links=(), step=None, skewness=None, reason="")
+    whole = Prediction(devices=(need,), hosts=(), links=(), num_in_flight=1, step=None, skewness=None, reason="")
     assert not whole.fits

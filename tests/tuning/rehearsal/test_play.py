@@ -15,7 +15,8 @@ from isthmus.simulation.tuning.popularity import find_popularity
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
 from isthmus.tuning.preflight.blueprint import blueprint_of, packed_inputs
-from isthmus.tuning.rehearsal.run import Played, Scenario, play, whole_steps
+from isthmus.tuning.rehearsal.run import Played, play, whole_steps
+from isthmus.tuning.rehearsal.scenario import Scenario
 
 NUM_LAYERS, NUM_TOKENS, MICRO_BATCHES, TOP_K = 8, 16, 4, 2
 
@@ -64,7 +65,7 @@ def profile_of(blueprint: Blueprint, *, is_separate: bool, **changes: Any) -> Pr
     return replace(profile, **changes)
 
 
-def played(blueprint: Blueprint, *, is_separate: bool, num_steps: int = 3, **changes: Any) -> Played:
+def scenario_of(blueprint: Blueprint, *, is_separate: bool, **changes: Any) -> Scenario:
     scenario = Scenario(
         blueprint=blueprint,
         profile=profile_of(blueprint, is_separate=is_separate),
@@ -75,7 +76,11 @@ def played(blueprint: Blueprint, *, is_separate: bool, num_steps: int = 3, **cha
         num_stages=None,
         policy="affinity",
     )
-    scenario = replace(scenario, **changes)
+    return replace(scenario, **changes)
+
+
+def played(blueprint: Blueprint, *, is_separate: bool, num_steps: int = 3, **changes: Any) -> Played:
+    scenario = scenario_of(blueprint, is_separate=is_separate, **changes)
     popularity = find_popularity("gini=0.4", blueprint.spec)()
     steps = whole_steps(popularity.steps(NUM_TOKENS * MICRO_BATCHES), num_steps)
     return play(scenario, steps, times_decisions=False)
@@ -131,6 +136,29 @@ def test_every_policy_takes_every_row_once_a_pass_and_comes_to_its_end(
         for lane in ("accelerator", "h2d", "d2h"):
             spans = [span for span in timeline.spans if span.lane == lane and span.kind != "wait"]
             assert all(before.end_s <= after.start_s + 1e-12 for before, after in pairwise(spans))
+
+
+@pytest.mark.parametrize("policy", ["affinity", "paper", "mobius"])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_flights_load_again_and_take_every_row_once(blueprint: Blueprint, policy: str, num_processes: int) -> None:
+    changes: dict[str, Any] = dict(num_processes=num_processes, policy=policy)
+    whole = played(blueprint, is_separate=True, **changes)
+    for num_in_flight in (2, 1):
+        parts = played(blueprint, is_separate=True, micro_batches_in_flight=num_in_flight, **changes)
+        assert len(parts.steps_s) == 3
+        assert parts.steps_s[-1] > whole.steps_s[-1]
+    memory_bytes = max(
+        minimum_bytes(scenario_of(blueprint, is_separate=True, **changes).part(rank), 2, policy)
+        for rank in range(num_processes)
+    )
+    tight = played(blueprint, is_separate=True, memory_bytes=memory_bytes, **changes)
+    assert tight == played(blueprint, is_separate=True, memory_bytes=memory_bytes, micro_batches_in_flight=2, **changes)
+
+
+def test_in_place_flights_take_what_all_at_once_take(blueprint: Blueprint) -> None:
+    whole = played(blueprint, is_separate=False, num_cores=1)
+    parts = played(blueprint, is_separate=False, num_cores=1, micro_batches_in_flight=1)
+    assert parts.steps_s == pytest.approx(whole.steps_s, rel=0.02)
 
 
 def test_processes_that_share_a_core_take_longer_than_on_their_own(blueprint: Blueprint) -> None:

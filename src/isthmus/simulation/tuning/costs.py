@@ -6,7 +6,7 @@ Legend: ``E`` experts of a layer, ``L`` MoE layers. Seconds are those of one mic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +45,17 @@ class TuneJob:
     copy_window: int = 2
     predictor_accuracy: float = 0.85
     """Share of tokens of which the next layer's experts are predicted right (inter-layer phase)."""
+    has_optimizer: bool = True
+    """Or gradients are only added up, for others to come."""
 
     @property
     def num_tokens(self) -> int:
         return self.batch * self.seq_len
+
+    def part(self, num_micro_batches: int) -> TuneJob:
+        """The same with fewer micro-batches of the same size."""
+        batch = self.batch * num_micro_batches // self.num_micro_batches
+        return replace(self, batch=batch, num_micro_batches=num_micro_batches)
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq_len", "num_micro_batches", "copy_window"):
@@ -105,6 +112,7 @@ class LayerCosts:
         self.expert = spec.layers[layer]
         self.num_tokens = job.num_tokens / job.num_micro_batches
         self.num_parts = job.num_micro_batches
+        self._has_optimizer = job.has_optimizer
         flops_per_s = _rate(card.flops_per_s, job.dtype, card.name)
         numel = spec.dense_numel[layer]
         scores = 4 * self.num_tokens * job.seq_len * spec.hidden_size
@@ -174,7 +182,8 @@ class LayerCosts:
     @property
     def optimizer_s(self) -> float:
         """Of all parameters of the layer, on the process's part of the memory bandwidth."""
-        return self.num_parameters * ADAM_BYTES_PER_PARAMETER / self.optimizer_bytes_per_s
+        seconds = self.num_parameters * ADAM_BYTES_PER_PARAMETER / self.optimizer_bytes_per_s
+        return seconds if self._has_optimizer else 0.0
 
     def problem(self, counts_E: Sequence[float], *, is_backward: bool) -> LayerProblem:
         """The layer of a whole step as the split rules see it: all micro-batches, nothing there yet."""

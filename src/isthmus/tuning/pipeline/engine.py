@@ -1,10 +1,10 @@
 """A training step of several processes: each runs the model's own forward code for every micro-batch, in greenlets as
 one process does, but leaves out what is another rank's and exchanges what crosses the borders.
 
-The order is the looped breadth-first one (APTMoE, section 4): a rank takes all micro-batches, one after the other,
-through one of its stages before it goes on to its next; while one waits for its experts on the CPU, the next computes.
-What need not wait goes on before the next is begun: another rank waits for it. Backward is the same in reverse. Every
-rank follows this one order, in which whatever is waited for comes earlier, so nobody waits for ever.
+The order is the looped breadth-first one (APTMoE, section 4): a rank takes all micro-batches of a flight, one after
+the other, through one of its stages before it goes on to its next; while one waits for its experts on the CPU, the next
+computes. What need not wait goes on before the next is begun: another rank waits for it. Backward is the same in
+reverse. Every rank follows this one order, in which whatever is waited for comes earlier, so nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import on_device
 from isthmus.profiling.dense import no_experts
-from isthmus.tuning.data.batches import MicroBatch
 from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.engine import Engine, Group, Run
+from isthmus.tuning.flight import Flight
 from isthmus.tuning.forward_pass import ForwardPass
 from isthmus.tuning.pipeline.links import FIRST_FREE_TAG, Arrival, Form
 from isthmus.tuning.pipeline.pipeline import Pipeline
@@ -57,10 +57,16 @@ class PipelineEngine(Engine):
     """``Engine`` for one of several ranks. The micro-batches of a pass must be the same on all."""
 
     def __init__(
-        self, pipeline: Pipeline, resources: Resources, dense: DenseUnits, policy: Policy, optimizer: StepOptimizer
+        self,
+        pipeline: Pipeline,
+        resources: Resources,
+        dense: DenseUnits,
+        policy: Policy,
+        optimizer: StepOptimizer,
+        num_in_flight: int,
     ) -> None:
         self.pipeline, self.links, self.rank = pipeline, pipeline.links, pipeline.rank
-        super().__init__(pipeline.model, resources, dense, policy, optimizer)
+        super().__init__(pipeline.model, resources, dense, policy, optimizer, num_in_flight)
         self._device = resources.accelerator.device
 
     def _install(self) -> None:
@@ -219,7 +225,7 @@ class PipelineEngine(Engine):
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    def _groups(self, batches: list[MicroBatch], seed: int, *, recording: bool) -> list[Group]:
+    def _groups(self, flight: Flight, seed: int, *, recording: bool) -> list[Group]:
         """Every micro-batch by itself."""
         journeys = [
             Journey(
@@ -231,7 +237,7 @@ class PipelineEngine(Engine):
                 number=number,
                 route=self.pipeline.route(on_device(run.batch.inputs, self._device)),
             )
-            for number, run in enumerate(self._runs(batches, seed, recording=recording))
+            for number, run in enumerate(self._runs(flight, seed, recording=recording), start=flight.first)
         ]
         return [Group(runs=[journey]) for journey in journeys]
 

@@ -143,11 +143,20 @@ class Affinity(StagedPolicy):
         return plan
 
     def plan_forward(self) -> None:
+        self._found[True].close()  # of the flight before
         self._found[False].open()
         layers = list(self.layers)
         counts = {layer: self.expected_counts(layer) for layer in layers}
         plan = self._plan(layers, counts, is_backward=False)
         self._forward = {layer: frozenset(on) for layer, on in zip(layers, plan.on_accelerator, strict=True)}
+
+    def first_wanted(self) -> list[UnitKey]:
+        """As planned for the forward pass that has just been, most popular first; the next one plans anew."""
+        return [
+            UnitKey(layer, expert)
+            for layer in self.layers
+            for expert in sorted(self._forward[layer], key=lambda expert: -self.counts[layer][expert])
+        ]
 
     def plan_backward(self) -> None:
         self._found[False].close()

@@ -25,8 +25,8 @@ from isthmus.tuning.protocols import Policy
 
 @dataclass(slots=True)
 class PolicySetup:
-    """``num_tokens``: routed tokens of one step, all micro-batches together. ``is_pipelined``: every micro-batch is a
-    wave and passes through a whole stage by itself: all layers of a stage are in use, and hold gradients, at once."""
+    """``num_tokens``: routed tokens of one pass, all its micro-batches together. ``is_pipelined``: every micro-batch is
+    a wave and passes through a whole stage by itself: all layers of a stage are in use, and hold gradients, at once."""
 
     spec: ModelSpec
     costs: CostModel
@@ -65,6 +65,8 @@ class StagedPolicy(Policy):
         self._wanted: list[UnitKey] = []
         self._layer = -1
         self._is_backward = False
+        self._is_followed = False
+        """In backward: whether a forward pass with the same weights comes next."""
         self._forward: dict[int, frozenset[int]] = {}
         self._backward: dict[int, frozenset[int]] = {}
         """Experts wanted on the accelerator, by layer; a layer without entry: all."""
@@ -105,7 +107,7 @@ class StagedPolicy(Policy):
         return min(self.num_experts(layer), (self.setup.plan.num_slots - 1) // num_layers)
 
     def expected_counts(self, layer: int) -> list[int]:
-        """Historical popularity scaled to a step's tokens; uniform before the first step."""
+        """Historical popularity scaled to a pass's tokens; uniform before the first."""
         spec = self.spec.layers[layer]
         assert spec is not None
         pairs = self.setup.num_tokens * spec.top_k
@@ -113,7 +115,7 @@ class StagedPolicy(Policy):
         return [round(share * pairs) for share in shares]
 
     def learn(self, counts_LE: dict[int, list[int]]) -> None:
-        """Takes the step's real counts into the history (an exponential average over a few steps)."""
+        """Takes a pass's real counts into the history (an exponential average over a few passes)."""
         for layer, counts in counts_LE.items():
             self.history[layer] = blend_history(self.history.get(layer), counts)
 
@@ -168,19 +170,23 @@ class StagedPolicy(Policy):
         last = 2 * self.spec.num_layers - 1
         if self._is_backward:
             is_wanted = key.layer <= self._layer and key.expert in self._backward.get(key.layer, _EVERY)
-            return float(last - key.layer) if is_wanted else math.inf
+            if is_wanted:
+                return float(last - key.layer)
+            return float(last + 1 + key.layer) if self._is_followed else math.inf
         is_wanted = key.layer >= self._layer and key.expert in self._forward.get(key.layer, _EVERY)
         return float(key.layer if is_wanted else last - key.layer)
 
     def begin_forward(self) -> None:
         self._is_backward = False
         self._layer = -1
+        self.loader.num_reserved = 0
         self.plan_forward()
 
     def enter_forward(self, layer: int) -> None:
         self._enter(layer)
 
-    def begin_backward(self, counts_LE: dict[int, list[int]]) -> None:
+    def begin_backward(self, counts_LE: dict[int, list[int]], *, is_last: bool) -> None:
+        self._is_followed = not is_last
         self.learn(counts_LE)
         self.counts = {layer: list(counts) for layer, counts in counts_LE.items()}
         self._is_backward = True
@@ -203,6 +209,9 @@ class StagedPolicy(Policy):
             self._layer = bounds.last_layer if self._is_backward else bounds.first_layer
         if self.stage_of.get(previous) != stage:
             self.enter_stage(stage)
+            if self._is_backward and self._is_followed and not stage:
+                # Backward ends where the next forward begins, so all that is here is wanted again before the rest.
+                self.want([*self._wanted, *self.first_wanted()])
 
     def split_backward(self, layer: int) -> LayerSplit:
         if layer not in self._decided:
@@ -219,6 +228,10 @@ class StagedPolicy(Policy):
 
     def plan_backward(self) -> None:
         """Called before a backward pass, when all counts are known."""
+
+    def first_wanted(self) -> list[UnitKey]:
+        """What a forward pass is to find on the accelerator, if the links have time before it begins."""
+        return []
 
     @abstractmethod
     def enter_stage(self, stage: int) -> None:

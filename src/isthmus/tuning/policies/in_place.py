@@ -28,7 +28,7 @@ class InPlace(Policy):
     def split_forward(self, layer: int, counts_E: list[int], hidden_TH: Tensor, index_Tk: Tensor) -> LayerSplit:
         return LayerSplit(on_accelerator=tuple(range(len(counts_E))), on_cpu=())
 
-    def begin_backward(self, counts_LE: dict[int, list[int]]) -> None:
+    def begin_backward(self, counts_LE: dict[int, list[int]], *, is_last: bool) -> None:
         self._counts = counts_LE
 
     def enter_backward(self, layer: int) -> None: ...

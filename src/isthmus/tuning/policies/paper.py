@@ -28,7 +28,10 @@ class Paper(StagedPolicy):
         return equation_one_split(self.problem(layer, counts_E, is_backward=is_backward), at_most=most)
 
     def plan_forward(self) -> None:
-        self.want(self._by_rank(0))
+        self.want(self.first_wanted())
+
+    def first_wanted(self) -> list[UnitKey]:
+        return by_rank({layer: self.expected_counts(layer) for layer in self.stages[0]})
 
     def plan_backward(self) -> None:
         self._backward = {

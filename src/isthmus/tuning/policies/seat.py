@@ -38,8 +38,8 @@ class PolicySeat(Policy):
     def split_forward(self, layer: int, counts_E: list[int], hidden_TH: Tensor, index_Tk: Tensor) -> LayerSplit:
         return self.policy.split_forward(layer, counts_E, hidden_TH, index_Tk)
 
-    def begin_backward(self, counts_LE: dict[int, list[int]]) -> None:
-        self.policy.begin_backward(counts_LE)
+    def begin_backward(self, counts_LE: dict[int, list[int]], *, is_last: bool) -> None:
+        self.policy.begin_backward(counts_LE, is_last=is_last)
 
     def enter_backward(self, layer: int) -> None:
         self.policy.enter_backward(layer)

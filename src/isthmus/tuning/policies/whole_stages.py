@@ -26,6 +26,9 @@ class Mobius(StagedPolicy):
     def plan_forward(self) -> None:
         self.want(self.stage_keys(0))
 
+    def first_wanted(self) -> list[UnitKey]:
+        return [UnitKey(layer, expert) for layer in self.stages[0] for expert in range(self.num_experts(layer))]
+
     def enter_stage(self, stage: int) -> None:
         following = self.neighbour(stage)
         self.want(self.stage_keys(stage) + (self.stage_keys(following) if following is not None else []))
@@ -44,6 +47,9 @@ class GPipeOffload(Mobius):
     """Loads a stage when it starts, without looking ahead: GPipe with its weights kept on the host."""
 
     name = "gpipe-offload"
+
+    def first_wanted(self) -> list[UnitKey]:
+        return []
 
     def enter_stage(self, stage: int) -> None:
         self.want(self.stage_keys(stage))

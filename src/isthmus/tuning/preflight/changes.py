@@ -15,6 +15,7 @@ MOST_CHANGES = 3
 LEAST_GAIN = 1.02
 """What gains less is not worth a line."""
 MORE_HOSTS = (2, 4, 8)
+CHOSEN_IN_FLIGHT = "--micro-batches-in-flight left out, to be chosen"
 GIB = 1 << 30
 
 
@@ -66,6 +67,8 @@ def _for_speed(question: Question, prediction: Prediction, blueprint: Callable[[
     yield f"--micro-batches {2 * number} instead of {number}", "", replace(question, micro_batches=2 * number)
     if question.policy != "affinity":
         yield "--policy affinity", "", replace(question, policy="affinity")
+    if question.micro_batches_in_flight is not None and prediction.num_in_flight < number:
+        yield CHOSEN_IN_FLIGHT, "", replace(question, micro_batches_in_flight=None)
     if question.num_stages is not None:
         yield "--num-stages left out, to be chosen", "", replace(question, num_stages=None)
     if prediction.step is not None and (question.num_stages is not None or question.policy != "affinity"):
@@ -88,7 +91,6 @@ def _for_speed(question: Question, prediction: Prediction, blueprint: Callable[[
 
 
 def _for_room(question: Question, prediction: Prediction) -> Iterator[Tried]:
-    number = question.micro_batches
     short_hosts = [need for need in prediction.hosts if need.short_bytes]
     texts, larger = [], question
     if short_devices := [need for need in prediction.devices if need.short_bytes]:
@@ -100,12 +102,9 @@ def _for_room(question: Question, prediction: Prediction) -> Iterator[Tried]:
         texts.append(f"hosts with {human_memory(least_host)}")
         larger = on_hosts(larger, lambda host: replace(host, memory_bytes=max(host.memory_bytes, least_host)))
     yield " and ".join(texts), "memory", larger
-    halves = (number >> power for power in range(1, number.bit_length()))
-    for fewer in halves:
-        changed = replace(question, micro_batches=fewer)
-        if _has_room(changed):
-            yield f"--micro-batches {fewer} instead of {number}", "", changed
-            break
+    if question.micro_batches_in_flight is not None:
+        # Left out, as few are taken as need be; fewer micro-batches would save no more.
+        yield CHOSEN_IN_FLIGHT, "", replace(question, micro_batches_in_flight=None)
     for factor in MORE_HOSTS:
         if factor * question.cluster.num_accelerators > question.blueprint.spec.num_layers:
             break

@@ -4,17 +4,20 @@ simulator."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from isthmus.planning.flights import check_in_flight, smallest_flight
 from isthmus.planning.memory import (
     AcceleratorMemory,
     Blueprint,
     Footprint,
     accelerator_memory,
     activation_bytes,
+    flight_that_fits,
     host_bytes,
+    landing_bytes,
     least_dense_bytes,
     minimum_bytes,
     staging_bytes,
@@ -23,11 +26,12 @@ from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.planning.stages import map_stages
 from isthmus.simulation.tuning.costs import Costs, TuneJob
 from isthmus.simulation.tuning.mapping import DEFAULT_ROUNDS
-from isthmus.simulation.tuning.run import Outcome, Popularity, simulate_tuning
+from isthmus.simulation.tuning.run import Outcome, Popularity
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
 from isthmus.spec.plan_tune import DeviceNeed, HostNeed, LinkUse, PredictedStep
 from isthmus.spec.tune_cluster import TuneCluster
+from isthmus.tuning.preflight.flights import simulate_flights
 
 SIMULATED = {"affinity": "affinity", "paper": "aptmoe", "mobius": "mobius", "gpipe-offload": "gpipe-offload"}
 """The simulator's name of each policy that can be planned for."""
@@ -52,6 +56,8 @@ class Question:
     num_stages: int | None
     policy: str
     popularity: Callable[[], Popularity]
+    micro_batches_in_flight: int | None = None
+    """None: as many as fit."""
     num_steps: int = 2
     """To simulate; 2 where history has something to tell."""
 
@@ -67,6 +73,7 @@ class Question:
 
     def check(self) -> None:
         """Raises ``IsthmusError`` for what no memory and no time would make possible."""
+        check_in_flight(self.micro_batches_in_flight, self.micro_batches)
         num_layers, num_devices = self.blueprint.spec.num_layers, self.cluster.num_accelerators
         if num_devices > num_layers:
             raise IsthmusError(
@@ -91,6 +98,8 @@ class Prediction:
     devices: tuple[DeviceNeed, ...]
     hosts: tuple[HostNeed, ...]
     links: tuple[LinkUse, ...]
+    num_in_flight: int
+    """Micro-batches of a flight (``planning.flights``)."""
     step: PredictedStep | None
     skewness: float | None
     reason: str
@@ -104,28 +113,35 @@ def predict(question: Question) -> Prediction:
     """Blocks for seconds on large models. Raises ``IsthmusError`` as ``Question.check`` does."""
     question.check()
     costs = question.costs()
-    order = costs.order
-    stages = _default_stages(question)
-    devices, parts = _devices(question, costs, stages, order)
-    hosts = _hosts(question, costs, parts)
-    if any(need.short_bytes for need in (*devices, *hosts)):
-        return Prediction(devices=devices, hosts=hosts, links=(), step=None, skewness=None, reason="it does not fit")
+    memory = _Memory(question, costs, _default_stages(question))
+    nothing = Prediction(
+        devices=memory.devices,
+        hosts=memory.hosts,
+        links=(),
+        num_in_flight=memory.num_in_flight,
+        step=None,
+        skewness=None,
+        reason="it does not fit",
+    )
+    if not nothing.fits:
+        return nothing
     policy = SIMULATED[question.policy]
     try:
-        found = simulate_tuning(costs, question.popularity, policies=(policy,), num_steps=question.num_steps)
+        outcome, skewness = simulate_flights(
+            costs, question.popularity, policy, num_in_flight=memory.num_in_flight, num_steps=question.num_steps
+        )
     except IsthmusError as error:
         # The simulator asks for room for two whole stages, which experts that come one by one do not need.
-        return Prediction(devices=devices, hosts=hosts, links=(), step=None, skewness=None, reason=str(error))
-    outcome = found.outcomes[policy]
-    if outcome.stages != stages:
-        devices, parts = _devices(question, costs, outcome.stages, order)
-        hosts = _hosts(question, costs, parts)
+        return replace(nothing, reason=str(error))
+    if outcome.stages != memory.stages:
+        memory = _Memory(question, costs, outcome.stages)
     return Prediction(
-        devices=devices,
-        hosts=hosts,
-        links=_links(question, costs, outcome.stages, order, outcome),
+        devices=memory.devices,
+        hosts=memory.hosts,
+        links=_links(question, costs, outcome),
+        num_in_flight=memory.num_in_flight,
         step=_step(question, outcome),
-        skewness=found.skewness,
+        skewness=skewness,
         reason="",
     )
 
@@ -133,9 +149,8 @@ def predict(question: Question) -> Prediction:
 def predict_memory(question: Question) -> tuple[DeviceNeed | HostNeed, ...]:
     """What accelerators and hosts need with as many stages as are asked for, or two for each accelerator."""
     question.check()
-    costs = question.costs()
-    devices, parts = _devices(question, costs, _default_stages(question), costs.order)
-    return (*devices, *_hosts(question, costs, parts))
+    memory = _Memory(question, question.costs(), _default_stages(question))
+    return (*memory.devices, *memory.hosts)
 
 
 def _default_stages(question: Question) -> tuple[Stage, ...]:
@@ -144,43 +159,86 @@ def _default_stages(question: Question) -> tuple[Stage, ...]:
     return map_stages(spec, num_slots=0, num_stages=number)
 
 
-def _devices(
-    question: Question, costs: Costs, stages: Sequence[Stage], order: Sequence[int]
-) -> tuple[tuple[DeviceNeed, ...], dict[int, Footprint]]:
-    """(what each device needs, what each has)."""
+class _Memory:
+    """What devices and hosts need with these stages, and how many micro-batches are in flight: as many on all."""
+
+    def __init__(self, question: Question, costs: Costs, stages: Sequence[Stage]) -> None:
+        self.stages = tuple(stages)
+        self._question, self._costs = question, costs
+        number, policy, asked = question.micro_batches, question.policy, question.micro_batches_in_flight
+        self._parts = _parts(question, stages, costs.order)
+        self.num_in_flight = min(
+            flight_that_fits(part, number, policy, self._budget_bytes(device), asked)
+            for device, part in self._parts.items()
+        )
+        self.devices = tuple(self._device(device, part) for device, part in self._parts.items())
+        self.hosts = self._hosts()
+
+    def _budget_bytes(self, device: int) -> int:
+        return self._costs.seats[device].host.accelerator.memory_bytes
+
+    def _least_bytes(self, part: Footprint) -> int:
+        least = smallest_flight(self._question.micro_batches, self._question.micro_batches_in_flight)
+        return minimum_bytes(part, least, self._question.policy)
+
+    def _divided(self, device: int, part: Footprint) -> AcceleratorMemory | None:
+        """None: it does not fit."""
+        budget_bytes = self._budget_bytes(device)
+        if self._least_bytes(part) > budget_bytes:
+            return None
+        return accelerator_memory(part, self.num_in_flight, self._question.policy, budget_bytes)
+
+    def _device(self, device: int, part: Footprint) -> DeviceNeed:
+        memory, least, budget = self._divided(device, part), self._least_bytes(part), self._budget_bytes(device)
+        return DeviceNeed(
+            device=device,
+            host=self._costs.seats[device].host_number,
+            num_layers=len(part.layers),
+            num_stages=len(part.stages) or len(self.stages),
+            memory_bytes=budget,
+            dense_bytes=memory.dense_bytes if memory else least_dense_bytes(part),
+            is_dense_resident=memory is not None and memory.is_dense_resident,
+            activation_bytes=activation_bytes(part, self.num_in_flight),
+            slot_bytes=part.slot_bytes,
+            num_slots=memory.num_slots if memory else 0,
+            num_experts=part.num_experts,
+            total_bytes=_total_bytes(part, memory, budget) if memory else least,
+            minimum_bytes=least,
+        )
+
+    def _hosts(self) -> tuple[HostNeed, ...]:
+        kinds: dict[int, dict[str, int]] = {}
+        for device, part in self._parts.items():
+            of_host = kinds.setdefault(self._costs.seats[device].host_number, {})
+            for kind, size in (host_bytes(part.layouts.values()) | {"staging": self._staging(device, part)}).items():
+                of_host[kind] = of_host.get(kind, 0) + size
+        hosts = {seat.host_number: seat.host for seat in self._costs.seats}
+        return tuple(
+            HostNeed(host=number, name=hosts[number].name, memory_bytes=hosts[number].memory_bytes, kinds_bytes=of_host)
+            for number, of_host in sorted(kinds.items())
+        )
+
+    def _staging(self, device: int, part: Footprint) -> int:
+        """Tokens' buffers, and those of gradients that are added to others."""
+        memory = self._divided(device, part)
+        num_bytes = staging_bytes(part, self.num_in_flight)
+        if memory is not None and self.num_in_flight < self._question.micro_batches:
+            num_bytes += landing_bytes(part, memory)
+        return num_bytes
+
+
+def _parts(question: Question, stages: Sequence[Stage], order: Sequence[int]) -> dict[int, Footprint]:
+    """What each device has."""
     own: dict[int, list[Stage]] = {device: [] for device in order}
     for number, stage in enumerate(stages):
         own[order[number % len(order)]].append(stage)
-    parts = {
+    return {
         device: question.blueprint.part(
             (layer for stage in own[device] for layer in range(stage.first_layer, stage.last_layer + 1)),
             stages=tuple(own[device]) if len(order) > 1 else (),
         )
         for device in sorted(own)
     }
-    return tuple(_device(question, costs, device, part, len(own[device])) for device, part in parts.items()), parts
-
-
-def _device(question: Question, costs: Costs, device: int, part: Footprint, num_stages: int) -> DeviceNeed:
-    seat = costs.seats[device]
-    budget, number, policy = seat.host.accelerator.memory_bytes, question.micro_batches, question.policy
-    least = minimum_bytes(part, number, policy)
-    memory = accelerator_memory(part, number, policy, budget) if least <= budget else None
-    return DeviceNeed(
-        device=device,
-        host=seat.host_number,
-        num_layers=len(part.layers),
-        num_stages=num_stages,
-        memory_bytes=budget,
-        dense_bytes=memory.dense_bytes if memory else least_dense_bytes(part),
-        is_dense_resident=memory is not None and memory.is_dense_resident,
-        activation_bytes=activation_bytes(part, number),
-        slot_bytes=part.slot_bytes,
-        num_slots=memory.num_slots if memory else 0,
-        num_experts=part.num_experts,
-        total_bytes=_total_bytes(part, memory, budget) if memory else least,
-        minimum_bytes=least,
-    )
 
 
 def _total_bytes(part: Footprint, memory: AcceleratorMemory, budget_bytes: int) -> int:
@@ -189,23 +247,7 @@ def _total_bytes(part: Footprint, memory: AcceleratorMemory, budget_bytes: int) 
     return budget_bytes if is_full else memory.peak_bytes
 
 
-def _hosts(question: Question, costs: Costs, parts: dict[int, Footprint]) -> tuple[HostNeed, ...]:
-    kinds: dict[int, dict[str, int]] = {}
-    for device, part in parts.items():
-        of_host = kinds.setdefault(costs.seats[device].host_number, {})
-        staging = {"staging": staging_bytes(part, question.micro_batches)}
-        for kind, size in (host_bytes(part.layouts.values()) | staging).items():
-            of_host[kind] = of_host.get(kind, 0) + size
-    hosts = {seat.host_number: seat.host for seat in costs.seats}
-    return tuple(
-        HostNeed(host=number, name=hosts[number].name, memory_bytes=hosts[number].memory_bytes, kinds_bytes=of_host)
-        for number, of_host in sorted(kinds.items())
-    )
-
-
-def _links(
-    question: Question, costs: Costs, stages: Sequence[Stage], order: Sequence[int], outcome: Outcome
-) -> tuple[LinkUse, ...]:
+def _links(question: Question, costs: Costs, outcome: Outcome) -> tuple[LinkUse, ...]:
     """Accelerators' own links, roots that several share, and networks of several hosts."""
     assert outcome.last is not None
     moved = outcome.last.num_bytes
@@ -232,12 +274,12 @@ def _links(
                     name=f"root {root}", there_bytes=to, back_bytes=back, there_bytes_per_s=rate, back_bytes_per_s=rate
                 )
             )
-    return (*links, *_networks(question, costs, stages, order))
+    return (*links, *_networks(question, costs, outcome.stages))
 
 
-def _networks(question: Question, costs: Costs, stages: Sequence[Stage], order: Sequence[int]) -> list[LinkUse]:
+def _networks(question: Question, costs: Costs, stages: Sequence[Stage]) -> list[LinkUse]:
     """Hidden states that go from a stage on one host to the next on another, and their gradients back."""
-    spec = question.blueprint.spec
+    spec, order = question.blueprint.spec, costs.order
     rows = question.blueprint.num_tokens * question.micro_batches
     num_bytes = rows * spec.hidden_size * BYTES_PER_VALUE[question.blueprint.dtype]
     sent: dict[int, int] = {}

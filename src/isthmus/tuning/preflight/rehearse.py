@@ -13,7 +13,8 @@ from isthmus.spec.plan_tune import PredictedStep
 from isthmus.spec.profile import Profile
 from isthmus.spec.timeline import Timeline
 from isthmus.tuning.preflight.predict import RESOURCES, Prediction, Question
-from isthmus.tuning.rehearsal.run import NUM_STEPS, WARM_STEPS, Scenario, play, whole_steps
+from isthmus.tuning.rehearsal.run import NUM_STEPS, WARM_STEPS, play, whole_steps
+from isthmus.tuning.rehearsal.scenario import Scenario
 
 NOTE = "the runtime played through with what was measured here"
 
@@ -35,6 +36,7 @@ def rehearse(
         micro_batches=question.micro_batches,
         num_stages=question.num_stages,
         policy=question.policy,
+        micro_batches_in_flight=question.micro_batches_in_flight,
     )
     num_tokens = question.blueprint.num_tokens * question.micro_batches
     played = play(scenario, whole_steps(question.popularity().steps(num_tokens), NUM_STEPS))
@@ -55,5 +57,5 @@ def rehearse(
     )
     devices = found.devices if scenario.is_separate else ()
     links = found.links if scenario.is_separate else ()
-    whole = replace(found, devices=devices, links=links, step=step, reason="")
+    whole = replace(found, devices=devices, links=links, num_in_flight=scenario.num_in_flight, step=step, reason="")
     return whole, played.timelines, scenario.division.stages

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from rich.console import Console
 
+from isthmus.planning.flights import check_in_flight
 from isthmus.planning.memory import Blueprint
 from isthmus.reporting.devices_plot import write_timelines
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.popularity import find_popularity
+from isthmus.simulation.tuning.run import Popularity
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.plan_tune import Change, PlanTuneReport
@@ -46,6 +49,7 @@ class PlanTuneOptions:
     num_stages: int | None = None
     num_devices: int | None = None
     policy: str = "affinity"
+    micro_batches_in_flight: int | None = None
     popularity: str = "uniform"
     accelerator: str = "auto"
     emulate: str | None = None
@@ -60,6 +64,7 @@ class PlanTuneOptions:
         for name in ("seq_len", "micro_batch_size", "micro_batches"):
             if getattr(self, name) < 1:
                 raise IsthmusError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        check_in_flight(self.micro_batches_in_flight, self.micro_batches)
         if self.policy not in SIMULATED:
             raise IsthmusError(f"policy: got {self.policy!r}, wanted one of {', '.join(SIMULATED)}")
         if self.method != "full":
@@ -105,17 +110,7 @@ def plan_tune(
         own = blueprint(options.dtype)
         popularity = find_popularity(options.popularity, own.spec)
     cluster, profile = _measured(options, own) if named is None else (_with_memory(named, options), None)
-    question = Question(
-        blueprint=own,
-        cluster=cluster,
-        micro_batch_size=options.micro_batch_size,
-        micro_batches=options.micro_batches,
-        seq_len=options.seq_len,
-        num_stages=options.num_stages,
-        policy=options.policy,
-        popularity=popularity,
-        num_steps=1 if options.popularity == "uniform" else 2,
-    )
+    question = _question(options, own, cluster, popularity)
     with TrainingProgress(1, title=TITLE, plain=plain) as progress:
         progress.phase("predicting")
         found = predict(question)
@@ -136,11 +131,29 @@ def plan_tune(
         limiting=limiting(found, changes),
         reason=found.reason,
         changes=changes,
+        micro_batches_in_flight=found.num_in_flight,
     )
     show(written, _title(options, written), console or Console())
     if report is not None:
         atomic_write(report, to_json(written))
     return written
+
+
+def _question(
+    options: PlanTuneOptions, blueprint: Blueprint, cluster: TuneCluster, popularity: Callable[[], Popularity]
+) -> Question:
+    return Question(
+        blueprint=blueprint,
+        cluster=cluster,
+        micro_batch_size=options.micro_batch_size,
+        micro_batches=options.micro_batches,
+        seq_len=options.seq_len,
+        num_stages=options.num_stages,
+        policy=options.policy,
+        popularity=popularity,
+        micro_batches_in_flight=options.micro_batches_in_flight,
+        num_steps=1 if options.popularity == "uniform" else 2,
+    )
 
 
 def _rehearsed(options: PlanTuneOptions, question: Question, profile: Profile, found: Prediction) -> Prediction:
@@ -179,9 +192,11 @@ def _with_memory(cluster: TuneCluster, options: PlanTuneOptions) -> TuneCluster:
 
 def _title(options: PlanTuneOptions, report: PlanTuneReport) -> str:
     skew = "" if report.skewness is None else f", G = {report.skewness:.2f}"
+    number, in_flight = options.micro_batches, report.micro_batches_in_flight
+    flight = "" if in_flight in (None, number) else f" ({in_flight} in flight at most)"
     return (
         f"{options.model} ({_count(report.num_parameters)} parameters), {options.dtype}, "
-        f"{options.micro_batches} micro-batches of {options.micro_batch_size} × {options.seq_len} tokens{skew}, on "
+        f"{number} micro-batches{flight} of {options.micro_batch_size} × {options.seq_len} tokens{skew}, on "
         f"{report.cluster.num_accelerators} accelerator{'s' * (report.cluster.num_accelerators > 1)} of "
         f"{report.cluster.name}"
     )

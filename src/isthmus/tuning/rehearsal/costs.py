@@ -67,3 +67,7 @@ class Costs:
 
     def norm_s(self, num_parameters: int) -> float:
         return num_parameters * self.profile.norm_s_per_parameter
+
+    def adding_s(self, num_parameters: int) -> float:
+        """Of one gradient to another in the store: three times as many bytes move as for a norm."""
+        return 3 * self.norm_s(num_parameters)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from isthmus.planning.flights import flight_sizes
 from isthmus.planning.stages import Division
 from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.dense import DenseUnits
@@ -89,6 +90,7 @@ class Process:
         *,
         num_tokens: int,
         num_micro_batches: int,
+        num_in_flight: int,
         decide: Decide,
         predictor: Predictor,
         num_slots: int,
@@ -96,6 +98,7 @@ class Process:
         self.rank, self.division, self.scene, self.mail = rank, division, scene, mail
         self.dense, self.policy, self.steps = dense, policy, steps
         self.num_tokens, self.num_micro_batches = num_tokens, num_micro_batches
+        self.flights = flight_sizes(num_micro_batches, num_in_flight)
         self.is_pipelined = division.num_ranks > 1
         self.layers = division.layers_of(rank)
         self.spec = scene.costs.spec
@@ -110,29 +113,40 @@ class Process:
 
     def train_step(self, number: int, counts_LE: dict[int, list[int]]) -> None:
         """``counts_LE``: rows (E,) of the whole step by layer; those of layers here are looked at."""
-        groups = self._groups(counts_LE)
+        first = 0
+        for size in self.flights:
+            self._fly(range(first, first + size), counts_LE)
+            first += size
+        self.steps.begin(number, 1e-5)
+
+    def _fly(self, flight: range, counts_LE: dict[int, list[int]]) -> None:
+        is_first, is_last = not flight.start, flight.stop == self.num_micro_batches
+        groups = self._groups(flight, counts_LE)
         self._forward(groups)
         self.steps.wait()
         self.mail.meet()  # the loss is rank 0's
+        self.steps.begin_backward(is_last=is_last)
         self._expect(groups)
-        self.dense.begin_backward()
-        here = {layer: list(counts_LE[layer]) for layer in self.moe_layers}
-        self._decide(lambda: self.policy.begin_backward(here))
+        self.dense.begin_backward(is_first=is_first, is_last=is_last)
+        here = {
+            layer: [sum(counts) for counts in zip(*(group.counts[layer] for group in groups), strict=True)]
+            for layer in self.moe_layers
+        }
+        self._decide(lambda: self.policy.begin_backward(here, is_last=is_last))
         self._entered = set()
         self._left = dict.fromkeys(self.layers, len(groups))
         self._backward(groups)
         self.scene.deferred.run_all()
         if self.dense.of_layer(OUTER_LAYER):
-            self.steps.expect(self.dense.of_layer(OUTER_LAYER))
+            self.steps.expect(self.dense.that_leave(OUTER_LAYER))
             self.dense.leave_backward(OUTER_LAYER)
-        self.steps.begin(number, 1e-5)
 
-    def _groups(self, counts_LE: dict[int, list[int]]) -> list[Group]:
+    def _groups(self, flight: range, counts_LE: dict[int, list[int]]) -> list[Group]:
         number = self.num_micro_batches
-        num_waves = number if self.is_pipelined else min(self.policy.num_waves, number)
+        num_waves = len(flight) if self.is_pipelined else min(self.policy.num_waves, len(flight))
         groups = []
         for wave in range(num_waves):
-            members = list(range(wave, number, num_waves))
+            members = list(flight[wave::num_waves])
             counts = {
                 layer: [sum(_part(count, at, number) for at in members) for count in counts_LE[layer]]
                 for layer in self.moe_layers
@@ -146,7 +160,7 @@ class Process:
 
     def _forward(self, groups: list[Group]) -> None:
         self._entered = set()
-        self._left = dict.fromkeys(self.layers, self.num_micro_batches)
+        self._left = dict.fromkeys(self.layers, sum(len(group.numbers) for group in groups))
         self._decide(self.policy.begin_forward)
         self.dense.begin_forward()
         if self.dense.of_layer(OUTER_LAYER):
@@ -314,7 +328,7 @@ class Process:
         scene.compute(seconds, f"dense backward L{layer}", "dense")
         self._left[layer] -= 1
         if not self._left[layer]:
-            self.steps.expect(self.dense.of_layer(layer))
+            self.steps.expect(self.dense.that_leave(layer))
             self.dense.leave_backward(layer)
             self._decide(lambda: self.policy.leave_backward(layer))
 

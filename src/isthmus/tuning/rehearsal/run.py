@@ -13,12 +13,12 @@ from torch import Tensor
 
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.bound import step_bound
-from isthmus.planning.memory import Blueprint, accelerator_memory, num_dense_buffers
+from isthmus.planning.memory import accelerator_memory, num_dense_buffers
 from isthmus.planning.problem import CostModel
-from isthmus.planning.stages import Division, divide, map_stages
+from isthmus.planning.stages import map_stages
 from isthmus.profiling.crowding import Forgetting
 from isthmus.spec.model import OUTER_LAYER, ModelSpec, UnitKey, UnitLayout
-from isthmus.spec.plan import Plan, Stage
+from isthmus.spec.plan import Plan
 from isthmus.spec.profile import Profile
 from isthmus.spec.timeline import LANES, Timeline
 from isthmus.tuning.deferred import DeferredWork
@@ -32,6 +32,7 @@ from isthmus.tuning.rehearsal.clock import Changes, Clock, Cores
 from isthmus.tuning.rehearsal.costs import Costs
 from isthmus.tuning.rehearsal.machine import ClockAccelerator, ClockRecorder, ClockWorker, LinkCosts
 from isthmus.tuning.rehearsal.process import Mail, Process, steps_of
+from isthmus.tuning.rehearsal.scenario import Scenario
 from isthmus.tuning.rehearsal.waves import Scene
 from isthmus.tuning.session import thread_split
 from isthmus.tuning.step_optimizer import StepOptimizer
@@ -43,32 +44,6 @@ WARM_STEPS = 2
 """Of these: before them a policy knows no popularity, and has not found out what its machine really takes."""
 PREDICTED_SHARE = 0.85
 """Of tokens whose experts in the next layer the runtime's predictor gets right."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """A run. ``memory_bytes``: of each accelerator; without a separate one it says nothing. ``num_cores``: of the host,
-    for all processes together."""
-
-    blueprint: Blueprint
-    profile: Profile
-    num_processes: int
-    num_cores: int
-    memory_bytes: int
-    micro_batches: int
-    num_stages: int | None
-    policy: str
-
-    @property
-    def is_separate(self) -> bool:
-        return self.profile.hardware.link is not None
-
-    @property
-    def division(self) -> Division:
-        spec = self.blueprint.spec
-        if self.num_processes > 1:
-            return divide(spec, num_ranks=self.num_processes, num_stages=self.num_stages)
-        return Division(stages=(Stage(first_layer=0, last_layer=spec.num_layers - 1),), num_ranks=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +154,27 @@ class _Optimizer:
     def __init__(self, store: _Store, costs: Costs, cores: Cores, num_threads: int, mail: Mail) -> None:
         self.store, self._costs, self._cores, self._mail = store, costs, cores, mail
         self._num_threads = num_threads
+        self._present: dict[UnitKey, bool] = {}
+        """Units with a gradient, and whether its norm is known."""
 
     def gradient_destination(self, key: UnitKey) -> tuple[Tensor, bool]:
-        return self.store.gradient(key), False
+        adds = key in self._present
+        self._present[key] = False
+        return self.store.gradient(key), adds
+
+    def add_gradient(self, key: UnitKey, flat: Tensor) -> None:
+        self._cores.work(self._costs.adding_s(self.store.numel(key)))
 
     def finish_gradient(self, key: UnitKey) -> None:
+        if self._present.get(key, True):
+            return
+        self._present[key] = True
         self._cores.work(self._costs.norm_s(self.store.numel(key)), self._num_threads)
 
     def begin_step(self, step: int, learning_rate: float) -> float:
+        for key in sorted(self._present):
+            self.finish_gradient(key)
+        self._present.clear()
         self._mail.meet()  # the norm is that of all processes
         return 1.0
 
@@ -220,6 +208,7 @@ class _Maker:
         self.scenario, self.rank, self.clock, self.cores, self.mail = scenario, rank, clock, cores, mail
         self.forget = forget
         self.division = scenario.division
+        self.num_in_flight = scenario.num_in_flight
         self.layers = self.division.layers_of(rank)
         self.is_pipelined = scenario.num_processes > 1
         whole = scenario.blueprint.spec
@@ -291,6 +280,7 @@ class _Maker:
             self.mail,
             num_tokens=scenario.blueprint.num_tokens,
             num_micro_batches=scenario.micro_batches,
+            num_in_flight=self.num_in_flight,
             decide=self._decide,
             predictor=predictor,
             num_slots=plan.num_slots,
@@ -318,12 +308,13 @@ class _Maker:
             dense_bytes=0,
             activation_bytes=0,
             copy_window=scenario.profile.copy_window,
-            num_waves=scenario.micro_batches if self.is_pipelined else min(2, scenario.micro_batches),
+            num_waves=self.num_in_flight if self.is_pipelined else min(2, self.num_in_flight),
+            num_in_flight=self.num_in_flight,
         )
         if not scenario.is_separate:
             return plan
-        part = scenario.blueprint.part(self.layers, stages=own if self.is_pipelined else ())
-        memory = accelerator_memory(part, scenario.micro_batches, scenario.policy, scenario.memory_bytes)
+        part = scenario.part(self.rank)
+        memory = accelerator_memory(part, self.num_in_flight, scenario.policy, scenario.memory_bytes)
         if not self.is_pipelined:
             most = max(part.experts, default=0)
             own = map_stages(self.spec, num_slots=memory.num_slots - most, num_stages=scenario.num_stages)
@@ -359,7 +350,7 @@ class _Maker:
             costs=CostModel(scenario.profile, self.spec),
             plan=plan,
             loader=loader,
-            num_tokens=scenario.blueprint.num_tokens * scenario.micro_batches,
+            num_tokens=scenario.blueprint.num_tokens * self.num_in_flight,
             recorder=self.recorder,
             predictor=guess,
             is_pipelined=self.is_pipelined,
