@@ -29,6 +29,7 @@ from isthmus.spec.timeline import Timeline
 from isthmus.training.interruption import StopSignals
 from isthmus.training.output import check_file, check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset_for
+from isthmus.tuning.layers import agree
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
 from isthmus.tuning.pipeline.company import (
@@ -40,6 +41,7 @@ from isthmus.tuning.pipeline.company import (
     timelines_of_all,
 )
 from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
+from isthmus.tuning.pipeline.mapping import told
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
 from isthmus.tuning.trainer import Trainer
@@ -129,7 +131,13 @@ def _tune(
         session_options = replace(session_options, num_cores=share_cores(links))
     is_first = links is None or not links.rank
     example, largest = stream.peek(), stream.largest()
-    with Session(path, session_options, example, recorder, progress.phase, links=links, largest=largest) as session:
+    division = mapping = None
+    if links is not None:
+        division, mapping = agree(options, session_options, path, largest, links, progress.phase)
+        progress.message(told(mapping))
+    with Session(
+        path, session_options, example, recorder, progress.phase, links=links, largest=largest, division=division
+    ) as session:
         trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
         if options.overwrite and is_first:
             # Not before: a run is only replaced by one whose input is known to be good.
@@ -144,6 +152,7 @@ def _tune(
             environment=environment(),
             steps=tuple(trainer.records),
             summary=of_all_ranks(summarise(session, trainer, memory.peak_bytes), links),
+            mapping=mapping,
         )
         timelines = timelines_of_all(recorder.timeline(), links)
         if links is not None:

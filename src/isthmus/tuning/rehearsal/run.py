@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from isthmus.models.skeleton import torch_dtype
+from isthmus.planning.block_seconds import Costs
 from isthmus.planning.bound import step_bound
+from isthmus.planning.layer_needs import MAPPED_POLICY
 from isthmus.planning.memory import Blueprint, accelerator_memory, num_dense_buffers
 from isthmus.planning.problem import CostModel
 from isthmus.planning.stages import Division, divide, map_stages
@@ -26,10 +29,10 @@ from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.loader import ExpertLoader, HostLoader
 from isthmus.tuning.pipeline.company import own_cores
+from isthmus.tuning.pipeline.mapping import Seat, map_seats
 from isthmus.tuning.policies import POLICIES, InPlace, PolicySeat, PolicySetup
 from isthmus.tuning.protocols import Loader, Policy
 from isthmus.tuning.rehearsal.clock import Changes, Clock, Cores
-from isthmus.tuning.rehearsal.costs import Costs
 from isthmus.tuning.rehearsal.machine import ClockAccelerator, ClockRecorder, ClockWorker, LinkCosts
 from isthmus.tuning.rehearsal.process import Mail, Process, steps_of
 from isthmus.tuning.rehearsal.waves import Scene
@@ -63,12 +66,25 @@ class Scenario:
     def is_separate(self) -> bool:
         return self.profile.hardware.link is not None
 
-    @property
+    @cached_property
     def division(self) -> Division:
+        """As ``tune`` divides the model where all its processes measure what this profile says."""
         spec = self.blueprint.spec
-        if self.num_processes > 1:
-            return divide(spec, num_ranks=self.num_processes, num_stages=self.num_stages)
-        return Division(stages=(Stage(first_layer=0, last_layer=spec.num_layers - 1),), num_ranks=1)
+        if self.num_processes == 1:
+            return Division(stages=(Stage(first_layer=0, last_layer=spec.num_layers - 1),), num_ranks=1)
+        equal = divide(spec, num_ranks=self.num_processes, num_stages=self.num_stages)
+        if self.policy != MAPPED_POLICY:
+            return equal
+        seat = Seat(
+            host="here",
+            memory_group="",
+            free_bytes=self.profile.hardware.host_memory_bytes,
+            kind="",
+            memory_bytes=self.memory_bytes if self.is_separate else None,
+        )
+        number = self.num_processes
+        mapping = map_seats(self.blueprint, [seat] * number, [self.profile] * number, equal.stages, self.micro_batches)
+        return Division(stages=mapping.stages, num_ranks=number, order=mapping.ranks[:number])
 
 
 @dataclass(frozen=True, kw_only=True)
