@@ -60,6 +60,8 @@ class LayerNeeds:
     """On each device (D,), forward and backward of all micro-batches."""
     held_bytes: int
     """On its device while it is held: weights."""
+    gradient_bytes: int = 0
+    """Beside it, of all layers of a stage at once, and of one stage at a time."""
     kept_bytes: int = 0
     """On its device for the whole step: activations."""
     host_bytes: int = 0
@@ -215,9 +217,9 @@ class _Weigher:
         seconds_LD = np.array([layer.seconds for layer in problem.layers], dtype=np.float64)[:, self.order]
         self._seconds = _sums(seconds_LD)
         """(L + 1, D) of all layers before, by position in the order; likewise below (L + 1,)."""
-        self._held, self._kept, self._hosted = (
+        self._held, self._gradients, self._kept, self._hosted = (
             _sums(np.array([getattr(layer, name) for layer in problem.layers], dtype=np.float64))
-            for name in ("held_bytes", "kept_bytes", "host_bytes")
+            for name in ("held_bytes", "gradient_bytes", "kept_bytes", "host_bytes")
         )
         self._memory_D = np.array([problem.devices[device].memory_bytes for device in self.order], dtype=np.float64)
         hosts_D = [problem.devices[device].host for device in self.order]
@@ -292,13 +294,14 @@ class _Weigher:
 
     def _short(self, ways: Cuts) -> Floats:
         """(N,) bytes that are missing on devices and hosts, all together."""
-        held, kept, hosted = (
-            self._by_round(sums[ways[:, 1:]] - sums[ways[:, :-1]]) for sums in (self._held, self._kept, self._hosted)
+        held, gradients, kept, hosted = (
+            self._by_round(sums[ways[:, 1:]] - sums[ways[:, :-1]])
+            for sums in (self._held, self._gradients, self._kept, self._hosted)
         )
         most_ND = held.max(axis=1)
         if held.shape[1] > 1:
             most_ND = np.maximum(most_ND, (held[:, 1:] + held[:, :-1]).max(axis=1))
-        devices_ND = most_ND + kept.sum(axis=1) - self._memory_D
+        devices_ND = most_ND + gradients.max(axis=1) + kept.sum(axis=1) - self._memory_D
         hosts_NH = hosted.sum(axis=1) @ self._is_on_host - self._host_memory
         return np.maximum(devices_ND, 0).sum(axis=1) + np.maximum(hosts_NH, 0).sum(axis=1)
 

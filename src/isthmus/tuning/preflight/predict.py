@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isthmus.planning.layer_needs import MAPPED_POLICY, Place, mapping_problem
+from isthmus.planning.mapping import choose_cuts
 from isthmus.planning.memory import (
     AcceleratorMemory,
     Blueprint,
@@ -22,7 +24,7 @@ from isthmus.planning.memory import (
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.planning.stages import map_stages
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.mapping import DEFAULT_ROUNDS
+from isthmus.simulation.tuning.mapping import DEFAULT_ROUNDS, layer_seconds
 from isthmus.simulation.tuning.run import Outcome, Popularity, simulate_tuning
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
@@ -105,7 +107,7 @@ def predict(question: Question) -> Prediction:
     question.check()
     costs = question.costs()
     order = costs.order
-    stages = _default_stages(question)
+    stages = _default_stages(question, costs)
     devices, parts = _devices(question, costs, stages, order)
     hosts = _hosts(question, costs, parts)
     if any(need.short_bytes for need in (*devices, *hosts)):
@@ -134,14 +136,31 @@ def predict_memory(question: Question) -> tuple[DeviceNeed | HostNeed, ...]:
     """What accelerators and hosts need with as many stages as are asked for, or two for each accelerator."""
     question.check()
     costs = question.costs()
-    devices, parts = _devices(question, costs, _default_stages(question), costs.order)
+    devices, parts = _devices(question, costs, _default_stages(question, costs), costs.order)
     return (*devices, *_hosts(question, costs, parts))
 
 
-def _default_stages(question: Question) -> tuple[Stage, ...]:
+def _default_stages(question: Question, costs: Costs) -> tuple[Stage, ...]:
+    """As many as are asked for, or two for each accelerator: equal ones, or by the figures' times and the memory that
+    the runtime needs, as it does with what it measures."""
     spec = question.blueprint.spec
     number = question.num_stages or min(spec.num_layers, DEFAULT_ROUNDS * question.cluster.num_accelerators)
-    return map_stages(spec, num_slots=0, num_stages=number)
+    equal = map_stages(spec, num_slots=0, num_stages=number)
+    if question.policy != MAPPED_POLICY:
+        return equal
+    hosts = {seat.host_number: seat.host.memory_bytes for seat in costs.seats}
+    places = [
+        Place(host=seat.host_number, root=seat.root, memory_bytes=seat.host.accelerator.memory_bytes)
+        for seat in costs.seats
+    ]
+    problem = mapping_problem(
+        question.blueprint,
+        places,
+        layer_seconds(costs),
+        [hosts[number] for number in sorted(hosts)],
+        question.micro_batches,
+    )
+    return choose_cuts(problem, equal).stages
 
 
 def _devices(
