@@ -173,7 +173,21 @@ def _facts(options: TuneOptions, path: Path, stream: BatchStream) -> dict[str, o
     names = {"plain", "report", "timeline", "trace", "model", "data", "eval_data", "output"}
     values = {name: value for name, value in options.plain_values().items() if name not in names}
     config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()[:16]
-    return values | {"config.json of the model": config, "data": stream.state_dict()["dataset"]}
+    return values | {
+        "config.json of the model": config,
+        "weights of the model (names, shapes, sizes)": _weights_digest(path),
+        "data": stream.state_dict()["dataset"],
+    }
+
+
+def _weights_digest(path: Path) -> str:
+    """Of the headers of a checkpoint's files and of their sizes: no tensor is read."""
+    digest = hashlib.sha256()
+    for file in checkpoint_files(path):
+        with SafetensorsReader(file) as reader:
+            tensors = sorted((name, stored.shape, stored.dtype) for name, stored in reader.tensors.items())
+        digest.update(repr([tensors, file.stat().st_size]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _checked_checkpoint(options: TuneOptions) -> Path:
