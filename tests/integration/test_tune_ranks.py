@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -124,21 +125,14 @@ def require_same_update(model: Path, alone: Path, together: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in models[1].values())
 
 
-def keep_profiles(model: Path, folder: Path, sizes: Sizes, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills a cache with what one of two processes measures here, ``times`` as slow."""
-    monkeypatch.setenv("ISTHMUS_CACHE", str(folder))
-    num_cores = max(1, num_cpus_usable() // 2)
-    with device_to_measure("host", {}) as device:
-        measure_blocks(model, device, sizes, emulation={}, num_cores=num_cores, num_processes=2)
-    for file in (folder / "profiles").iterdir():
-        profile = json.loads(file.read_text())
-        for name in profile:
-            if name.endswith(("_s_per_token", "_s_per_parameter")):
-                profile[name] *= times
-        for curves in profile["experts"].values():
-            for curve in curves.values():
-                curve["seconds"] = [seconds * times for seconds in curve["seconds"]]
-        file.write_text(json.dumps(profile))
+def slowed(profile: dict[str, Any], times: float) -> dict[str, Any]:
+    """A profile, as JSON, of a device on which everything takes so many times as long."""
+    experts = {
+        key: {name: curve and curve | {"seconds": [s * times for s in curve["seconds"]]} for name, curve in of.items()}
+        for key, of in profile["experts"].items()
+    }
+    rates = {name: value for name, value in profile.items() if name.endswith(("_s_per_token", "_s_per_parameter"))}
+    return profile | {name: value * times for name, value in rates.items()} | {"experts": experts}
 
 
 def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_with_equal_stages(
@@ -150,11 +144,15 @@ def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_wi
         shutil.copy(file, model)
     succeed(run(deep.arguments(alone, model=model)))
 
-    # Two kinds of processes, each with a cache of its own.
-    sizes = Sizes(dtype="fp32", seq_len=32, micro_batch_size=1, micro_batches=2)
+    # Two kinds of processes, each with a cache of its own, in which is what one of two measures here.
     caches = [tmp_path / "fast", tmp_path / "slow"]
-    for cache, times in zip(caches, (1.0, 4.0), strict=True):
-        keep_profiles(model, cache, sizes, times, monkeypatch)
+    monkeypatch.setenv("ISTHMUS_CACHE", str(caches[0]))
+    sizes, num_cores = Sizes(dtype="fp32", seq_len=32, micro_batch_size=1, micro_batches=2), num_cpus_usable() // 2
+    with device_to_measure("host", {}) as device:
+        measure_blocks(model, device, sizes, emulation={}, num_cores=max(1, num_cores), num_processes=2)
+    shutil.copytree(*caches)
+    for file in (caches[1] / "profiles").iterdir():
+        file.write_text(json.dumps(slowed(json.loads(file.read_text()), 4.0)))
     own = {rank: {"ISTHMUS_CACHE": str(caches[rank]), "OMP_NUM_THREADS": str(rank + 1)} for rank in range(2)}
     arguments = deep.arguments(together, "--save-every", "2", model=model)
     assert end(start([arguments] * 2, tmp_path, own), timeout_s=240) == [0, 0], _said(tmp_path)
