@@ -150,7 +150,7 @@ def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_wi
     sizes, num_cores = Sizes(dtype="fp32", seq_len=32, micro_batch_size=1, micro_batches=2), num_cpus_usable() // 2
     with device_to_measure("host", {}) as device:
         measure_blocks(model, device, sizes, emulation={}, num_cores=max(1, num_cores), num_processes=2)
-    shutil.copytree(*caches)
+    shutil.copytree(caches[0], caches[1])
     for file in (caches[1] / "profiles").iterdir():
         file.write_text(json.dumps(slowed(json.loads(file.read_text()), 4.0)))
     own = {rank: {"ISTHMUS_CACHE": str(caches[rank]), "OMP_NUM_THREADS": str(rank + 1)} for rank in range(2)}
