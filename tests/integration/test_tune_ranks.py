@@ -142,7 +142,8 @@ def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_wi
     write_tiny_checkpoint("mixtral", model, 0, "fp32", vocab_size=VOCAB_SIZE, num_hidden_layers=6)
     for file in deep.model.glob("*token*"):
         shutil.copy(file, model)
-    succeed(run(deep.arguments(alone, model=model)))
+    few = ("--steps", "2", "--save-every", "1")
+    succeed(run(deep.arguments(alone, *few, model=model)))
 
     # Two kinds of processes, each with a cache of its own, in which is what one of two measures here.
     caches = [tmp_path / "fast", tmp_path / "slow"]
@@ -154,7 +155,7 @@ def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_wi
     for file in (caches[1] / "profiles").iterdir():
         file.write_text(json.dumps(slowed(json.loads(file.read_text()), 4.0)))
     own = {rank: {"ISTHMUS_CACHE": str(caches[rank]), "OMP_NUM_THREADS": str(rank + 1)} for rank in range(2)}
-    arguments = deep.arguments(together, "--save-every", "2", model=model)
+    arguments = deep.arguments(together, *few, model=model)
     assert end(start([arguments] * 2, tmp_path, own), timeout_s=240) == [0, 0], _said(tmp_path)
     mapping = report(together)["mapping"]
     stages = zip(mapping["stages"], mapping["ranks"], strict=True)
@@ -165,12 +166,12 @@ def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_wi
     assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
     require_same_update(model, alone, together)
 
-    # As if it had been stopped after two of four steps.
-    shutil.rmtree(together / "checkpoints" / "step-00000004")
+    # As if it had been stopped after one of two steps.
+    shutil.rmtree(together / "checkpoints" / "step-00000002")
     for file in ("report.json", "model.safetensors.index.json"):
         (together / file).unlink()
     resumed = torchrun(2, [*arguments, "--resume", "--policy", "paper"])
-    assert resumed.returncode == 0 and "resuming after step 2" in resumed.stderr, resumed.stderr
+    assert resumed.returncode == 0 and "resuming after step 1" in resumed.stderr, resumed.stderr
     assert report(together)["mapping"]["step_s"] is None and report(together)["mapping"]["stages"] != mapping["stages"]
     assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
     require_same_update(model, alone, together)
