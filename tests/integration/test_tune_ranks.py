@@ -10,16 +10,22 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
-from tests.integration.support import VOCAB_SIZE, Inputs, Tune, losses, succeed
+from safetensors.torch import load_file, save_file
+from tests.integration.support import VOCAB_SIZE, Inputs, Tune, losses, report, succeed
 from transformers import AutoModelForCausalLM
 
 from isthmus.models.tiny import write_tiny_checkpoint
 from isthmus.reporting.chrome_trace import read_chrome_trace
+from isthmus.reporting.environment import num_cpus_usable
 from isthmus.training.checkpoints import read_state
+from isthmus.tuning.profile import Sizes, device_to_measure, measure_blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,8 +55,11 @@ def torchrun(num_ranks: int, arguments: list[str]) -> subprocess.CompletedProces
     )
 
 
-def start(commands: list[list[str]], folder: Path) -> list[subprocess.Popen[bytes]]:
-    """A process for each, without torchrun, which would end the others itself; they write ``folder / rank-<r>.log``."""
+def start(
+    commands: list[list[str]], folder: Path, own: Mapping[int, dict[str, str]] = MappingProxyType({})
+) -> list[subprocess.Popen[bytes]]:
+    """A process for each, without torchrun, which would end the others itself; they write ``folder / rank-<r>.log``.
+    ``own``: a rank's environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,7 +68,7 @@ def start(commands: list[list[str]], folder: Path) -> list[subprocess.Popen[byte
     for rank, arguments in enumerate(commands):
         with (folder / f"rank-{rank}.log").open("wb") as log:
             command = [sys.executable, "-m", "isthmus", *arguments]
-            ranked = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranked = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | own.get(rank, {})
             processes.append(subprocess.Popen(command, env=ranked, stdout=log, stderr=subprocess.STDOUT))
     return processes
 
@@ -92,8 +101,8 @@ def test_two_processes_and_then_four_make_the_model_that_one_makes(deep: Inputs,
     assert "resuming after step 2" in resumed.stderr
 
     assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
-    report = json.loads((together / "report.json").read_text())
-    assert report["steps"][-1]["evaluation_loss"] == pytest.approx(
+    found = report(together)
+    assert found["steps"][-1]["evaluation_loss"] == pytest.approx(
         json.loads((alone / "report.json").read_text())["steps"][-1]["evaluation_loss"], rel=1e-5
     )
     devices = read_chrome_trace(together / "timeline.json")
@@ -102,13 +111,71 @@ def test_two_processes_and_then_four_make_the_model_that_one_makes(deep: Inputs,
         dense = {span.layer for span in device.spans if span.kind == "dense"} - {None, 4}  # 4: behind the last layer
         assert dense == {rank}
     alone_bytes = json.loads((alone / "report.json").read_text())["summary"]["needed_host_bytes"]
-    assert report["summary"]["needed_host_bytes"] == pytest.approx(alone_bytes, rel=1e-2)  # nothing is kept twice
+    assert found["summary"]["needed_host_bytes"] == pytest.approx(alone_bytes, rel=1e-2)  # nothing is kept twice
+    require_same_update(deep.model, alone, together)
+
+
+def require_same_update(model: Path, alone: Path, together: Path) -> None:
+    """Both have changed ``model`` alike, within 1e-3 of the size of the change."""
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (alone, together)]
-    before = AutoModelForCausalLM.from_pretrained(deep.model).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     difference = sum(float((models[0][name] - models[1][name]).square().sum()) for name in before)
     update = sum(float((models[0][name] - before[name]).square().sum()) for name in before)
     assert difference**0.5 <= 1e-3 * update**0.5
     assert all(torch.isfinite(tensor).all() for tensor in models[1].values())
+
+
+def slowed(profile: dict[str, Any], times: float) -> dict[str, Any]:
+    """A profile, as JSON, of a device on which everything takes so many times as long."""
+    experts = {
+        key: {name: curve and curve | {"seconds": [s * times for s in curve["seconds"]]} for name, curve in of.items()}
+        for key, of in profile["experts"].items()
+    }
+    rates = {name: value for name, value in profile.items() if name.endswith(("_s_per_token", "_s_per_parameter"))}
+    return profile | {name: value * times for name, value in rates.items()} | {"experts": experts}
+
+
+@pytest.mark.long
+def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_with_equal_stages(
+    deep: Inputs, run: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, alone, together = tmp_path / "model", tmp_path / "alone", tmp_path / "together"
+    write_tiny_checkpoint("mixtral", model, 0, "fp32", vocab_size=VOCAB_SIZE, num_hidden_layers=6)
+    for file in deep.model.glob("*token*"):
+        shutil.copy(file, model)
+    few = ("--steps", "2", "--save-every", "1")
+    succeed(run(deep.arguments(alone, *few, model=model)))
+
+    # Two kinds of processes, each with a cache of its own, in which is what one of two measures here.
+    caches = [tmp_path / "fast", tmp_path / "slow"]
+    monkeypatch.setenv("ISTHMUS_CACHE", str(caches[0]))
+    sizes, num_cores = Sizes(dtype="fp32", seq_len=32, micro_batch_size=1, micro_batches=2), num_cpus_usable() // 2
+    with device_to_measure("host", {}) as device:
+        measure_blocks(model, device, sizes, emulation={}, num_cores=max(1, num_cores), num_processes=2)
+    shutil.copytree(caches[0], caches[1])
+    for file in (caches[1] / "profiles").iterdir():
+        file.write_text(json.dumps(slowed(json.loads(file.read_text()), 4.0)))
+    own = {rank: {"ISTHMUS_CACHE": str(caches[rank]), "OMP_NUM_THREADS": str(rank + 1)} for rank in range(2)}
+    arguments = deep.arguments(together, *few, model=model)
+    assert end(start([arguments] * 2, tmp_path, own), timeout_s=240) == [0, 0], _said(tmp_path)
+    mapping = report(together)["mapping"]
+    stages = zip(mapping["stages"], mapping["ranks"], strict=True)
+    slow = sum(stage["last_layer"] - stage["first_layer"] + 1 for stage, rank in stages if rank == 1)
+    assert slow == 2 and len(mapping["stages"]) == 4
+    assert mapping["step_s"] < 0.95 * mapping["equal_stages_step_s"]
+    assert "layers: rank 0 0" in _said(tmp_path) and "shorter than stages of equal size" in _said(tmp_path)
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+    require_same_update(model, alone, together)
+
+    # As if it had been stopped after one of two steps.
+    shutil.rmtree(together / "checkpoints" / "step-00000002")
+    for file in ("report.json", "model.safetensors.index.json"):
+        (together / file).unlink()
+    resumed = torchrun(2, [*arguments, "--resume", "--policy", "paper"])
+    assert resumed.returncode == 0 and "resuming after step 1" in resumed.stderr, resumed.stderr
+    assert report(together)["mapping"]["step_s"] is None and report(together)["mapping"]["stages"] != mapping["stages"]
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+    require_same_update(model, alone, together)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
@@ -139,10 +206,27 @@ def _said(folder: Path) -> str:
     return "\n".join(log.read_text() for log in sorted(folder.glob("rank-*.log")))
 
 
+def test_more_stages_than_layers_are_refused_by_all(deep: Inputs, tmp_path: Path) -> None:
+    processes = start([deep.arguments(tmp_path / "out", "--num-stages", "5")] * 2, tmp_path)
+    assert end(processes, timeout_s=200) == [2, 2]
+    assert _said(tmp_path).count("num_stages: got 5, wanted 1 to 4, the number of layers") == 2
+
+
 def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_path: Path) -> None:
     processes = start([deep.arguments(tmp_path / "out", "--seed", seed) for seed in ("0", "1")], tmp_path)
     assert end(processes, timeout_s=200) == [2, 2]
     assert _said(tmp_path).count("seed: rank 1 got 1, rank 0 0; wanted the same everywhere") == 2
+
+
+def test_processes_with_other_weights_of_the_same_configuration_are_found(deep: Inputs, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(deep.model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    commands = [deep.arguments(tmp_path / "out", model=model) for model in (deep.model, other)]
+    assert end(start(commands, tmp_path), timeout_s=200) == [2, 2], _said(tmp_path)
+    assert _said(tmp_path).count("weights of the model (names, shapes, sizes): rank 1 got") == 2
 
 
 def test_a_process_that_fails_tells_its_own_error_and_the_others_name_it(deep: Inputs, tmp_path: Path) -> None:

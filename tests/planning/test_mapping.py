@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.planning.mapping import DevicePlace, LayerNeeds, MappingProblem, _Weigher, device_order, map_layers
+from isthmus.planning.mapping import (
+    DevicePlace,
+    LayerNeeds,
+    MappingProblem,
+    StageMapping,
+    _Weigher,
+    choose_cuts,
+    device_order,
+    map_layers,
+    predict_cuts,
+)
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.plan import Stage
 
 AMPLE = 10**9
 
@@ -21,17 +32,23 @@ def problem(
     speeds: Sequence[float] = (1.0, 1.0),
     *,
     held_bytes: int = 1,
+    gradient_bytes: int = 0,
     memory_bytes: Sequence[int] | None = None,
     hosts: Sequence[int] | None = None,
     host_memory_bytes: Sequence[int] = (AMPLE, AMPLE),
     num_micro_batches: int = 4,
     handover_s: float = 0.0,
+    outer_s: float = 0.0,
 ) -> MappingProblem:
     """Devices of different speed, each under a root of its own unless hosts say otherwise."""
     return MappingProblem(
         layers=tuple(
             LayerNeeds(
-                seconds=tuple(seconds / speed for speed in speeds), held_bytes=held_bytes, kept_bytes=1, host_bytes=10
+                seconds=tuple(seconds / speed for speed in speeds),
+                held_bytes=held_bytes,
+                gradient_bytes=gradient_bytes,
+                kept_bytes=1,
+                host_bytes=10,
             )
             for seconds in layer_s
         ),
@@ -46,6 +63,7 @@ def problem(
         host_memory_bytes=tuple(host_memory_bytes),
         num_micro_batches=num_micro_batches,
         handover_s=handover_s,
+        outer_s=outer_s,
     )
 
 
@@ -72,12 +90,14 @@ def least_step_s(given: MappingProblem, num_stages: int | None = None) -> float 
                 held = [sum(given.layers[layer].held_bytes for layer in layers) for layers in own]
                 most = max((a + b for a, b in pairwise(held)), default=held[0])
                 kept = sum(given.layers[layer].kept_bytes for layers in own for layer in layers)
+                most += max(sum(given.layers[layer].gradient_bytes for layer in layers) for layers in own)
                 fits = fits and most + kept <= given.devices[device].memory_bytes
                 host = given.devices[device].host
                 host_bytes[host] += sum(given.layers[layer].host_bytes for layers in own for layer in layers)
             fits = fits and all(a <= b for a, b in zip(host_bytes, given.host_memory_bytes, strict=True))
             slots = given.num_micro_batches * number / len(order)
-            step_s = max(loads) * (slots + len(order) - 1) / slots
+            step_s = max(loads) * (slots + len(order) - 1) / slots + given.outer_s / given.num_micro_batches
+            step_s = max(step_s, loads[0] + given.outer_s)
             if fits and (best is None or step_s < best):
                 best = step_s
     return best
@@ -91,11 +111,13 @@ def problems(draw: st.DrawFn) -> MappingProblem:
         [draw(st.integers(1, 9)) for _ in range(num_layers)],
         [draw(st.sampled_from([0.5, 1.0, 3.0])) for _ in range(num_devices)],
         held_bytes=draw(st.integers(0, 5)),
+        gradient_bytes=draw(st.integers(0, 3)),
         memory_bytes=[draw(st.integers(4, 40)) for _ in range(num_devices)],
         hosts=[draw(st.integers(0, 1)) for _ in range(num_devices)],
         host_memory_bytes=[draw(st.integers(0, 90)) for _ in range(2)],
         num_micro_batches=draw(st.integers(1, 8)),
         handover_s=draw(st.sampled_from([0.0, 0.7])),
+        outer_s=draw(st.sampled_from([0.0, 5.0])),
     )
 
 
@@ -123,8 +145,11 @@ def test_what_is_found_is_a_mapping_that_takes_what_it_says(given_problem: Mappi
     for stage, device in zip(found.stages, found.devices, strict=True):
         own = given_problem.layers[stage.first_layer : stage.last_layer + 1]
         loads[device] += given_problem.handover_s + sum(layer.seconds[device] for layer in own)
-    assert found.load_s == pytest.approx(loads)
     order = device_order(places_of(given_problem))
+    loads[order[0]] += given_problem.outer_s
+    assert found.load_s == pytest.approx(loads)
+    again = predict_cuts(given_problem, found.stages)
+    assert again.step_s == found.step_s and again.short_bytes == 0
     assert list(found.devices) == [order[stage % num_devices] for stage in range(number)]
 
 
@@ -175,6 +200,46 @@ def test_hand_overs_speak_for_fewer_stages_and_few_micro_batches_for_more() -> N
     many = map_layers(problem([1.0] * 8, handover_s=0.3, num_micro_batches=100))
     few = map_layers(problem([1.0] * 8, handover_s=0.3, num_micro_batches=1))
     assert len(many.stages) < len(few.stages)
+
+
+def sizes(mapping: StageMapping) -> list[int]:
+    return [stage.last_layer - stage.first_layer + 1 for stage in mapping.stages]
+
+
+def equal_stages(num_layers: int, num_stages: int) -> tuple[Stage, ...]:
+    each = num_layers // num_stages
+    return tuple(Stage(first_layer=at * each, last_layer=(at + 1) * each - 1) for at in range(num_stages))
+
+
+def test_what_lies_outside_the_layers_moves_some_only_where_filling_and_draining_do_not_hide_it() -> None:
+    hidden = map_layers(problem([1.0] * 8, outer_s=0.4, num_micro_batches=2), 2)
+    shown = map_layers(problem([1.0] * 8, outer_s=4.0, num_micro_batches=8), 2)
+    assert sizes(hidden) == [4, 4] and sizes(shown) == [3, 5]
+
+
+@given(noise=st.lists(st.floats(0.975, 1.025), min_size=4, max_size=4), outer_s=st.floats(0.0, 0.5))
+def test_devices_that_measure_a_few_percent_apart_keep_equal_stages(noise: list[float], outer_s: float) -> None:
+    equal = equal_stages(32, 8)
+    found = choose_cuts(problem([1.0] * 32, noise, outer_s=outer_s, num_micro_batches=8), equal)
+    assert found.stages == equal
+
+
+def test_devices_that_differ_get_other_stages_and_as_many() -> None:
+    equal = equal_stages(8, 4)
+    found = choose_cuts(problem([1.0] * 8, [1.0, 0.5]), equal)
+    assert len(found.stages) == 4 and max(found.load_s) == 6.0 and sum(sizes(found)[1::2]) in (2, 3)
+    assert found.step_s == map_layers(problem([1.0] * 8, [1.0, 0.5]), 4).step_s
+
+
+def test_stages_that_do_not_fit_are_left_however_fast_and_kept_where_none_fit() -> None:
+    equal = equal_stages(12, 2)
+    # Six layers held and kept take 12 bytes.
+    tight = choose_cuts(problem([1.0] * 12, memory_bytes=[10, AMPLE]), equal)
+    assert sizes(tight) == [5, 7] and tight.short_bytes == 0
+    hopeless = choose_cuts(problem([1.0] * 12, memory_bytes=[1, 1]), equal)
+    assert hopeless.stages == equal and hopeless.short_bytes == 22
+    with pytest.raises(IsthmusError, match="devices: got 2 for 1 layers"):
+        choose_cuts(problem([1.0]), (Stage(first_layer=0, last_layer=0),))
 
 
 def test_large_cases_are_balanced_and_the_same_every_time() -> None:

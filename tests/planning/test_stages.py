@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.planning.stages import divide, map_stages
+from isthmus.planning.stages import Division, divide, map_stages
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.model import OUTER_LAYER, ModelSpec
 
@@ -75,6 +75,15 @@ def test_every_layer_is_one_processes_and_neighbouring_stages_are_not_the_same_o
     assert division.rank_of(0) == division.rank_of(OUTER_LAYER) == 0
     ends = [stage.last_layer for stage in division.stages[:-1]]
     assert all(division.rank_of(end) != division.rank_of(end + 1) for end in ends)
+
+
+def test_stages_go_round_in_the_order_that_is_asked_for(spec: ModelSpec) -> None:
+    stages = divide(spec, num_ranks=3, num_stages=6).stages
+    division = Division(stages=stages, num_ranks=3, order=(0, 2, 1))
+    assert division.ranks == (0, 2, 1, 0, 2, 1) and division.stages_of(2) == stages[1::3]
+    assert all(division.rank_of(layer) == rank for rank in range(3) for layer in division.layers_of(rank))
+    with pytest.raises(ValueError, match=r"order: got \(1, 0, 2\), wanted all of 3 ranks, rank 0 first"):
+        Division(stages=stages, num_ranks=3, order=(1, 0, 2))
 
 
 def test_each_process_gets_two_stages_where_there_are_layers_for_it(spec: ModelSpec) -> None:

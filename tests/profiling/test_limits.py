@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from isthmus.profiling.limits import cpu_quota, free_memory_bytes
+from isthmus.profiling.limits import cpu_quota, free_memory, free_memory_bytes
 
 MIB = 1 << 20
 
@@ -38,6 +38,16 @@ def test_memory_of_version_2(tmp_path: Path, own: Path) -> None:
     write(tmp_path / "outer", memory__max=64 * MIB, memory__current=10 * MIB)
     (tmp_path / "outer" / "memory.stat").write_text(f"anon 1\nfile {6 * MIB}\n")
     assert free_memory_bytes(tmp_path, own) == 60 * MIB
+
+
+def test_processes_of_one_group_and_of_the_machine_are_told_apart(tmp_path: Path, own: Path) -> None:
+    assert free_memory(tmp_path, own)[1] == ""
+    group = tmp_path / "a"
+    group.mkdir()
+    (group / "memory.max").write_text("1000")
+    (group / "memory.current").write_text("400")
+    own.write_text("0::/a/b")
+    assert free_memory(tmp_path, own) == (600, str(group))
 
 
 def test_without_limits_it_is_what_the_machine_has(tmp_path: Path, own: Path) -> None:

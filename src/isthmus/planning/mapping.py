@@ -5,9 +5,13 @@ is looked for are the cuts with the least predicted step,
 
     max over devices of the seconds of its stages, times (M·R + D - 1) ÷ (M·R),
 
-M micro-batches and R = S ÷ D rounds, such that every device has room for any two of its stages that follow one another
+M micro-batches and R = S ÷ D rounds, and no less than the first device's, what lies outside the layers included, such
+that every device has room for any two of its stages that follow one another
 (one runs, the next is loaded) beside what it keeps for the whole step, and every host for what its devices' layers
 need. Slower devices so get fewer layers. More stages shorten the bubble, hand-overs speak for fewer.
+
+What was measured is never exact, so ``choose_cuts`` leaves equal cuts as they are unless others are a good deal
+shorter, or those do not fit.
 
 All cuts are weighed where there are few. Otherwise cuts begin where every device has had its part of the work so far,
 and runs of neighbouring cuts are moved by some layers as long as that helps; a few times all are shaken and it is done
@@ -41,6 +45,10 @@ MAX_MOVES = 200
 MOVES = (1, 2, 4)
 """By how many layers cuts are moved."""
 NUM_SHAKES = 12
+LEAST_GAIN = 0.05
+"""By so much of the step a mapping must be predicted shorter than equal cuts to be taken instead. What was measured of
+devices that are alike differs by a few percent, and no mapping can gain more than loads differ by; one layer more or
+less of a device's ten is 10 %."""
 BISECTIONS = 40
 
 
@@ -52,6 +60,8 @@ class LayerNeeds:
     """On each device (D,), forward and backward of all micro-batches."""
     held_bytes: int
     """On its device while it is held: weights."""
+    gradient_bytes: int = 0
+    """Beside it, of all layers of a stage at once, and of one stage at a time."""
     kept_bytes: int = 0
     """On its device for the whole step: activations."""
     host_bytes: int = 0
@@ -78,6 +88,9 @@ class MappingProblem:
     num_micro_batches: int
     handover_s: float = 0.0
     """What every stage takes beside its layers: all micro-batches in and out, both ways."""
+    outer_s: float = 0.0
+    """What lies outside every layer (embeddings, head, loss) takes on the first stage's device. That computes it while
+    the pipeline fills and drains, as far as there is time; the last micro-batch's part comes after everything."""
 
     def __post_init__(self) -> None:
         for number, layer in enumerate(self.layers):
@@ -89,7 +102,8 @@ class MappingProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class StageMapping:
-    """``devices``: of each stage (S,). ``load_s``: of each device (D,), without the bubble."""
+    """``devices``: of each stage (S,). ``load_s``: of each device (D,), without the bubble, with what lies outside the
+    layers. ``short_bytes``: of memory, on all devices and hosts together; 0: it fits."""
 
     stages: tuple[Stage, ...]
     devices: tuple[int, ...]
@@ -97,6 +111,7 @@ class StageMapping:
     load_s: tuple[float, ...]
     is_exact: bool
     """Whether every way of cutting was weighed."""
+    short_bytes: int = 0
 
 
 def device_order(places: Sequence[tuple[int, int]]) -> list[int]:
@@ -118,6 +133,27 @@ def device_order(places: Sequence[tuple[int, int]]) -> list[int]:
     return order
 
 
+def choose_cuts(problem: MappingProblem, equal: Sequence[Stage]) -> StageMapping:
+    """``equal`` unless as many other stages are predicted ``LEAST_GAIN`` shorter, or less memory is missing with them.
+    ``short_bytes`` says whether what is returned fits. Pure and deterministic. Raises ``IsthmusError`` for stages that
+    are fewer than devices."""
+    _check_stages(problem, len(equal))
+    weigher = _Weigher(problem)
+    evenly = weigher.mapping(weigher.weighed(equal), is_exact=False)
+    best = weigher.best(len(equal))
+    found = weigher.mapping(best, is_exact=best.is_exact)
+    if found.short_bytes == evenly.short_bytes:
+        return found if found.step_s < (1 - LEAST_GAIN) * evenly.step_s else evenly
+    return found if found.short_bytes < evenly.short_bytes else evenly
+
+
+def predict_cuts(problem: MappingProblem, stages: Sequence[Stage]) -> StageMapping:
+    """What a step with these stages takes, however good they are. Raises as ``choose_cuts``."""
+    _check_stages(problem, len(stages))
+    weigher = _Weigher(problem)
+    return weigher.mapping(weigher.weighed(stages), is_exact=False)
+
+
 def map_layers(problem: MappingProblem, num_stages: int | None = None) -> StageMapping:
     """The best mapping, with ``num_stages`` stages or any number of them. Pure and deterministic.
 
@@ -125,13 +161,7 @@ def map_layers(problem: MappingProblem, num_stages: int | None = None) -> StageM
     missing where least is.
     """
     num_layers, num_devices = len(problem.layers), len(problem.devices)
-    if num_devices > num_layers:
-        raise IsthmusError(f"devices: got {num_devices} for {num_layers} layers, wanted one layer or more for each")
-    if num_stages is not None and not num_devices <= num_stages <= num_layers:
-        raise IsthmusError(
-            f"num_stages: got {num_stages}, wanted {num_devices}, the devices, to {num_layers}, the layers; leave it "
-            "out to have it chosen"
-        )
+    _check_stages(problem, num_stages)
     weigher = _Weigher(problem)
     if num_stages is not None:
         numbers: Sequence[int] = (num_stages,)
@@ -149,6 +179,17 @@ def map_layers(problem: MappingProblem, num_stages: int | None = None) -> StageM
         )
     are_all = num_stages is not None or num_layers <= MAX_LAYERS_OF_ALL_STAGES
     return weigher.mapping(best, is_exact=are_all and all(one.is_exact for one in found))
+
+
+def _check_stages(problem: MappingProblem, num_stages: int | None) -> None:
+    num_layers, num_devices = len(problem.layers), len(problem.devices)
+    if num_devices > num_layers:
+        raise IsthmusError(f"devices: got {num_devices} for {num_layers} layers, wanted one layer or more for each")
+    if num_stages is not None and not num_devices <= num_stages <= num_layers:
+        raise IsthmusError(
+            f"num_stages: got {num_stages}, wanted {num_devices}, the devices, to {num_layers}, the layers; leave it "
+            "out to have it chosen"
+        )
 
 
 @dataclass(frozen=True)
@@ -176,9 +217,9 @@ class _Weigher:
         seconds_LD = np.array([layer.seconds for layer in problem.layers], dtype=np.float64)[:, self.order]
         self._seconds = _sums(seconds_LD)
         """(L + 1, D) of all layers before, by position in the order; likewise below (L + 1,)."""
-        self._held, self._kept, self._hosted = (
+        self._held, self._gradients, self._kept, self._hosted = (
             _sums(np.array([getattr(layer, name) for layer in problem.layers], dtype=np.float64))
-            for name in ("held_bytes", "kept_bytes", "host_bytes")
+            for name in ("held_bytes", "gradient_bytes", "kept_bytes", "host_bytes")
         )
         self._memory_D = np.array([problem.devices[device].memory_bytes for device in self.order], dtype=np.float64)
         hosts_D = [problem.devices[device].host for device in self.order]
@@ -199,28 +240,37 @@ class _Weigher:
         ways = np.concatenate([ends[:, :1], middle, ends[:, 1:]], axis=1)
         return self._least(ways, is_exact=True)
 
+    def weighed(self, stages: Sequence[Stage]) -> _Weighed:
+        """These stages."""
+        cuts = np.array([0, *(stage.last_layer + 1 for stage in stages)], dtype=np.int64)
+        return self._least(cuts[None], is_exact=False)
+
     def mapping(self, weighed: _Weighed, *, is_exact: bool) -> StageMapping:
         bounds = weighed.cuts.tolist()
         load_s = [0.0] * len(self.order)
         for device, seconds in zip(self.order, self._loads(weighed.cuts[None])[0].tolist(), strict=True):
             load_s[device] = seconds
+        load_s[self.order[0]] += self.problem.outer_s
         return StageMapping(
             stages=tuple(Stage(first_layer=first, last_layer=last - 1) for first, last in pairwise(bounds)),
             devices=tuple(self.order[number % len(self.order)] for number in range(len(bounds) - 1)),
             step_s=weighed.step_s,
             load_s=tuple(load_s),
             is_exact=is_exact,
+            short_bytes=max(0, round(weighed.short_bytes)),
         )
 
     # --- weighing ----------------------------------------------------------------------------------------------------
 
     def _least(self, ways: Cuts, *, is_exact: bool) -> _Weighed:
         """The best of ``ways`` (N, S + 1)."""
-        loads_ND = self._loads(ways)
+        loads_ND, outer_s = self._loads(ways), self.problem.outer_s
         short_N = self._short(ways)
-        squares_N = np.square(loads_ND).sum(axis=1)
         slots = self.problem.num_micro_batches * (ways.shape[1] - 1) / len(self.order)
         step_N = loads_ND.max(axis=1) * (slots + len(self.order) - 1) / slots
+        loads_ND[:, 0] += outer_s
+        step_N = np.maximum(step_N + outer_s / self.problem.num_micro_batches, loads_ND[:, 0])
+        squares_N = np.square(loads_ND).sum(axis=1)
         best = np.lexsort((squares_N, step_N, short_N))[0]
         return _Weighed(
             cuts=ways[best],
@@ -244,13 +294,14 @@ class _Weigher:
 
     def _short(self, ways: Cuts) -> Floats:
         """(N,) bytes that are missing on devices and hosts, all together."""
-        held, kept, hosted = (
-            self._by_round(sums[ways[:, 1:]] - sums[ways[:, :-1]]) for sums in (self._held, self._kept, self._hosted)
+        held, gradients, kept, hosted = (
+            self._by_round(sums[ways[:, 1:]] - sums[ways[:, :-1]])
+            for sums in (self._held, self._gradients, self._kept, self._hosted)
         )
         most_ND = held.max(axis=1)
         if held.shape[1] > 1:
             most_ND = np.maximum(most_ND, (held[:, 1:] + held[:, :-1]).max(axis=1))
-        devices_ND = most_ND + kept.sum(axis=1) - self._memory_D
+        devices_ND = most_ND + gradients.max(axis=1) + kept.sum(axis=1) - self._memory_D
         hosts_NH = hosted.sum(axis=1) @ self._is_on_host - self._host_memory
         return np.maximum(devices_ND, 0).sum(axis=1) + np.maximum(hosts_NH, 0).sum(axis=1)
 

@@ -47,8 +47,12 @@ class Division:
 
     stages: tuple[Stage, ...]
     num_ranks: int
+    order: tuple[int, ...] = ()
+    """In which stages go round the ranks, from rank 0 on; empty: as they are numbered."""
 
     def __post_init__(self) -> None:
+        if self.order and (sorted(self.order) != list(range(self.num_ranks)) or self.order[0]):
+            raise ValueError(f"order: got {self.order}, wanted all of {self.num_ranks} ranks, rank 0 first")
         if len(self.stages) < self.num_ranks:
             raise IsthmusError(
                 f"num_stages: got {len(self.stages)} for {self.num_ranks} processes, wanted at least one stage each: "
@@ -56,7 +60,16 @@ class Division:
             )
 
     def stages_of(self, rank: int) -> tuple[Stage, ...]:
-        return self.stages[rank :: self.num_ranks]
+        return self.stages[self._ranks.index(rank) :: self.num_ranks]
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        return self.order or tuple(range(self.num_ranks))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of each stage."""
+        return tuple(self._ranks[number % self.num_ranks] for number in range(len(self.stages)))
 
     def layers_of(self, rank: int) -> tuple[int, ...]:
         return tuple(
@@ -69,7 +82,7 @@ class Division:
             return 0
         for number, stage in enumerate(self.stages):
             if stage.first_layer <= layer <= stage.last_layer:
-                return number % self.num_ranks
+                return self.ranks[number]
         raise ValueError(f"layer: got {layer}, wanted one up to {self.stages[-1].last_layer}")
 
 

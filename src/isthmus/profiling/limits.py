@@ -16,7 +16,13 @@ def free_memory_bytes(root: Path = _ROOT, own: Path = _OWN) -> int:
 
     Pages of files that were read count as free: the kernel gives them up.
     """
-    free = [psutil.virtual_memory().available]
+    return free_memory(root, own)[0]
+
+
+def free_memory(root: Path = _ROOT, own: Path = _OWN) -> tuple[int, str]:
+    """(``free_memory_bytes``, the group whose limit that is, empty: the machine's). Processes of one host and one group
+    take from the same."""
+    free = [(psutil.virtual_memory().available, "")]
     for limit, usage, statistics, file_pages in (
         ("memory.max", "memory.current", "memory.stat", "file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_cache"),
@@ -24,8 +30,9 @@ def free_memory_bytes(root: Path = _ROOT, own: Path = _OWN) -> int:
         for group in _groups("memory", root, own):
             most, used = _number(group / limit), _number(group / usage)
             if most is not None and used is not None:
-                free.append(most - used + _statistic(group / statistics, file_pages))
-    return max(0, min(free))
+                free.append((most - used + _statistic(group / statistics, file_pages), str(group)))
+    num_bytes, group = min(free)
+    return max(0, num_bytes), group
 
 
 def cpu_quota(root: Path = _ROOT, own: Path = _OWN) -> tuple[int, int] | None:

@@ -1,4 +1,8 @@
-"""How seconds are measured: warmed up, repeated within a time budget, the fastest taken: other work only ever adds."""
+"""How seconds are measured: warmed up, repeated within a time budget, the fastest taken: other work only ever adds.
+
+A process that is held to a part of its cores' time pauses every few milliseconds. There a run is repeated until several
+pauses are in it, and counts as what it takes on average.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,14 @@ from typing import TypeVar
 import torch
 
 from isthmus.planning.curves import monotone
+from isthmus.profiling.limits import cpu_quota
+from isthmus.profiling.steady import mean_s
 from isthmus.spec.profile import Curve
 
 Result = TypeVar("Result")
+
+PERIODS = 12
+LONGEST_WINDOW_S = 0.1
 
 
 def fastest_s(task: Callable[[], object], *, repeats: int = 9, budget_s: float = 0.3) -> float:
@@ -20,12 +29,19 @@ def fastest_s(task: Callable[[], object], *, repeats: int = 9, budget_s: float =
     Blocks."""
     task()
     seconds: list[float] = []
+    window_s = window_of_pauses_s(cpu_quota(), torch.get_num_threads())
     end_s = time.perf_counter() + budget_s
     while len(seconds) < repeats and (not seconds or time.perf_counter() < end_s):
-        start_s = time.perf_counter()
-        task()
-        seconds.append(time.perf_counter() - start_s)
+        seconds.append(mean_s(task, window_s))
     return min(seconds)
+
+
+def window_of_pauses_s(quota: tuple[int, int] | None, num_threads: int) -> float:
+    """How long a run has to be repeated under this quota (microseconds of computing, of a period) for its pauses to be
+    in it as they are in the long run; 0 where so many threads make none."""
+    if quota is None or quota[0] >= num_threads * quota[1]:
+        return 0.0
+    return min(PERIODS * quota[1] * 1e-6, LONGEST_WINDOW_S)
 
 
 def token_grid(largest: int) -> list[int]:

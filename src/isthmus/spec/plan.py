@@ -45,3 +45,19 @@ class Plan:
     """Most micro-batches whose activations are kept at once: so many go forward and backward before the next begin."""
     is_dense_resident: bool = True
     """Whether every layer's dense part stays on the accelerator; else the layers pass through a few buffers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMapping:
+    """Which process has which layers, and why. Seconds are predictions from what was measured, and None where nothing
+    was, since there was nothing to choose."""
+
+    stages: tuple[Stage, ...]
+    ranks: tuple[int, ...]
+    """Of each stage."""
+    reason: str
+    load_s: tuple[float, ...] | None = None
+    """Of each rank: what it computes in a step."""
+    step_s: float | None = None
+    equal_stages_step_s: float | None = None
+    """With stages of equal size instead."""

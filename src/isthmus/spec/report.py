@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from isthmus.spec.inference import InferencePlan
+from isthmus.spec.plan import LayerMapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class TuneReport:
     environment: dict[str, object]
     steps: tuple[StepRecord, ...]
     summary: TuneSummary
+    mapping: LayerMapping | None = None
+    """Of several processes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from isthmus.profiling.cache import cached_profile, keep
 from isthmus.profiling.crowding import measure_slowdown
 from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer, no_experts
 from isthmus.profiling.experts import measure_expert, one_expert
+from isthmus.profiling.limits import cpu_quota
 from isthmus.profiling.links import LinkTimes, measure_link
 from isthmus.profiling.routing import measure_routing
 from isthmus.profiling.timing import fastest_s, in_thread
@@ -134,6 +135,8 @@ def measure_profile(
         "tokens": [max_tokens, *example.inputs["input_ids"].shape],
         "versions": [version("torch"), version("transformers"), version("isthmus")],
     }
+    if (quota := cpu_quota()) is not None:
+        identity["quota"] = quota
     if len(model.held_layouts) < len(model.layouts):
         identity["layers"] = sorted({key.layer for key in model.held_layouts})
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +14,14 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PretrainedConfig
 
 from isthmus.models.attention import use_blocked_attention
-from isthmus.models.config import load_config
+from isthmus.models.config import load_config, model_spec
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import evaluate
+from isthmus.planning.stages import divide
 from isthmus.profiling.dense import measure_dense
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.human import human_bytes, human_s
@@ -24,9 +29,10 @@ from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
+from isthmus.spec.model import ExpertSpec, ModelSpec
 from isthmus.spec.profile import ExpertTimes, Profile
 from isthmus.spec.serialization import to_json
-from isthmus.spec.units import parse_emulate
+from isthmus.spec.units import Emulation, parse_emulate
 from isthmus.training.heap import keep_freed_memory
 from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
@@ -35,6 +41,24 @@ from isthmus.tuning.data.batches import largest_micro_batch
 from isthmus.tuning.measure import OneOfSeveral, at_cpu_speed, measure_profile
 from isthmus.tuning.pipeline.pipeline import Pipeline
 from isthmus.tuning.session import thread_split
+
+FEW_LAYERS = 8
+"""Models of more are measured with fewer, if those have all kinds of layers that there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a step, as far as what its parts take depends on them."""
+
+    dtype: str
+    seq_len: int
+    micro_batch_size: int
+    micro_batches: int
+
+    @property
+    def num_tokens(self) -> int:
+        """The most that one expert may get."""
+        return self.micro_batches * self.micro_batch_size * self.seq_len
 
 
 def profile(
@@ -63,30 +87,18 @@ def profile(
         raise IsthmusError(f"cpu_speed: got {cpu_speed}, wanted a fraction above 0 and at most 1, such as 0.25.")
     keep_freed_memory()
     emulation = parse_emulate(emulate or "")
-    is_emulated = accelerator == "emulated" or (accelerator == "auto" and emulation)
-    device = create(
-        accelerator,
-        budget_bytes=psutil.virtual_memory().total if is_emulated else None,
-        recorder=Recorder(enabled=False),
-        h2d_bytes_per_s=emulation.get("h2d_bytes_per_s"),
-        d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
-        latency_s=emulation.get("latency_s"),
-    )
+    device = device_to_measure(accelerator, emulation)
+    sizes = Sizes(dtype=dtype, seq_len=seq_len, micro_batch_size=micro_batch_size, micro_batches=micro_batches)
     with device, TrainingProgress(1) as progress:
-        blocks = _build(model, dtype, device)
-        num_threads, num_cpu_threads = thread_split(device, emulation, cores_of_each(num_processes))
-        torch.set_num_threads(num_threads)
-        _bind_random(blocks, device)
-        example = _random_batch(blocks, micro_batch_size, seq_len)
-        measured = measure_profile(
-            blocks,
+        measured = measure_blocks(
+            model,
             device,
-            example,
-            max_tokens=micro_batches * micro_batch_size * seq_len,
-            num_cpu_threads=num_cpu_threads,
+            sizes,
+            emulation=emulation,
+            num_cores=cores_of_each(num_processes),
+            num_processes=num_processes,
+            num_stages=num_stages,
             refresh=refresh,
-            in_step=True,
-            one_of=_one_of_several(model, blocks, device, example, num_processes, num_stages),
             progress=progress.phase,
         )
     result = at_cpu_speed(measured, cpu_speed)
@@ -96,9 +108,95 @@ def profile(
     return result
 
 
-def _build(model: str | Path, dtype: str, device: Accelerator) -> MoeModel:
+def device_to_measure(accelerator: str, emulation: Emulation) -> Accelerator:
+    """One whose memory does not limit what is measured. Raises ``IsthmusError`` as ``create`` does."""
+    is_emulated = accelerator == "emulated" or (accelerator == "auto" and emulation)
+    return create(
+        accelerator,
+        budget_bytes=psutil.virtual_memory().total if is_emulated else None,
+        recorder=Recorder(enabled=False),
+        h2d_bytes_per_s=emulation.get("h2d_bytes_per_s"),
+        d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
+        latency_s=emulation.get("latency_s"),
+    )
+
+
+def measure_blocks(
+    model: str | Path,
+    device: Accelerator,
+    sizes: Sizes,
+    *,
+    emulation: Emulation,
+    num_cores: int | None,
+    num_layers: int | None = None,
+    num_processes: int = 1,
+    num_stages: int | None = None,
+    refresh: bool = False,
+    progress: Callable[[str, float], None] = lambda text, fraction: None,
+) -> Profile:
+    """The profile of ``model``'s blocks (of its first ``num_layers`` layers), from the cache unless ``refresh``, and
+    measured with what a step needs: here on ``num_cores``, as one of ``num_processes``. Of a deep model a few layers
+    are measured. Sets PyTorch's threads. Blocks for seconds."""
+    whole = load_config(model, num_layers=num_layers)
+    config = _few_layers(model, whole)
+    blocks = _build(config, sizes.dtype, device)
+    num_threads, num_cpu_threads = thread_split(device, emulation, num_cores)
+    torch.set_num_threads(num_threads)
+    _bind_random(blocks, device)
+    example = _random_batch(blocks, sizes.micro_batch_size, sizes.seq_len)
+    one_of = None
+    if num_processes > 1:
+        one_of = _one_of_several(whole, sizes.dtype, device, example, num_processes, num_stages)
+    measured = measure_profile(
+        blocks,
+        device,
+        example,
+        max_tokens=sizes.num_tokens,
+        num_cpu_threads=num_cpu_threads,
+        refresh=refresh,
+        in_step=True,
+        one_of=one_of,
+        progress=progress,
+    )
+    if config is whole:
+        return measured
+    return _of_whole(measured, blocks.spec, model_spec(whole), is_part=num_processes > 1)
+
+
+def _few_layers(model: str | Path, whole: PretrainedConfig) -> PretrainedConfig:
+    """Of a deep model its first layers, among which there are all kinds of layers that it has."""
+    kinds, num_layers = _kinds(model_spec(whole)), model_spec(whole).num_layers
+    number = FEW_LAYERS // 2
+    while 2 * number < num_layers:
+        with contextlib.suppress(ValueError):  # no routed experts in so few layers
+            config = load_config(model, num_layers=number)
+            if _kinds(model_spec(config)) == kinds:
+                return config
+        number *= 2
+    return whole
+
+
+def _kinds(spec: ModelSpec) -> set[tuple[ExpertSpec | None, int]]:
+    return set(zip(spec.layers, spec.dense_numel, strict=True))
+
+
+def _of_whole(profile: Profile, few: ModelSpec, whole: ModelSpec, *, is_part: bool) -> Profile:
+    """The profile of a model of which ``few`` layers were measured: the dense part of a layer takes what its parameters
+    take, and what lies outside every layer is spread over more of them. What ``is_part`` was measured of the whole."""
+    share = statistics.fmean(whole.dense_numel) / statistics.fmean(few.dense_numel)
+    outer = profile.outer_forward_s_per_token, profile.outer_backward_s_per_token
+    dense = profile.dense_forward_s_per_token, profile.dense_backward_s_per_token
+    forward_s, backward_s = (
+        # One of several has its outer part spread over these few layers, and its own layers measured as they are.
+        (total - spread / few.num_layers) * (1.0 if is_part else share) + spread / whole.num_layers
+        for total, spread in zip(dense, outer, strict=True)
+    )
+    return replace(profile, dense_forward_s_per_token=forward_s, dense_backward_s_per_token=backward_s)
+
+
+def _build(config: PretrainedConfig, dtype: str, device: Accelerator) -> MoeModel:
     """The model as a session on this device makes it, without weights."""
-    blocks = MoeModel.build(load_config(model), dtype)
+    blocks = MoeModel.build(config, dtype)
     blocks.module.train()
     keep_documents_apart(blocks.module)
     if not device.is_separate:
@@ -115,21 +213,19 @@ def _bind_random(blocks: MoeModel, device: Accelerator) -> None:
 
 
 def _one_of_several(
-    model: str | Path,
-    whole: MoeModel,
+    config: PretrainedConfig,
+    dtype: str,
     device: Accelerator,
     example: MicroBatch,
     num_processes: int,
     num_stages: int | None,
-) -> OneOfSeveral | None:
-    """The last of several processes; None if there is one only."""
-    if num_processes == 1:
-        return None
+) -> OneOfSeveral:
+    """The last of several processes, whose stages are equal."""
 
     def measure() -> tuple[float, float]:
-        blocks = _build(model, whole.dtype, device)
+        blocks = _build(config, dtype, device)
         place: Any = SimpleNamespace(rank=num_processes - 1, size=num_processes)
-        pipeline = Pipeline(blocks, place, num_stages)
+        pipeline = Pipeline(blocks, place, divide(blocks.spec, num_ranks=num_processes, num_stages=num_stages))
         _bind_random(blocks, device)
         return measure_dense(
             blocks,

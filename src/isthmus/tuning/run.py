@@ -29,6 +29,7 @@ from isthmus.spec.timeline import Timeline
 from isthmus.training.interruption import StopSignals
 from isthmus.training.output import check_file, check_output, clear_output
 from isthmus.tuning.data import BatchStream, MicroBatch, load_dataset_for
+from isthmus.tuning.layers import agree
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
 from isthmus.tuning.pipeline.company import (
@@ -40,6 +41,7 @@ from isthmus.tuning.pipeline.company import (
     timelines_of_all,
 )
 from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
+from isthmus.tuning.pipeline.mapping import told
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
 from isthmus.tuning.trainer import Trainer
@@ -129,7 +131,13 @@ def _tune(
         session_options = replace(session_options, num_cores=share_cores(links))
     is_first = links is None or not links.rank
     example, largest = stream.peek(), stream.largest()
-    with Session(path, session_options, example, recorder, progress.phase, links=links, largest=largest) as session:
+    division = mapping = None
+    if links is not None:
+        division, mapping = agree(options, session_options, path, largest, links, progress.phase)
+        progress.message(told(mapping))
+    with Session(
+        path, session_options, example, recorder, progress.phase, links=links, largest=largest, division=division
+    ) as session:
         if session.plan.num_in_flight < options.micro_batches:
             progress.message(_in_flight(session, options))
         trainer = Trainer(session, stream, evaluation, output, options.trainer(), recorder, progress, stop)
@@ -146,6 +154,7 @@ def _tune(
             environment=environment(),
             steps=tuple(trainer.records),
             summary=of_all_ranks(summarise(session, trainer, memory.peak_bytes), links),
+            mapping=mapping,
         )
         timelines = timelines_of_all(recorder.timeline(), links)
         if links is not None:
@@ -171,7 +180,21 @@ def _facts(options: TuneOptions, path: Path, stream: BatchStream) -> dict[str, o
     names = {"plain", "report", "timeline", "trace", "model", "data", "eval_data", "output"}
     values = {name: value for name, value in options.plain_values().items() if name not in names}
     config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()[:16]
-    return values | {"config.json of the model": config, "data": stream.state_dict()["dataset"]}
+    return values | {
+        "config.json of the model": config,
+        "weights of the model (names, shapes, sizes)": _weights_digest(path),
+        "data": stream.state_dict()["dataset"],
+    }
+
+
+def _weights_digest(path: Path) -> str:
+    """Of the headers of a checkpoint's files and of their sizes: no tensor is read."""
+    digest = hashlib.sha256()
+    for file in checkpoint_files(path):
+        with SafetensorsReader(file) as reader:
+            tensors = sorted((name, stored.shape, stored.dtype) for name, stored in reader.tensors.items())
+        digest.update(repr([tensors, file.stat().st_size]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _checked_checkpoint(options: TuneOptions) -> Path:

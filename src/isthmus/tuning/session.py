@@ -15,7 +15,9 @@ from isthmus.models.config import load_config
 from isthmus.models.expert_math import ExpertMath
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.reader import read_checkpoint
+from isthmus.planning.memory import host_bytes
 from isthmus.planning.problem import CostModel
+from isthmus.planning.stages import Division, divide
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.errors import IsthmusError
@@ -37,6 +39,7 @@ from isthmus.tuning.loader import ExpertLoader
 from isthmus.tuning.measure import at_cpu_speed
 from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
+from isthmus.tuning.pipeline.company import require_memory
 from isthmus.tuning.pipeline.engine import PipelineEngine
 from isthmus.tuning.pipeline.links import Links
 from isthmus.tuning.pipeline.pipeline import Pipeline
@@ -103,11 +106,13 @@ class Session:
         copy_delay: Callable[[], float] | None = None,
         links: Links | None = None,
         largest: MicroBatch | None = None,
+        division: Division | None = None,
     ) -> None:
         """Reads the checkpoint at ``path`` and measures what the plan needs. ``example``: one step's micro-batches, for
         their sizes. ``copy_delay`` (for tests): seconds by which an emulated copy is late. ``links``: this process is
         one of several, each of which makes a session with the same arguments and calls the same methods. ``largest``:
-        a micro-batch that takes as much memory as any that will come, where those of ``example`` may take less."""
+        a micro-batch that takes as much memory as any that will come, where those of ``example`` may take less.
+        ``division``: which process has which layers; None: stages of equal size."""
         keep_freed_memory()
         self.options = options
         self.recorder = recorder
@@ -115,19 +120,11 @@ class Session:
         self.model = MoeModel.build(load_config(path, num_layers=options.num_layers), options.dtype)
         self.model.module.train()
         keep_documents_apart(self.model.module)
-        emulation: Emulation = options.emulation or {}
-        self.accelerator: Accelerator = create(
-            options.accelerator,
-            budget_bytes=options.accelerator_memory_bytes,
-            recorder=recorder,
-            h2d_bytes_per_s=emulation.get("h2d_bytes_per_s"),
-            d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
-            latency_s=emulation.get("latency_s"),
-            copy_delay=copy_delay,
-        )
+        self.accelerator = accelerator_of(options, recorder, copy_delay)
         self._worker: CpuWorker | None = None
         self.links = links
         self.pipeline: Pipeline | None = None
+        self.division = division
         self.num_steps = 0
         """The number of the last step that ``train_step`` took."""
         try:
@@ -143,7 +140,8 @@ class Session:
         if not accelerator.is_separate:
             use_blocked_attention(model.module)
         if self.links is not None:
-            self.pipeline = Pipeline(model, self.links, options.num_stages, options.wire)
+            self.pipeline = Pipeline(model, self.links, self._division(self.links), options.wire)
+        require_memory(sum(host_bytes(model.held_layouts.values()).values()), self.links)
         self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
         torch.set_num_threads(num_threads)
@@ -191,6 +189,11 @@ class Session:
         parts = self._resources(), self.dense, self.placement.policy, self.steps, room.num_in_flight
         self.engine = PipelineEngine(self.pipeline, *parts) if self.pipeline else Engine(model, *parts)
         self.weights_changed()
+
+    def _division(self, links: Links) -> Division:
+        if self.division is None:
+            self.division = divide(self.model.spec, num_ranks=links.size, num_stages=self.options.num_stages)
+        return self.division
 
     def _least_of_all(self, num_in_flight: int) -> int:
         """All ranks must take the same micro-batches through at once."""
@@ -337,6 +340,22 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def accelerator_of(
+    options: SessionOptions, recorder: Recorder, copy_delay: Callable[[], float] | None = None
+) -> Accelerator:
+    """A new one. Raises as ``create``."""
+    emulation: Emulation = options.emulation or {}
+    return create(
+        options.accelerator,
+        budget_bytes=options.accelerator_memory_bytes,
+        recorder=recorder,
+        h2d_bytes_per_s=emulation.get("h2d_bytes_per_s"),
+        d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
+        latency_s=emulation.get("latency_s"),
+        copy_delay=copy_delay,
+    )
 
 
 def thread_split(

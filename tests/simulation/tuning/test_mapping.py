@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tests.simulation.tuning import tiny
@@ -10,14 +12,19 @@ from tests.simulation.tuning import tiny
 from isthmus.simulation.tuning.clusters import a800
 from isthmus.simulation.tuning.costs import Costs, TuneJob, seats
 from isthmus.simulation.tuning.mapping import (
+    by_time,
     check_hosts,
     other_mappings,
+    own_stages,
     resident_short_bytes,
     stages_for,
 )
+from isthmus.simulation.tuning.popularity import find_popularity
+from isthmus.simulation.tuning.run import simulate_tuning
 from isthmus.simulation.tuning.shapes import MOE_SHAPES
 from isthmus.simulation.tuning.work import runs_of
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.plan import Stage
 from isthmus.spec.tune_cluster import TuneCluster
 
 JOB = TuneJob(batch=4, seq_len=1, num_micro_batches=2)
@@ -91,3 +98,57 @@ def test_published_models_have_their_published_sizes() -> None:
     assert resident_short_bytes(costs, stages_for(costs, None)) <= 0
     costs = Costs(MOE_SHAPES["S-64"], a800(2), TuneJob(batch=128, seq_len=128, num_micro_batches=4))
     assert resident_short_bytes(costs, stages_for(costs, None)) > 0
+
+
+def uneven(speed: float, **weak: Any) -> TuneCluster:
+    """Two hosts of one accelerator each, the second of which computes at ``speed`` times the first one's rate."""
+    (host,) = tiny.cluster().hosts
+    card = replace(host.accelerator, flops_per_s={"fp32": 240.0 * speed}, **weak)
+    slow = replace(
+        host,
+        name="slow",
+        accelerator=card,
+        core_flops_per_s={"fp32": 200.0 * speed},
+        memory_bytes_per_s=speed * host.memory_bytes_per_s,
+    )
+    return TuneCluster(name="uneven", hosts=(host, slow))
+
+
+def numbers(stages: Sequence[Stage]) -> list[int]:
+    """Layers of each of two devices."""
+    sizes = [stage.last_layer - stage.first_layer + 1 for stage in stages]
+    return [sum(sizes[::2]), sum(sizes[1::2])]
+
+
+def test_a_slower_device_gets_fewer_layers_and_one_that_is_alike_as_many() -> None:
+    job = replace(JOB, batch=64)
+    for speed, wanted in ((1.0, [6, 6]), (0.98, [6, 6])):
+        costs = Costs(tiny.model(12), uneven(speed), job)
+        assert numbers(by_time(costs, stages_for(costs, 4))) == wanted
+    costs = Costs(tiny.model(12), uneven(0.3), job)
+    assert numbers(stages_for(costs, 4)) == [6, 6]
+    fast, slow = numbers(own_stages(costs, 4))
+    assert fast + slow == 12 and slow <= 4
+
+
+def test_a_device_with_little_memory_gets_fewer_layers_where_equal_stages_do_not_fit() -> None:
+    even = Costs(tiny.model(12), uneven(1.0), JOB)
+    room = 2 * 2000 * 2 + 2 * 2000 + even.activation_bytes(4)
+    costs = Costs(tiny.model(12), uneven(1.0, memory_bytes=room), JOB)
+    with pytest.raises(IsthmusError, match="num_stages: got 4, of which two do not fit"):
+        stages_for(costs, 4)
+    assert numbers(own_stages(costs, 4))[1] < 6
+    with pytest.raises(IsthmusError, match="num_stages: got 4, of which two do not fit"):
+        own_stages(Costs(tiny.model(12), uneven(1.0, memory_bytes=100), JOB), 4)
+
+
+def test_on_uneven_devices_ours_is_faster_with_its_own_stages_and_baselines_keep_equal_ones() -> None:
+    spec = tiny.model(8)
+    job = TuneJob(batch=64, seq_len=1, num_micro_batches=4, num_stages=4)
+    costs = Costs(spec, uneven(0.3), job)
+    found = simulate_tuning(costs, find_popularity("uniform", spec), policies=("mobius", "affinity"))
+    mobius, ours = found.outcomes["mobius"], found.outcomes["affinity"]
+    assert numbers(mobius.stages) == [4, 4] and numbers(ours.stages)[1] < 4 and len(ours.stages) == 4
+    assert ours.counted[-1] < 0.8 * mobius.counted[-1]
+    alone = simulate_tuning(costs, find_popularity("uniform", spec), policies=("affinity",))
+    assert alone.outcomes["affinity"].counted[-1] <= ours.counted[-1] * (1 + 1e-9)

@@ -70,6 +70,20 @@ def test_what_leaves_one_host_arrives_at_another(blueprint: Blueprint) -> None:
     assert [link.name for link in alone.links] == ["accelerator 0"]
 
 
+def test_uneven_hosts_get_layers_by_their_speed_and_memory_and_baselines_equal_ones(blueprint: Blueprint) -> None:
+    (host,) = a800(1, 1).hosts
+    card = replace(host.accelerator, flops_per_s={dtype: r / 4 for dtype, r in host.accelerator.flops_per_s.items()})
+    slow = replace(host, name="slow", accelerator=card, core_flops_per_s={"fp32": 1e8, "bf16": 1e8})
+    cluster = replace(a800(1, 1), hosts=(host, slow), experts={})
+    asked = question(blueprint, cluster, micro_batch_size=64, num_stages=4)
+    equal, mapped = predict(asked), predict(replace(asked, policy="affinity"))
+    assert [need.num_layers for need in equal.devices] == [4, 4]
+    assert equal.step is not None and mapped.step is not None
+    assert mapped.step.num_stages == 4 and mapped.step.step_s <= equal.step.step_s
+    fast, weak = (need.num_layers for need in mapped.devices)
+    assert fast + weak == 8 and weak < 4
+
+
 def test_every_change_that_could_help_is_tried(blueprint: Blueprint) -> None:
     asked = question(blueprint, num_stages=4)
     found = predict(asked)

@@ -1,12 +1,19 @@
-"""Layers to stages, stages to devices (APTMoE, section 3), and whether it all fits."""
+"""Layers to stages, stages to devices (APTMoE, section 3), and whether it all fits.
+
+The published policies cut evenly (``stages_for``). Ours has its layers where they take least (``by_time``), by the rule
+of the runtime (``planning/mapping.py``), from what a cluster's figures say instead of what was measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+from isthmus.planning.layer_needs import pass_s
+from isthmus.planning.mapping import DevicePlace, LayerNeeds, MappingProblem, choose_cuts
 from isthmus.planning.stages import map_stages
-from isthmus.simulation.tuning.costs import Costs
+from isthmus.simulation.tuning.costs import Costs, LayerCosts
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
 
@@ -49,6 +56,79 @@ def stages_for(costs: Costs, num_stages: int | None) -> tuple[Stage, ...]:
     raise IsthmusError(
         f"memory: two layers' weights and a step's activations do not fit an accelerator: {short / 2**30:.1f} GiB are "
         "missing; lower --batch or --seq-len, or take accelerators with more memory"
+    )
+
+
+def by_time(costs: Costs, equal: Sequence[Stage]) -> tuple[Stage, ...]:
+    """``equal``, or as many other stages, if devices differ enough for those to be shorter, or memory asks for it."""
+    mapped = choose_cuts(_problem(costs), equal).stages
+    return mapped if _short_bytes(costs, mapped) <= max(0, _short_bytes(costs, equal)) else tuple(equal)
+
+
+def own_stages(costs: Costs, num_stages: int | None) -> tuple[Stage, ...]:
+    """Of our policy: by time, also where equal stages do not fit. Raises as ``stages_for``."""
+    try:
+        return by_time(costs, stages_for(costs, num_stages))
+    except IsthmusError:
+        num_layers, num_devices = costs.spec.num_layers, costs.num_devices
+        rounds = [*range(DEFAULT_ROUNDS * num_devices, num_layers, num_devices), num_layers]
+        for number in rounds if num_stages is None else [num_stages]:
+            if num_devices <= number <= num_layers:
+                mapped = by_time(costs, map_stages(costs.spec, num_slots=0, num_stages=number))
+                if _short_bytes(costs, mapped) <= 0:
+                    return mapped
+        raise
+
+
+def layer_seconds(costs: Costs) -> list[list[float]]:
+    """(D, L) seconds of each layer in a step on each device, all experts being equally popular."""
+    known: dict[int, float] = {}
+
+    def seconds(layer: int, of: LayerCosts) -> float:
+        if id(of) not in known:
+            known[id(of)] = _layer_s(costs, layer, of)
+        return known[id(of)]
+
+    layers = range(costs.spec.num_layers)
+    return [[seconds(layer, costs.layer(device, layer)) for layer in layers] for device in range(costs.num_devices)]
+
+
+def _layer_s(costs: Costs, layer: int, of: LayerCosts) -> float:
+    expert, dense_s = costs.spec.layers[layer], [of.num_parts * seconds for seconds in of.dense_s]
+    if expert is None:
+        return max(dense_s[0], of.optimizer_s) + dense_s[1]
+    counts = [costs.job.num_tokens * expert.top_k / expert.num_experts] * expert.num_experts
+    forward, backward = (of.problem(counts, is_backward=is_backward) for is_backward in (False, True))
+    return pass_s(replace(forward, optimizer_s=of.optimizer_s)) + pass_s(backward)
+
+
+def _problem(costs: Costs) -> MappingProblem:
+    """With what the simulator asks for: see ``_short_bytes``."""
+    seconds_DL, spec = layer_seconds(costs), costs.spec
+    one_layer = costs.activation_bytes(1) - costs.activation_bytes(0)
+    hosts = {seat.host_number: seat.host.memory_bytes for seat in costs.seats}
+    per_parameter = costs.host_bytes() / spec.num_parameters
+    return MappingProblem(
+        layers=tuple(
+            LayerNeeds(
+                seconds=tuple(seconds_L[layer] for seconds_L in seconds_DL),
+                held_bytes=costs.stage_bytes(layer, layer),
+                gradient_bytes=costs.stage_bytes(layer, layer),
+                kept_bytes=one_layer,
+                host_bytes=round(costs.numel(layer) * per_parameter),
+            )
+            for layer in range(spec.num_layers)
+        ),
+        devices=tuple(
+            DevicePlace(
+                host=seat.host_number,
+                root=seat.root,
+                memory_bytes=seat.host.accelerator.memory_bytes - costs.activation_bytes(0),
+            )
+            for seat in costs.seats
+        ),
+        host_memory_bytes=tuple(hosts[number] for number in sorted(hosts)),
+        num_micro_batches=costs.job.num_micro_batches,
     )
 
 

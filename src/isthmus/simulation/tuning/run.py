@@ -13,8 +13,10 @@ from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
 from isthmus.simulation.tuning.candidates import Choice, choose
 from isthmus.simulation.tuning.costs import Costs
 from isthmus.simulation.tuning.mapping import (
+    by_time,
     check_hosts,
     other_mappings,
+    own_stages,
     resident_short_bytes,
     stages_for,
 )
@@ -90,7 +92,8 @@ def simulate_tuning(
     Raises ``IsthmusError`` for what does not fit.
     """
     check_hosts(costs)
-    stages = stages_for(costs, costs.job.num_stages)
+    only_ours = set(policies) == {"affinity"}
+    stages = (own_stages if only_ours else stages_for)(costs, costs.job.num_stages)
     order = costs.order
     outcomes: dict[str, Outcome] = {}
     bounds_s: dict[Sequence[Stage], float] = {}
@@ -132,8 +135,11 @@ class _Runner:
         self._costs, self._stages, self._order, self._policy = costs, stages, order, policy
         self.work = StepWork(costs, stages, order, {})
         self._history = History()
-        is_free = policy == "affinity" and costs.job.num_stages is None
-        self._mappings = other_mappings(costs, stages) if is_free else []
+        self._mappings: list[tuple[Stage, ...]] = []
+        if policy == "affinity":
+            others = other_mappings(costs, stages) if costs.job.num_stages is None else []
+            by_times = [by_time(costs, mapped) for mapped in (stages, *others)]
+            self._mappings = [mapped for mapped in dict.fromkeys([*others, *by_times]) if mapped != tuple(stages)]
         self._choice: Choice | None = None
         self._seen: tuple[object, ...] = ()
         self._backlogs: tuple[Backlog, ...] = ()

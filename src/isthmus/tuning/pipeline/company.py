@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from isthmus.profiling.limits import free_memory
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import TuneSummary
@@ -86,6 +87,23 @@ def require_shared(directory: Path, links: Links) -> None:
 def _made_in(directory: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix=".seen-by-all-", dir=directory) as made:
         yield Path(made)
+
+
+def require_memory(needed_bytes: int, links: Links | None) -> None:
+    """Raises ``IsthmusError`` on all if a host has less memory free than its processes need together for what they keep
+    on it: before any of it is taken."""
+    free_bytes, group = free_memory()
+    mine = [socket.gethostname(), group, free_bytes, needed_bytes]
+    told = [mine] if links is None else links.gather(mine, "the memory it needs")
+    for host, group in dict.fromkeys((host, group) for host, group, _, _ in told):
+        here = [rank for rank, one in enumerate(told) if one[:2] == [host, group]]
+        free, needed = min(told[rank][2] for rank in here), sum(told[rank][3] for rank in here)
+        if needed > free:
+            who = "" if links is None else f" for rank{'s' * (len(here) > 1)} {', '.join(map(str, here))}"
+            raise IsthmusError(
+                f"memory: {host} has {free / 2**30:.1f} GiB free{who}, wanted {needed / 2**30:.1f} GiB for weights, "
+                "gradients and Adam's moments: free some, or start processes on more hosts (fewer on this one)."
+            )
 
 
 def choose_device(accelerator: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import MoeModel
-from isthmus.planning.stages import divide
+from isthmus.planning.stages import Division
 from isthmus.spec.plan import Stage
 from isthmus.tuning.pipeline.links import Form, Links
 from isthmus.tuning.pipeline.route import Route, fill_in, find_route
@@ -20,15 +20,14 @@ from isthmus.tuning.pipeline.wire import Wire
 class Pipeline:
     """Restricts ``model`` to this rank's stages and takes its forward over."""
 
-    def __init__(self, model: MoeModel, links: Links, num_stages: int | None, wire: str | None = None) -> None:
+    def __init__(self, model: MoeModel, links: Links, division: Division, wire: str | None = None) -> None:
         """``wire``: the codec by which hidden states and their gradients travel, None: as they are.
 
-        Raises ``IsthmusError`` for more stages than layers or fewer than processes, ``ValueError`` for a model whose
-        layers share parameters.
+        Raises ``ValueError`` for a model whose layers share parameters.
         """
         self.model, self.links, self.rank = model, links, links.rank
         self.wire = Wire(wire, model.spec.hidden_size)
-        self.division = divide(model.spec, num_ranks=links.size, num_stages=num_stages)
+        self.division = division
         self.layers = self.division.layers_of(self.rank)
         model.restrict(self.layers, has_outer=self.rank == 0)
         self.arguments = model.forward_arguments()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from isthmus.planning.flights import check_in_flight, smallest_flight
+from isthmus.planning.layer_needs import MAPPED_POLICY, Place, mapping_problem
+from isthmus.planning.mapping import choose_cuts
 from isthmus.planning.memory import (
     AcceleratorMemory,
     Blueprint,
@@ -25,7 +27,7 @@ from isthmus.planning.memory import (
 from isthmus.planning.problem import BYTES_PER_VALUE
 from isthmus.planning.stages import map_stages
 from isthmus.simulation.tuning.costs import Costs, TuneJob
-from isthmus.simulation.tuning.mapping import DEFAULT_ROUNDS
+from isthmus.simulation.tuning.mapping import DEFAULT_ROUNDS, layer_seconds
 from isthmus.simulation.tuning.run import Outcome, Popularity
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
@@ -113,7 +115,7 @@ def predict(question: Question) -> Prediction:
     """Blocks for seconds on large models. Raises ``IsthmusError`` as ``Question.check`` does."""
     question.check()
     costs = question.costs()
-    memory = _Memory(question, costs, _default_stages(question))
+    memory = _Memory(question, costs, _default_stages(question, costs))
     nothing = Prediction(
         devices=memory.devices,
         hosts=memory.hosts,
@@ -149,14 +151,33 @@ def predict(question: Question) -> Prediction:
 def predict_memory(question: Question) -> tuple[DeviceNeed | HostNeed, ...]:
     """What accelerators and hosts need with as many stages as are asked for, or two for each accelerator."""
     question.check()
-    memory = _Memory(question, question.costs(), _default_stages(question))
+    costs = question.costs()
+    memory = _Memory(question, costs, _default_stages(question, costs))
     return (*memory.devices, *memory.hosts)
 
 
-def _default_stages(question: Question) -> tuple[Stage, ...]:
+def _default_stages(question: Question, costs: Costs) -> tuple[Stage, ...]:
+    """As many as are asked for, or two for each accelerator: equal ones, or by the figures' times and the memory that
+    the runtime needs, as it does with what it measures."""
     spec = question.blueprint.spec
     number = question.num_stages or min(spec.num_layers, DEFAULT_ROUNDS * question.cluster.num_accelerators)
-    return map_stages(spec, num_slots=0, num_stages=number)
+    equal = map_stages(spec, num_slots=0, num_stages=number)
+    if question.policy != MAPPED_POLICY:
+        return equal
+    hosts = {seat.host_number: seat.host.memory_bytes for seat in costs.seats}
+    places = [
+        Place(host=seat.host_number, root=seat.root, memory_bytes=seat.host.accelerator.memory_bytes)
+        for seat in costs.seats
+    ]
+    problem = mapping_problem(
+        question.blueprint,
+        places,
+        layer_seconds(costs),
+        [hosts[number] for number in sorted(hosts)],
+        question.micro_batches,
+        smallest_flight(question.micro_batches, question.micro_batches_in_flight),
+    )
+    return choose_cuts(problem, equal).stages
 
 
 class _Memory:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from isthmus.planning.block_seconds import MESSAGE_BYTES_PER_S, MESSAGE_S
 from isthmus.planning.flights import flight_sizes
 from isthmus.planning.stages import Division
 from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.protocols import Policy
 from isthmus.tuning.rehearsal.clock import Clock, Happening
-from isthmus.tuning.rehearsal.costs import MESSAGE_BYTES_PER_S, MESSAGE_S
 from isthmus.tuning.rehearsal.waves import BackwardPass, Scene, WavePass
 from isthmus.tuning.step_optimizer import StepOptimizer, backward_priority, forward_priority
 

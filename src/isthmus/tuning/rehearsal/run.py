@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from isthmus.models.skeleton import torch_dtype
+from isthmus.planning.block_seconds import Costs
 from isthmus.planning.bound import step_bound
 from isthmus.planning.memory import accelerator_memory, num_dense_buffers
 from isthmus.planning.problem import CostModel
@@ -29,7 +30,6 @@ from isthmus.tuning.pipeline.company import own_cores
 from isthmus.tuning.policies import POLICIES, InPlace, PolicySeat, PolicySetup
 from isthmus.tuning.protocols import Loader, Policy
 from isthmus.tuning.rehearsal.clock import Changes, Clock, Cores
-from isthmus.tuning.rehearsal.costs import Costs
 from isthmus.tuning.rehearsal.machine import ClockAccelerator, ClockRecorder, ClockWorker, LinkCosts
 from isthmus.tuning.rehearsal.process import Mail, Process, steps_of
 from isthmus.tuning.rehearsal.scenario import Scenario

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from isthmus.planning.flights import smallest_flight
+from isthmus.planning.layer_needs import MAPPED_POLICY
 from isthmus.planning.memory import Blueprint, Footprint, flight_that_fits
 from isthmus.planning.stages import Division, divide
 from isthmus.spec.plan import Stage
 from isthmus.spec.profile import Profile
+from isthmus.tuning.pipeline.mapping import Seat, map_seats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,28 @@ class Scenario:
             for rank in range(self.num_processes)
         )
 
-    @property
+    @cached_property
     def division(self) -> Division:
-        spec = self.blueprint.spec
-        if self.num_processes > 1:
-            return divide(spec, num_ranks=self.num_processes, num_stages=self.num_stages)
-        return Division(stages=(Stage(first_layer=0, last_layer=spec.num_layers - 1),), num_ranks=1)
+        """As ``tune`` divides the model where all its processes measure what this profile says."""
+        spec, number = self.blueprint.spec, self.num_processes
+        if number == 1:
+            return Division(stages=(Stage(first_layer=0, last_layer=spec.num_layers - 1),), num_ranks=1)
+        equal = divide(spec, num_ranks=number, num_stages=self.num_stages)
+        if self.policy != MAPPED_POLICY:
+            return equal
+        seat = Seat(
+            host="here",
+            memory_group="",
+            free_bytes=self.profile.hardware.host_memory_bytes,
+            kind="",
+            memory_bytes=self.memory_bytes if self.is_separate else None,
+        )
+        mapping = map_seats(
+            self.blueprint,
+            [seat] * number,
+            [self.profile] * number,
+            equal.stages,
+            self.micro_batches,
+            smallest_flight(self.micro_batches, self.micro_batches_in_flight),
+        )
+        return Division(stages=mapping.stages, num_ranks=number, order=mapping.ranks[:number])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from isthmus.planning.block_seconds import Costs
 from isthmus.planning.problem import BYTES_PER_VALUE, WEIGHT_GRADIENT_SHARE
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import LayerSplit
@@ -13,7 +14,6 @@ from isthmus.tuning.deferred import DeferredWork
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.protocols import Loader
 from isthmus.tuning.rehearsal.clock import Clock, Cores, Happening
-from isthmus.tuning.rehearsal.costs import Costs
 from isthmus.tuning.rehearsal.machine import ClockAccelerator, ClockRecorder, ClockWorker
 
 

@@ -1,4 +1,4 @@
-"""Seconds of everything a process computes, by a profile.
+"""Seconds of everything that a process of a run computes and sends, by a profile.
 
 Legend: ``T`` tokens of one micro-batch.
 """
@@ -50,7 +50,7 @@ class Costs:
         curve = times.routing_backward if is_backward else times.routing_forward
         return 0.0 if curve is None else float(evaluate(curve, [num_tokens])[0])
 
-    def experts_s(self, layer: int, counts: Sequence[int], *, is_backward: bool, on_cpu: bool) -> list[float]:
+    def experts_s(self, layer: int, counts: Sequence[float], *, is_backward: bool, on_cpu: bool) -> list[float]:
         """Of experts of the layer with so many rows each; in backward all of it."""
         times = self._expert(layer)
         curve: Curve = {
