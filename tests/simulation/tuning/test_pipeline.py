@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.simulation.tuning import tiny
 
-from isthmus.planning.problem import LayerProblem
+from isthmus.planning.alike import AlikeLayers
 from isthmus.simulation.tuning.bound import step_bound_s
 from isthmus.simulation.tuning.candidates import Make, choose, steady_step
 from isthmus.simulation.tuning.clusters import a800
@@ -35,8 +35,9 @@ from isthmus.spec.timeline import LANES
 class Scattered(RuntimeAptmoe):
     """Every other expert on the CPU, whatever it costs."""
 
-    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
-        return frozenset(range(1, problem.num_experts, 2))
+    def choose(self, layers: AlikeLayers, is_backward: bool) -> list[frozenset[int]]:
+        num_layers, num_experts = layers.counts_LE.shape
+        return [frozenset(range(1, num_experts, 2))] * num_layers
 
 
 class Overlapped(Mobius):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.planning.alike import AlikeLayers
 from isthmus.planning.curves import evaluate, scale
 from isthmus.planning.mapping import device_order
 from isthmus.planning.memory import FP32_BYTES
@@ -178,31 +179,33 @@ class LayerCosts:
 
     def problem(self, counts_E: Sequence[float], *, is_backward: bool) -> LayerProblem:
         """The layer of a whole step as the split rules see it: all micro-batches, nothing there yet."""
-        part_E = np.asarray(counts_E, dtype=np.float64) / self.num_parts
-        seconds = (of(part_E, is_backward=is_backward).tolist() for of in (self.cpu_s, self.accelerator_s))
-        return self.problem_of(counts_E, *seconds, is_backward=is_backward)
-
-    def problem_of(
-        self,
-        counts_E: Sequence[float],
-        cpu_s_E: Sequence[float],
-        accelerator_s_E: Sequence[float],
-        *,
-        is_backward: bool,
-    ) -> LayerProblem:
-        """Likewise, from what one micro-batch's part takes."""
-        num_parts = self.num_parts
+        layers = self.alike([counts_E], is_backward=is_backward)
         return LayerProblem(
             counts=tuple([round(count) for count in counts_E]),
-            cpu_s=tuple([num_parts * seconds for seconds in cpu_s_E]),
-            accelerator_s=tuple([num_parts * seconds for seconds in accelerator_s_E]),
+            cpu_s=tuple(layers.cpu_s_LE[0].tolist()),
+            accelerator_s=tuple(layers.accelerator_s_LE[0].tolist()),
+            load_s=layers.load_s,
+            unload_s=layers.unload_s,
+            token_h2d_s=layers.token_h2d_s,
+            token_d2h_s=layers.token_d2h_s,
+            dense_s=layers.dense_s,
+            dense_load_s=layers.dense_load_s,
+            max_on_accelerator=len(counts_E),
+        )
+
+    def alike(self, counts_LE: Sequence[Sequence[float]], *, is_backward: bool) -> AlikeLayers:
+        """Likewise of several layers with these costs."""
+        num_parts, counts = self.num_parts, np.asarray(counts_LE, dtype=np.float64)
+        return AlikeLayers(
+            counts_LE=np.rint(counts),
+            cpu_s_LE=num_parts * self.cpu_s(counts / num_parts, is_backward=is_backward),
+            accelerator_s_LE=num_parts * self.accelerator_s(counts / num_parts, is_backward=is_backward),
             load_s=self.load_s,
             unload_s=self.unload_s if is_backward else 0.0,
             token_h2d_s=self.row_h2d_s,
             token_d2h_s=self.row_d2h_s * (2 if is_backward else 1),
             dense_s=num_parts * self.dense_s[is_backward],
             dense_load_s=self.dense_load_s,
-            max_on_accelerator=len(counts_E),
         )
 
 
@@ -218,8 +221,15 @@ class Costs:
         self.order = tuple(device_order([(seat.host_number, seat.root) for seat in self.seats]))
         """Of devices, in which stages go round."""
         self._known: dict[object, LayerCosts] = {}
+        self._of: dict[tuple[int, int], LayerCosts] = {}
 
     def layer(self, device: int, layer: int) -> LayerCosts:
+        at = (device, layer)
+        if at not in self._of:
+            self._of[at] = self._layer(device, layer)
+        return self._of[at]
+
+    def _layer(self, device: int, layer: int) -> LayerCosts:
         seat, expert = self.seats[device], self.spec.layers[layer]
         key = (id(seat.host), expert, self.spec.dense_numel[layer])
         if key not in self._known:

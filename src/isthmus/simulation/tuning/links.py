@@ -12,22 +12,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
-from functools import partial
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from isthmus.planning.loading import LoadQueues, Phase, Verdict
-from isthmus.simulation.tuning.events import Events, Record
+from isthmus.simulation.tuning.events import Events, Lane
 from isthmus.spec.model import UnitKey
 
 
 class Medium:
     """What several copy engines share. ``capacity``: how many of them it carries at their full rate."""
 
-    __slots__ = ("_active", "capacity", "share")
+    __slots__ = ("_active", "_capacity", "share")
 
     def __init__(self, capacity: float) -> None:
-        self.capacity = capacity
+        self._capacity = capacity
         self.share = 1.0
         """Of its full rate that every engine at work has."""
         self._active: dict[CopyEngine, None] = {}
@@ -42,7 +41,7 @@ class Medium:
         self._divide(len(self._active))
 
     def _divide(self, num_engines: int) -> None:
-        share = min(1.0, self.capacity / max(1, num_engines))
+        share = self._capacity / num_engines if num_engines > self._capacity else 1.0
         if share != self.share:
             self.share = share
             for engine in self._active:
@@ -67,18 +66,31 @@ class Urgency(IntEnum):
 
 
 class Copy:
-    """``seconds``: at the engine's full rate. ``first_s``, ``piece_s``: of its pieces, between which what is urgent
-    goes first; 0: it is one piece."""
+    """``then(*arguments)`` is called when it has landed. ``seconds``: at the engine's full rate. ``first_s``,
+    ``piece_s``: of its pieces, between which what is urgent goes first; 0: it is one piece."""
 
-    __slots__ = ("first_s", "kind", "layer", "name", "num_bytes", "num_tokens", "piece_s", "seconds", "then", "urgency")
+    __slots__ = (
+        "arguments",
+        "first_s",
+        "kind",
+        "layer",
+        "name",
+        "num_bytes",
+        "num_tokens",
+        "piece_s",
+        "seconds",
+        "then",
+        "urgency",
+    )
 
     def __init__(
         self,
         seconds: float,
-        then: Callable[[], None] | None,
-        kind: str,
-        name: str,
-        num_bytes: int,
+        then: Callable[..., None] | None,
+        arguments: tuple[Any, ...] = (),
+        kind: str = "tokens",
+        name: str = "",
+        num_bytes: int = 0,
         num_tokens: int = 0,
         urgency: Urgency = Urgency.AHEAD,
         first_s: float = 0.0,
@@ -87,6 +99,7 @@ class Copy:
     ) -> None:
         self.seconds = seconds
         self.then = then
+        self.arguments = arguments
         self.kind = kind
         self.name = name
         self.num_bytes = num_bytes
@@ -108,6 +121,7 @@ class Copy:
         rest = Copy(
             self.seconds - at_s,
             self.then,
+            self.arguments,
             self.kind,
             self.name,
             self.num_bytes - num_bytes,
@@ -127,21 +141,19 @@ class CopyEngine:
         "_began_s",
         "_current",
         "_events",
-        "_lane",
         "_left_s",
         "_media",
         "_queues",
         "_rate",
-        "_record",
         "_since_s",
         "_version",
         "_window",
+        "lane",
     )
 
-    def __init__(self, events: Events, record: Record, lane: str, media: tuple[Medium, ...], window: int) -> None:
+    def __init__(self, events: Events, lane: Lane, media: tuple[Medium, ...], window: int) -> None:
         self._events = events
-        self._record = record
-        self._lane = lane
+        self.lane = lane
         self._media = media
         self._window = window
         self._queues: tuple[deque[Copy], ...] = tuple(deque() for _ in Urgency)
@@ -172,7 +184,7 @@ class CopyEngine:
         found = [(copy, copy.seconds) for copy in self._queues[urgency]]
         copy, now_s = self._current, self._events.now_s
         if copy is not None and copy.urgency is urgency:
-            self._record.add(self._lane, copy.kind, copy.name, self._began_s, now_s)
+            self.lane.add(copy.kind, copy.name, self._began_s, now_s)
             found.insert(0, (copy, self._left_s - (now_s - self._since_s) * self._rate))
         return found
 
@@ -200,46 +212,43 @@ class CopyEngine:
     def _start(self) -> None:
         """Carries the next copy, if there is one."""
         was_idle = self._current is None
-        for queue in self._queues:
-            if queue:
-                copy = self._current = queue.popleft()
-                break
-        else:
+        ahead, weights, later = self._queues
+        queue = ahead or weights or later
+        if not queue:
             self._current = None
             if not was_idle:
                 for medium in self._media:
                     medium.leave(self)
             return
+        copy = self._current = queue.popleft()
         if was_idle:
             for medium in self._media:
                 medium.join(self)
-        self._began_s = self._events.now_s
-        self._schedule(self._began_s, copy.seconds)
+        now_s = self._began_s = self._events.now_s
+        self._schedule(now_s, copy.seconds)
 
     def _landed(self, version: int) -> None:
         if version != self._version:
             return
         copy = self._current
         assert copy is not None
-        self._record.add(
-            self._lane, copy.kind, copy.name, self._began_s, self._events.now_s, copy.num_bytes, copy.num_tokens
-        )
+        self.lane.add(copy.kind, copy.name, self._began_s, self._events.now_s, copy.num_bytes, copy.num_tokens)
         self._pull_ahead()
         self._start()
         if copy.then is not None:
-            copy.then()
+            copy.then(*copy.arguments)
 
 
 class Loader(CopyEngine):
     """The copy engine to the accelerator, with what is there. ``there``: the units whose weights have landed, and
     when."""
 
-    __slots__ = ("_cost", "_experts", "_found", "_on_landed", "on_way", "queues", "there")
+    __slots__ = ("_cost", "_experts", "_found", "_launched", "_on_landed", "on_way", "queues", "there")
 
     def __init__(
         self,
         events: Events,
-        record: Record,
+        lane: Lane,
         media: tuple[Medium, ...],
         window: int,
         cost: Callable[[UnitKey], tuple[float, int, float]],
@@ -247,8 +256,9 @@ class Loader(CopyEngine):
     ) -> None:
         """``cost(key)``: (seconds at full rate, bytes, seconds of a piece or 0) of a unit's weights. ``on_landed(key)``
         is called when they are there."""
-        super().__init__(events, record, "h2d", media, window)
+        super().__init__(events, lane, media, window)
         self.queues = LoadQueues()
+        self._launched = self._queues[Urgency.WEIGHTS]
         self.there: dict[UnitKey, float] = {}
         self.on_way: dict[UnitKey, None] = {}
         self._experts: dict[int, list[int]] = {}
@@ -258,7 +268,7 @@ class Loader(CopyEngine):
 
     def refill(self) -> None:
         """Launches copies of weights up to the window."""
-        launched = self._queues[Urgency.WEIGHTS]
+        launched = self._launched
         is_idle = self._current is None
         while len(launched) + (not is_idle) < self._window:
             if not self._pull():
@@ -267,7 +277,7 @@ class Loader(CopyEngine):
             self._start()
 
     def _pull_ahead(self) -> None:
-        launched = self._queues[Urgency.WEIGHTS]
+        launched = self._launched
         while len(launched) < self._window and self._pull():
             pass
 
@@ -280,13 +290,12 @@ class Loader(CopyEngine):
         self.on_way[key] = None
         if key.expert >= 0:
             self._experts.setdefault(key.layer, []).append(key.expert)
-            kind, name = "load_expert", f"load L{key.layer} E{key.expert}"
-        else:
-            kind, name = "load_dense", f"load L{key.layer}"
+        kind = "load_expert" if key.expert >= 0 else "load_dense"
+        name = "" if self.lane.spans is None else f"load L{key.layer}" + f" E{key.expert}" * (key.expert >= 0)
         seconds, num_bytes, piece_s = self._cost(key)
-        then = partial(self._arrived, key)
-        copy = Copy(seconds, then, kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
-        self._queues[Urgency.WEIGHTS].append(copy)
+        self._launched.append(
+            Copy(seconds, self._arrived, (key,), kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
+        )
         return True
 
     def _ask(self, phase: Phase, key: UnitKey) -> Verdict:

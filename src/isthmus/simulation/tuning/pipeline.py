@@ -128,19 +128,21 @@ class Pipeline:
             return
         layer = self.work.layer_costs(self.work.stages[stage].first_layer)
         num_bytes = int(layer.num_tokens * layer.row_bytes)
-
-        def received() -> None:
-            seconds = target.copy_s + num_bytes / target.seat.host.accelerator.h2d_bytes_per_s
-            then = lambda: target.arrive(after, is_backward, micro_batch)  # noqa: E731
-            target.receiver.send(Copy(seconds, then, "tokens", "", num_bytes))
-
-        def sent() -> None:
-            host = source.seat.host
-            if source.seat.host_number == target.seat.host_number:
-                received()
-            else:
-                rate = min(host.network_bytes_per_s, target.seat.host.network_bytes_per_s)
-                self._networks[source.seat.host_number].serve(host.network_s + num_bytes / rate, received)
-
         seconds = source.copy_s + num_bytes / source.seat.host.accelerator.d2h_bytes_per_s
-        source.sender.send(Copy(seconds, sent, "tokens", "", num_bytes))
+        hand_over = (source, target, num_bytes, (after, is_backward, micro_batch))
+        source.sender.send(Copy(seconds, self._sent, hand_over))
+
+    def _sent(self, source: Device, target: Device, num_bytes: int, arrival: tuple[int, bool, int]) -> None:
+        """A micro-batch is in the sending host's memory."""
+        host = source.seat.host
+        if source.seat.host_number == target.seat.host_number:
+            self._received(target, num_bytes, arrival)
+            return
+        rate = min(host.network_bytes_per_s, target.seat.host.network_bytes_per_s)
+        seconds = host.network_s + num_bytes / rate
+        self._networks[source.seat.host_number].serve(seconds, self._received, target, num_bytes, arrival)
+
+    def _received(self, target: Device, num_bytes: int, arrival: tuple[int, bool, int]) -> None:
+        """Likewise in the receiving host's."""
+        seconds = target.copy_s + num_bytes / target.seat.host.accelerator.h2d_bytes_per_s
+        target.receiver.send(Copy(seconds, target.arrive, arrival))

@@ -154,7 +154,7 @@ class _Runner:
 
     def _play(self, counts: Counts, expected: Counts, is_new: bool, keeps_spans: bool) -> None:
         if is_new:
-            self.work = StepWork(self._costs, self._stages, self._order, counts)
+            self.work = self.work.with_counts(counts)
         if self._policy == "zero3":
             self._seconds = zero3_step_s(self.work)
             self.note = "cost model"
@@ -164,7 +164,7 @@ class _Runner:
             # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
             if choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
                 choice = self._plan(expected)
-            if is_new:
+            if choice.stages != self.work.stages:
                 self.work = StepWork(self._costs, choice.stages, self._order, counts)
             policy = choice.make(self.work, expected)
         else:
