@@ -62,12 +62,13 @@ Popularity = Annotated[
 ]
 Policies = Annotated[
     str,
-    typer.Option(help="Of [b]gpipe,gpipe-offload,mobius,aptmoe,affinity,zero3[/], with commas, or [b]all[/]."),
+    typer.Option(help="Of [b]gpipe, gpipe-offload, mobius, aptmoe, affinity, zero3[/], with commas, or [b]all[/]."),
 ]
 
 NumAccelerators = Annotated[int | None, typer.Option(min=1, help="Accelerators of a named cluster. Left out: 4.")]
 NumStages = Annotated[
-    int | None, typer.Option(min=1, help="Left out: two for each accelerator, more if memory needs it.")
+    int | None,
+    typer.Option(min=1, help="Left out: two for each accelerator, more if memory needs it; affinity tries others too."),
 ]
 MicroBatches = Annotated[int | None, typer.Option(min=1, help="Parts of a batch. Left out: one for each accelerator.")]
 Steps = Annotated[
@@ -151,7 +152,7 @@ def tune(
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of weights and computation.")] = "fp32",
     steps: Steps = 2,
     drift: Annotated[float, typer.Option(help="Share of experts that exchange their popularity each step.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the drawn popularity.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawn popularity.")] = 0,
     predictor_accuracy: Annotated[float, typer.Option(help="Share of tokens predicted right a layer ahead.")] = 0.85,
     report: Report = None,
     timeline: TimelineFile = None,

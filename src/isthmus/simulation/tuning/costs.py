@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,6 +168,11 @@ class LayerCosts:
         forward = np.where(tokens > 0, np.maximum(self._reading_s, evaluate(self._cpu, tokens)), 0.0)
         return forward * (CPU_BACKWARD if is_backward else 1.0)
 
+    def load(self, piece_bytes: int, *, is_expert: bool) -> tuple[float, int, float]:
+        """(seconds, bytes, seconds of a piece) of an expert's weights or the dense part's; 0 ``piece_bytes``: whole."""
+        seconds, num_bytes = (self.load_s, self.expert_bytes) if is_expert else (self.dense_load_s, self.dense_bytes)
+        return seconds, num_bytes, seconds / num_pieces(num_bytes, piece_bytes)
+
     @property
     def resident_optimizer_s(self) -> float:
         """Likewise on the accelerator, where everything stays there."""
@@ -209,6 +215,11 @@ class LayerCosts:
         )
 
 
+def num_pieces(num_bytes: int, piece_bytes: int) -> int:
+    """In which a unit is copied; 0 ``piece_bytes``: whole."""
+    return max(1, ceil(num_bytes / piece_bytes)) if piece_bytes else 1
+
+
 class Costs:
     """Of every layer on every device. Layers and devices that are alike share their costs."""
 
@@ -220,6 +231,10 @@ class Costs:
         self.seats = seats(cluster)
         self.order = tuple(device_order([(seat.host_number, seat.root) for seat in self.seats]))
         """Of devices, in which stages go round."""
+        self._numel = [
+            numel + (expert.num_experts * expert.numel if expert else 0)
+            for numel, expert in zip(spec.dense_numel, spec.layers, strict=True)
+        ]
         self._known: dict[object, LayerCosts] = {}
         self._of: dict[tuple[int, int], LayerCosts] = {}
 
@@ -255,11 +270,10 @@ class Costs:
     def stage_bytes(self, first: int, last: int) -> int:
         """Weights of layers ``first`` … ``last``."""
         value_bytes = BYTES_PER_VALUE[self.job.dtype]
-        return sum(self.numel(layer) for layer in range(first, last + 1)) * value_bytes
+        return sum(self._numel[first : last + 1]) * value_bytes
 
     def numel(self, layer: int) -> int:
-        expert = self.spec.layers[layer]
-        return self.spec.dense_numel[layer] + (expert.num_experts * expert.numel if expert else 0)
+        return self._numel[layer]
 
     def host_bytes(self) -> int:
         """Of all hosts together: weights, gradients and Adam's moments, and FP32 masters of another dtype's weights."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from math import ceil
 
 from isthmus.planning.loading import Phase, unit_key
-from isthmus.simulation.tuning.costs import Seat
+from isthmus.simulation.tuning.costs import Seat, num_pieces
 from isthmus.simulation.tuning.events import CpuPool, Events, Lane, Record
 from isthmus.simulation.tuning.links import Copy, CopyEngine, Links, Loader, Urgency
 from isthmus.simulation.tuning.policies import StepPolicy
@@ -21,6 +20,8 @@ from isthmus.simulation.tuning.work import BACKWARD, Backlog, Division, Run, Ste
 from isthmus.spec.model import DENSE, UnitKey
 
 Leave = Callable[[int, bool, int], None]
+NORM_SHARE = 1 / 7
+"""Of an optimizer step's seconds: the norm of a layer's gradients reads 4 bytes of its 28."""
 
 
 class Device:
@@ -35,15 +36,18 @@ class Device:
         links: Links,
         record: Record,
         leave: Leave,
+        end_norm: Callable[[], None],
         backlog: Backlog,
     ) -> None:
-        """``leave(stage, is_backward, micro_batch)`` is called when a micro-batch has left a stage."""
+        """``leave(stage, is_backward, micro_batch)`` is called when a micro-batch has left a stage, ``end_norm()``
+        when the norm of a layer's gradients is known, where the policy needs it."""
         self.seat = seat
         self.record = record
         self.copy_s = seat.host.accelerator.copy_s
         self.cpu_rows = self.num_rows = 0.0
         self.num_loads = 0
         self._work, self._policy, self._events, self._leave = work, policy, events, leave
+        self._end_norm = end_norm
         self._runs = work.runs[seat.device]
         self._costs = {layer: work.layer_costs(layer) for run in self._runs for layer in run.layers}
         self._accelerator = record.lane("accelerator")
@@ -70,24 +74,21 @@ class Device:
         """Of the micro-batch that is open, as are ``_run`` and ``_division``."""
         self._began_s = 0.0
         """When the accelerator's experts began to be waited for."""
-        self._num_halves = 0
-        """Of the layer's experts (accelerator, CPU) that are not done yet."""
+        self._is_on_cpu = False
+        """Whether the layer's experts on the CPU are not done yet."""
+        self._end_s: float | None = 0.0
+        """When those on the accelerator are, if all of them have landed."""
         self._num_backward: dict[int, int] = {}
         self._load_costs = {
-            layer: (
-                self._in_pieces(costs.dense_load_s, costs.dense_bytes),
-                self._in_pieces(costs.load_s, costs.expert_bytes),
-            )
+            layer: [costs.load(policy.piece_bytes, is_expert=is_expert) for is_expert in (False, True)]
             for layer, costs in self._costs.items()
         }
-        self._unstepped = {layer for layers in backlog for layer, _ in layers}
+        self._unstepped = {layer for layer, _ in backlog}
         """Layers whose weights are still those of the step before."""
         if policy.is_resident:
             self.loader.there = dict.fromkeys(self._all_keys(), 0.0)
-        for layer, seconds in backlog.steps:
+        for layer, seconds in backlog:
             self._step(layer, seconds)
-        for layer, seconds in backlog.gradients:
-            self._send_gradients(layer, seconds, 0, 0.0, 0.0)
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
@@ -182,28 +183,39 @@ class Device:
         if is_backward and self._policy.is_resident and self._is_last_backward(self._layer, count=False):
             seconds += costs.resident_optimizer_s  # the optimizer runs where the weights are
         name = "" if self.record.spans is None else f"L{self._layer}"
-        self._occupy(seconds, "dense", name, self._end_layer if is_backward else self._begin_experts)
+        self._events.at(self._occupy(seconds, "dense", name), self._end_layer if is_backward else self._begin_experts)
 
     def _begin_experts(self) -> None:
         if self._layer not in self._work.tables:
             self._end_experts()
             return
         division = self._division = self._divide()
-        self._num_halves = bool(division.on) + bool(division.cpu_rows)
         self.num_rows += division.num_rows
         self.cpu_rows += division.cpu_rows
-        if not self._num_halves:
-            self._end_experts()
-            return
-        if division.cpu_rows:
+        is_on_cpu = self._is_on_cpu = division.cpu_rows > 0
+        self._end_s = self._events.now_s
+        if is_on_cpu:
             self.unloader.send(self._rows(self._compute_rows, division.down_s, division.down_bytes))
         if division.on:
             self._compute_experts(division)
-
-    def _end_half(self) -> None:
-        self._num_halves -= 1
-        if not self._num_halves:
+        elif not is_on_cpu:
             self._end_experts()
+
+    def _end_rows(self) -> None:
+        """The CPU's results are back."""
+        self._is_on_cpu = False
+        if self._end_s is None:
+            return
+        if self._end_s <= self._events.now_s:
+            self._end_experts()
+        else:
+            self._events.at(self._end_s, self._end_experts)
+
+    def _end_loaded(self, end_s: float) -> None:
+        """The accelerator's part will be done at ``end_s``."""
+        self._end_s = end_s
+        if not self._is_on_cpu:
+            self._events.at(end_s, self._end_experts)
 
     def _end_experts(self) -> None:
         if self._run.is_backward:
@@ -220,12 +232,8 @@ class Device:
     # --- gradients and steps -----------------------------------------------------------------------------------------
 
     def backlog(self) -> Backlog:
-        """What is left to do at this moment, to the nanosecond: steps that are alike leave the same."""
-        gradients = self.unloader.unfinished(Urgency.LATER)
-        return Backlog(
-            tuple((copy.layer, round(seconds, 9)) for copy, seconds in gradients),
-            tuple((layer, round(seconds, 9)) for layer, seconds in self.cpu.unfinished()),
-        )
+        """What this step leaves to the next."""
+        return self._work.steps_after(self.seat.device) if self._policy.overlaps_steps else ()
 
     def _unload(self, layer: int) -> None:
         """Gradients of the layer's dense part, then of its experts one by one; after the last its optimizer step."""
@@ -233,24 +241,28 @@ class Device:
         division = self._divisions.get((layer, BACKWARD))
         num = len(division.on) if division else 0
         first_s, expert_s = costs.copy_s + costs.dense_unload_s, costs.copy_s + costs.unload_s
-        piece_s = expert_s / self._num_pieces(costs.expert_bytes) if num else 0.0
+        piece_s = expert_s / num_pieces(costs.expert_bytes, self._policy.piece_bytes) if num else 0.0
         num_bytes = costs.dense_bytes + num * costs.expert_bytes
-        self._send_gradients(layer, first_s + num * expert_s, num_bytes, first_s, piece_s)
-
-    def _send_gradients(self, layer: int, seconds: float, num_bytes: int, first_s: float, piece_s: float) -> None:
         copy = Copy(
-            seconds,
-            self._step,
-            (layer, self._costs[layer].optimizer_s),
+            first_s + num * expert_s,
+            self._end_gradients,
+            (layer,),
             "gradient",
             f"gradients L{layer}",
             num_bytes,
             urgency=Urgency.LATER,
             first_s=first_s,
             piece_s=piece_s,
-            layer=layer,
         )
         self.unloader.send(copy)
+
+    def _end_gradients(self, layer: int) -> None:
+        """The layer's gradients are on the host."""
+        seconds = self._costs[layer].optimizer_s
+        if self._policy.overlaps_steps:
+            self.cpu.step(layer, NORM_SHARE * seconds, self._end_norm)
+        else:
+            self._step(layer, seconds)
 
     def _step(self, layer: int, seconds: float) -> None:
         self.cpu.step(layer, seconds, lambda: self._stepped(layer))
@@ -313,7 +325,7 @@ class Device:
         )
 
     def _send_back(self) -> None:
-        self.loader.send(self._rows(self._end_half, self._division.up_s, self._division.up_bytes))
+        self.loader.send(self._rows(self._end_rows, self._division.up_s, self._division.up_bytes))
 
     def _compute_experts(self, division: Division) -> None:
         """The accelerator's part, in the order of landing."""
@@ -321,9 +333,9 @@ class Device:
         missing = [] if division.is_there else [key for key in division.keys if key not in there]
         division.is_there = not missing
         if not missing:
-            self._occupy(division.accelerator_s, self._kind(), self._name(), self._end_half)
+            self._end_loaded(self._occupy(division.accelerator_s, self._kind(), self._name()))
             return
-        self._began_s = self._events.now_s
+        self._began_s, self._end_s = self._events.now_s, None
         self._wait(missing, self._compute_landed)
 
     def _compute_landed(self) -> None:
@@ -336,12 +348,13 @@ class Device:
         start_s = end_s - division.accelerator_s
         self._accelerator.wait(self._name(), began_s, start_s)
         self._accelerator.add(self._kind(), self._name(), start_s, end_s)
-        self._events.at(max(end_s, self._events.now_s), self._end_half)
+        self._end_loaded(max(end_s, self._events.now_s))
 
-    def _occupy(self, seconds: float, kind: str, name: str, then: Callable[[], None]) -> None:
+    def _occupy(self, seconds: float, kind: str, name: str) -> float:
+        """The accelerator is busy until the moment that is returned."""
         now_s = self._events.now_s
         self._accelerator.add(kind, name, now_s, now_s + seconds)
-        self._events.at(now_s + seconds, then)
+        return now_s + seconds
 
     def _kind(self) -> str:
         return "expert_backward" if self._run.is_backward else "expert_forward"
@@ -372,14 +385,6 @@ class Device:
 
     def _load_cost(self, key: UnitKey) -> tuple[float, int, float]:
         return self._load_costs[key.layer][key.expert >= 0]
-
-    def _in_pieces(self, seconds: float, num_bytes: int) -> tuple[float, int, float]:
-        return seconds, num_bytes, seconds / max(1, self._num_pieces(num_bytes))
-
-    def _num_pieces(self, num_bytes: int) -> int:
-        """In which a unit is copied."""
-        piece_bytes = self._policy.piece_bytes
-        return ceil(num_bytes / piece_bytes) if piece_bytes else 1
 
     def _all_keys(self) -> list[UnitKey]:
         layers = {layer for run in self._runs for layer in run.layers}

@@ -117,21 +117,17 @@ class CpuPool:
         self._version = 0
 
     def compute(self, seconds: float, then: Callable[[], None], *, kind: str, name: str, num_tokens: int) -> None:
-        self._experts.append((seconds, then, kind, name, num_tokens))
-        if not self._is_busy:
+        if self._is_busy:
+            self._experts.append((seconds, then, kind, name, num_tokens))
+        else:
             self._pause()
-            self._next()
+            self._begin(seconds, then, kind, name, num_tokens)
 
     def step(self, layer: int, seconds: float, then: Callable[[], None]) -> None:
         """An optimizer's step. A layer is stepped once at a time."""
         heappush(self._steps, (layer, seconds, then))
         if not self._is_busy and self._running is None:
             self._next()
-
-    def unfinished(self) -> list[tuple[int, float]]:
-        """(layer, seconds left) of the optimizer's steps, in their order. None is under way after that."""
-        self._pause()
-        return [(layer, seconds) for layer, seconds, _ in sorted(self._steps, key=lambda step: step[0])]
 
     def _pause(self) -> None:
         if self._running is None:
@@ -145,16 +141,18 @@ class CpuPool:
 
     def _next(self) -> None:
         """Nothing runs: begins what comes first."""
-        now_s = self._events.now_s
         if self._experts:
-            seconds, then, kind, name, num_tokens = self._experts.popleft()
-            self._is_busy = True
-            self._lane.add(kind, name, now_s, now_s + seconds, num_tokens=num_tokens)
-            self._events.at(now_s + seconds, self._computed, then)
+            self._begin(*self._experts.popleft())
         elif self._steps:
             self._running = heappop(self._steps)
-            self._began_s = now_s
+            now_s = self._began_s = self._events.now_s
             self._events.at(now_s + self._running[1], self._stepped, self._version)
+
+    def _begin(self, seconds: float, then: Callable[[], None], kind: str, name: str, num_tokens: int) -> None:
+        now_s = self._events.now_s
+        self._is_busy = True
+        self._lane.add(kind, name, now_s, now_s + seconds, num_tokens=num_tokens)
+        self._events.at(now_s + seconds, self._computed, then)
 
     def _computed(self, then: Callable[[], None]) -> None:
         self._is_busy = False

@@ -33,19 +33,25 @@ class Medium:
 
     def join(self, engine: CopyEngine) -> None:
         """``engine`` is about to begin; those at work already are slowed."""
-        self._divide(len(self._active) + 1)
-        self._active[engine] = None
-
-    def leave(self, engine: CopyEngine) -> None:
-        del self._active[engine]
-        self._divide(len(self._active))
-
-    def _divide(self, num_engines: int) -> None:
+        active = self._active
+        num_engines = len(active) + 1
         share = self._capacity / num_engines if num_engines > self._capacity else 1.0
         if share != self.share:
-            self.share = share
-            for engine in self._active:
-                engine.retime()
+            self._divide(share)
+        active[engine] = None
+
+    def leave(self, engine: CopyEngine) -> None:
+        active = self._active
+        del active[engine]
+        num_engines = len(active)
+        share = self._capacity / num_engines if num_engines > self._capacity else 1.0
+        if share != self.share:
+            self._divide(share)
+
+    def _divide(self, share: float) -> None:
+        self.share = share
+        for engine in self._active:
+            engine.retime()
 
 
 class Links(NamedTuple):
@@ -73,7 +79,6 @@ class Copy:
         "arguments",
         "first_s",
         "kind",
-        "layer",
         "name",
         "num_bytes",
         "num_tokens",
@@ -95,7 +100,6 @@ class Copy:
         urgency: Urgency = Urgency.AHEAD,
         first_s: float = 0.0,
         piece_s: float = 0.0,
-        layer: int = -1,
     ) -> None:
         self.seconds = seconds
         self.then = then
@@ -107,7 +111,6 @@ class Copy:
         self.urgency = urgency
         self.first_s = first_s
         self.piece_s = piece_s
-        self.layer = layer
 
     def end_of_piece(self, done_s: float) -> float:
         """When the piece that is under way ends, in seconds of the copy."""
@@ -128,7 +131,6 @@ class Copy:
             urgency=self.urgency,
             first_s=self.piece_s,
             piece_s=self.piece_s,
-            layer=self.layer,
         )
         self.seconds, self.num_bytes, self.then = at_s, num_bytes, None
         return rest
@@ -136,6 +138,9 @@ class Copy:
 
 class CopyEngine:
     """One direction of one accelerator's link."""
+
+    _refills = False
+    """Whether a copy that has landed lets others be launched (``_pull_ahead``)."""
 
     __slots__ = (
         "_began_s",
@@ -164,10 +169,11 @@ class CopyEngine:
 
     def send(self, copy: Copy) -> None:
         """Queues ``copy`` by its urgency."""
-        self._queues[copy.urgency].append(copy)
         if self._current is None:
-            self._start()
-        elif copy.urgency is Urgency.AHEAD:
+            self._begin(copy)
+            return
+        self._queues[copy.urgency].append(copy)
+        if copy.urgency is Urgency.AHEAD and self._current.piece_s:
             self._interrupt(self._current)
 
     def _pull_ahead(self) -> None:
@@ -178,15 +184,6 @@ class CopyEngine:
         now_s = self._events.now_s
         self._left_s -= (now_s - self._since_s) * self._rate
         self._schedule(now_s, max(0.0, self._left_s))
-
-    def unfinished(self, urgency: Urgency) -> list[tuple[Copy, float]]:
-        """Copies that have not landed, with their seconds at the full rate that are left, in their order."""
-        found = [(copy, copy.seconds) for copy in self._queues[urgency]]
-        copy, now_s = self._current, self._events.now_s
-        if copy is not None and copy.urgency is urgency:
-            self.lane.add(copy.kind, copy.name, self._began_s, now_s)
-            found.insert(0, (copy, self._left_s - (now_s - self._since_s) * self._rate))
-        return found
 
     def _schedule(self, now_s: float, left_s: float) -> None:
         """The present copy lands after ``left_s`` seconds at its full rate."""
@@ -200,8 +197,6 @@ class CopyEngine:
 
     def _interrupt(self, copy: Copy) -> None:
         """Something urgent goes first after the present piece."""
-        if not copy.piece_s:
-            return
         now_s = self._events.now_s
         done_s = copy.seconds - self._left_s + (now_s - self._since_s) * self._rate
         end_s = copy.end_of_piece(done_s)
@@ -209,32 +204,40 @@ class CopyEngine:
             self._queues[copy.urgency].appendleft(copy.cut(end_s))
             self._schedule(now_s, max(0.0, end_s - done_s))
 
-    def _start(self) -> None:
-        """Carries the next copy, if there is one."""
-        was_idle = self._current is None
-        ahead, weights, later = self._queues
-        queue = ahead or weights or later
-        if not queue:
-            self._current = None
-            if not was_idle:
-                for medium in self._media:
-                    medium.leave(self)
-            return
-        copy = self._current = queue.popleft()
-        if was_idle:
-            for medium in self._media:
-                medium.join(self)
+    def _begin(self, copy: Copy) -> None:
+        """Carries ``copy``; nothing was under way."""
+        self._current = copy
+        for medium in self._media:
+            medium.join(self)
         now_s = self._began_s = self._events.now_s
         self._schedule(now_s, copy.seconds)
 
     def _landed(self, version: int) -> None:
         if version != self._version:
             return
-        copy = self._current
+        events, lane, copy = self._events, self.lane, self._current
         assert copy is not None
-        self.lane.add(copy.kind, copy.name, self._began_s, self._events.now_s, copy.num_bytes, copy.num_tokens)
-        self._pull_ahead()
-        self._start()
+        now_s = events.now_s
+        if lane.spans is None:
+            lane.busy_s = lane.busy_s + now_s - self._began_s
+            lane.num_bytes += copy.num_bytes
+        else:
+            lane.add(copy.kind, copy.name, self._began_s, now_s, copy.num_bytes, copy.num_tokens)
+        if self._refills:
+            self._pull_ahead()
+        ahead, weights, later = self._queues
+        queue = ahead or weights or later
+        if queue:
+            # At the rate of the one before: whoever joins or leaves the media retimes what is under way.
+            following = self._current = queue.popleft()
+            self._began_s = self._since_s = now_s
+            self._left_s = following.seconds
+            self._version = version = version + 1
+            events.at(now_s + following.seconds / self._rate, self._landed, version)
+        else:
+            self._current = None
+            for medium in self._media:
+                medium.leave(self)
         if copy.then is not None:
             copy.then(*copy.arguments)
 
@@ -243,6 +246,7 @@ class Loader(CopyEngine):
     """The copy engine to the accelerator, with what is there. ``there``: the units whose weights have landed, and
     when."""
 
+    _refills = True
     __slots__ = ("_cost", "_experts", "_found", "_launched", "_on_landed", "on_way", "queues", "there")
 
     def __init__(
@@ -274,7 +278,7 @@ class Loader(CopyEngine):
             if not self._pull():
                 break
         if is_idle and launched:
-            self._start()
+            self._begin(launched.popleft())
 
     def _pull_ahead(self) -> None:
         launched = self._launched

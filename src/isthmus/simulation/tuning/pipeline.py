@@ -80,10 +80,12 @@ class Pipeline:
         self._roots: dict[tuple[int, str], Medium] = {}
         self._memories: dict[int, Medium] = {}
         self._networks = {seat.host_number: Server(self.events) for seat in costs.seats}
-        self._num_out = 0
+        self._num_norms = 0
         self.devices = [
-            Device(seat, work, policy, self.events, self._links(seat), Record(keeps_spans), self.leave, left)
-            for seat, left in zip(costs.seats, backlogs or (Backlog(),) * len(costs.seats), strict=True)
+            Device(
+                seat, work, policy, self.events, self._links(seat), Record(keeps_spans), self.leave, self.end_norm, left
+            )
+            for seat, left in zip(costs.seats, backlogs or ((),) * len(costs.seats), strict=True)
         ]
 
     def _links(self, seat: Seat) -> Links:
@@ -111,13 +113,16 @@ class Pipeline:
         for device in self.devices:
             device.check_done()
 
+    def end_norm(self) -> None:
+        """A layer's gradients are there, and their norm; with the last of all the next step may begin."""
+        self._num_norms += 1
+        if self._num_norms == len(self.work.costs_of):
+            self.events.stop()
+
     def leave(self, stage: int, is_backward: bool, micro_batch: int) -> None:
         """A micro-batch has left a stage and goes to the one after it."""
         after = stage - 1 if is_backward else stage + 1
         if after < 0:
-            self._num_out += 1
-            if self._num_out == self.work.num_micro_batches and self.policy.overlaps_steps:
-                self.events.stop()
             return
         if after == len(self.work.stages):
             self.devices[self.work.device_of[stage]].arrive(stage, True, micro_batch)

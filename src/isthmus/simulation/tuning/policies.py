@@ -60,7 +60,8 @@ class StepPolicy:
     piece_bytes = 0
     """Longer copies let what a computation waits for go first after so many bytes; 0: after each unit."""
     overlaps_steps = False
-    """Whether the next step begins before the optimizer is done; a layer's weights wait for its step."""
+    """Whether the optimizer steps layers while the next step's forward runs, a layer's weights waiting for its step.
+    The next step begins when all gradients are there: they are clipped to a norm of all."""
 
     def __init__(self, work: StepWork, expected: Counts) -> None:
         self.work = work
@@ -122,7 +123,7 @@ class Aptmoe(StepPolicy):
         super().__init__(work, expected)
         self._chosen: dict[bool, dict[int, frozenset[int]]] = {}
         self._predicted: dict[int, list[int]] = {}
-        self._ranked: dict[tuple[int, bool], list[UnitKey]] = {}
+        self._queues: dict[tuple[int, bool], list[UnitKey]] = {}
 
     def choose(self, layers: AlikeLayers, is_backward: bool) -> list[frozenset[int]]:
         """Experts of each layer that belong on the accelerator."""
@@ -146,25 +147,26 @@ class Aptmoe(StepPolicy):
         held = self.held(runs, at)
         if not runs[at].is_backward and at:
             held = held[1:]  # what is left of this stage's queue is dropped
-        keys: list[UnitKey] = []
-        for run in held:
-            keys += [unit_key(layer, DENSE) for layer in run.layers]
-            keys += self._backward_queue(run) if run.is_backward else self._forward_queue(run)
-        return keys
+        return [key for run in held for key in self._run_queue(run)]
+
+    def _run_queue(self, run: Run) -> list[UnitKey]:
+        at = (run.stage, run.is_backward)
+        if at not in self._queues:
+            experts = self._backward_queue(run) if run.is_backward else self._forward_queue(run)
+            self._queues[at] = [*(unit_key(layer, DENSE) for layer in run.layers), *experts]
+        return self._queues[at]
 
     def _backward_queue(self, run: Run) -> list[UnitKey]:
         """What was decided, the most popular rank of all layers first."""
-        return [key for key in self._by_rank(run, self.work.counts) if key.expert in self.chosen(key.layer, True)]
+        chosen = {layer: self.chosen(layer, True) for layer in run.layers if layer in self.work.counts}
+        return [key for key in self._by_rank(run, self.work.counts) if key.expert in chosen[key.layer]]
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         """All experts, by history."""
         return self._by_rank(run, self.expected)
 
     def _by_rank(self, run: Run, counts: Counts) -> list[UnitKey]:
-        key = (run.stage, run.is_backward)
-        if key not in self._ranked:
-            self._ranked[key] = by_rank({layer: counts[layer] for layer in run.layers if layer in counts})
-        return self._ranked[key]
+        return by_rank({layer: counts[layer] for layer in run.layers if layer in counts})
 
     def divide(self, layer: int, is_backward: bool, there: Sequence[int]) -> tuple[Iterable[int], Sequence[int]]:
         chosen, here = self.chosen(layer, is_backward), frozenset(there)
@@ -260,7 +262,8 @@ class Affinity(RuntimeAptmoe):
         ranked = super()._forward_queue(run)
         if not self._mix.least_worth:
             return ranked
-        return [key for key in ranked if key.expert in self._worth(key.layer)]
+        worthy = {layer: self._worth(layer) for layer in run.layers if layer in self.expected}
+        return [key for key in ranked if key.expert in worthy[key.layer]]
 
     def _worth(self, layer: int) -> frozenset[int]:
         """Experts that are worth a load, as far as history knows."""

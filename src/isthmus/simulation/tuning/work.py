@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,12 +26,9 @@ class Run:
     """In the order of the pass."""
 
 
-class Backlog(NamedTuple):
-    """What one step leaves a device to do during the next one: (layer, seconds) by layer, gradients on their way to
-    the host and the optimizer's steps. A layer's weights are neither loaded nor used before its step."""
-
-    gradients: tuple[tuple[int, float], ...] = ()
-    steps: tuple[tuple[int, float], ...] = ()
+Backlog = tuple[tuple[int, float], ...]
+"""What one step leaves a device to do during the next one: (layer, seconds) of the optimizer's steps. A layer's weights
+are neither loaded nor used before its step."""
 
 
 class Division:
@@ -153,6 +149,11 @@ class StepWork:
         other.counts = counts
         other.tables = tables_of(self.costs_of, counts)
         return other
+
+    def steps_after(self, device: int) -> Backlog:
+        """The optimizer's steps of all layers on ``device``, none of which may begin before all gradients are there."""
+        own = sorted({layer for run in self.runs[device] for layer in run.layers})
+        return tuple((layer, self.costs_of[layer].optimizer_s) for layer in own)
 
     def alike(self, layers: Iterable[int]) -> list[tuple[LayerCosts, list[int]]]:
         """``layers`` by what they cost."""
