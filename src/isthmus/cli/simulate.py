@@ -62,7 +62,10 @@ Popularity = Annotated[
 ]
 Policies = Annotated[
     str,
-    typer.Option(help="Of [b]gpipe, gpipe-offload, mobius, aptmoe, affinity, zero3[/], with commas, or [b]all[/]."),
+    typer.Option(
+        help="Of [b]gpipe, gpipe-offload, mobius, cpu-experts, aptmoe, affinity, zero3[/], with commas, or [b]all[/]. "
+        "As in `isthmus tune`, [b]resident[/] is gpipe and [b]paper[/] aptmoe."
+    ),
 ]
 
 NumAccelerators = Annotated[int | None, typer.Option(min=1, help="Accelerators of a named cluster. Left out: 4.")]
@@ -161,8 +164,9 @@ def tune(
 
     Every policy runs the same looped pipeline: stages go round the accelerators, each loads its next stage while one
     runs. [b]gpipe[/] keeps all on the accelerators, [b]gpipe-offload[/] loads a stage when it starts, [b]mobius[/] one
-    ahead, [b]aptmoe[/] follows the published rule (unpopular experts on the CPU), [b]affinity[/] is isthmus' own,
-    [b]zero3[/] gathers every layer on every device (a cost model). What limits a step is the fullest column.
+    ahead, [b]cpu-experts[/] computes every expert on the CPU, [b]aptmoe[/] follows the published rule (unpopular
+    experts on the CPU), [b]affinity[/] is isthmus' own, [b]zero3[/] gathers every layer on every device (a cost
+    model). What limits a step is the fullest column.
 
     isthmus simulate tune --model S-16 --cluster a800-c1g2 --popularity gini=0.4
     isthmus simulate tune --model ./mixtral --cluster cluster.json --popularity trace.npz --report out.json

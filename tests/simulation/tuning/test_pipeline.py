@@ -21,6 +21,7 @@ from isthmus.simulation.tuning.policies import (
     Affinity,
     Aptmoe,
     Counts,
+    CpuExperts,
     GPipe,
     GPipeOffload,
     Mix,
@@ -49,7 +50,7 @@ def ours(work: StepWork, expected: Counts) -> StepPolicy:
     return Affinity(work, expected, Mix(cpu_weight=1.4, link_price=1.0, least_worth=0.5))
 
 
-POLICIES: tuple[Make, ...] = (GPipe, GPipeOffload, Mobius, Aptmoe, Scattered, Overlapped, ours)
+POLICIES: tuple[Make, ...] = (GPipe, GPipeOffload, Mobius, CpuExperts, Aptmoe, Scattered, Overlapped, ours)
 
 
 def play(work: StepWork, policy: Make, *, keeps_spans: bool = False) -> StepResult:
@@ -201,6 +202,9 @@ def test_work_and_bytes_are_conserved(work: StepWork, policy: Make) -> None:
     spans = [span for result in results for timeline in result.timelines for span in timeline.spans]
     if policy is GPipe:
         assert not any(span.kind == "gradient" for span in spans) and results[0].num_loads == 0
+    if policy is CpuExperts:
+        assert all(result.cpu_rows == pytest.approx(result.num_rows) for result in results)
+        assert not any(span.kind == "load_expert" for span in spans)
     if policy in (Mobius, GPipeOffload):
         used = sum(bool(count) for counts in work.counts.values() for count in counts)
         gradients = sum(span.num_bytes for span in spans if span.kind == "gradient")
@@ -241,7 +245,7 @@ def test_ours_is_never_slower_than_mobius_or_the_rule(work: StepWork) -> None:
 @given(works())
 def test_no_step_is_faster_than_the_bound(work: StepWork) -> None:
     bound_s = step_bound_s(work)
-    for policy in (GPipeOffload, Mobius, Aptmoe):
+    for policy in (GPipeOffload, Mobius, CpuExperts, Aptmoe):
         assert play(work, policy).seconds >= bound_s * (1 - 1e-6)
     for policy in (Scattered, Overlapped, RuntimeAptmoe, ours):
         backlogs, seconds = (), []

@@ -118,7 +118,9 @@ class Device:
 
     def _queue(self, phase: Phase, keys: list[UnitKey]) -> None:
         there, on_way, unstepped = self.loader.there, self.loader.on_way, self._unstepped
-        missing = [key for key in keys if key not in there and key not in on_way and key.layer not in unstepped]
+        missing = [key for key in keys if key not in there and key not in on_way]
+        if unstepped:
+            missing = [key for key in missing if key.layer not in unstepped]
         self.loader.queues.replace(phase, missing)
 
     def _loaded(self) -> None:

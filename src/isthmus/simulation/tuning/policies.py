@@ -3,6 +3,7 @@ runtime (``planning``).
 
 ``gpipe``: everything stays on the accelerators, the optimizer too. ``gpipe-offload``: a stage is loaded when the one
 before has left its device. ``mobius``: the next stage is loaded while one runs (Feng et al., ASPLOS 2023).
+``cpu-experts``: every expert is computed on the CPU, as KTransformers does.
 ``aptmoe``: three phases, Equation 1 (APTMoE, sections 4.2 to 4.4). ``affinity``: ours, see ``candidates.py``.
 
 The published ones copy units whole, hold two stages, and end a step with its last optimizer step. Our runtime copies in
@@ -109,6 +110,14 @@ class GPipeOffload(StepPolicy):
 
 class Mobius(StepPolicy):
     waits_for_stage = True
+
+
+class CpuExperts(StepPolicy):
+    """Experts stay on the CPU; the rest is loaded a stage ahead."""
+
+    def num_experts(self, layer: int) -> int:
+        """That are loaded, and computed on the accelerator."""
+        return 0
 
 
 class Aptmoe(StepPolicy):

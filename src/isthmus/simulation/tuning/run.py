@@ -19,7 +19,16 @@ from isthmus.simulation.tuning.mapping import (
     stages_for,
 )
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
-from isthmus.simulation.tuning.policies import Aptmoe, Counts, GPipe, GPipeOffload, History, Mobius, StepPolicy
+from isthmus.simulation.tuning.policies import (
+    Aptmoe,
+    Counts,
+    CpuExperts,
+    GPipe,
+    GPipeOffload,
+    History,
+    Mobius,
+    StepPolicy,
+)
 from isthmus.simulation.tuning.popularity import Floats
 from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.simulation.tuning.zero3 import zero3_step_s
@@ -30,9 +39,12 @@ FIXED: dict[str, type[StepPolicy]] = {
     "gpipe": GPipe,
     "gpipe-offload": GPipeOffload,
     "mobius": Mobius,
+    "cpu-experts": CpuExperts,
     "aptmoe": Aptmoe,
 }
 POLICIES = (*FIXED, "affinity", "zero3")
+RUNTIME_NAMES = {"resident": "gpipe", "paper": "aptmoe"}
+"""What ``isthmus tune --policy`` calls the same; the others have one name."""
 Tell = Callable[[str, int], None]
 """(policy, steps done)"""
 
