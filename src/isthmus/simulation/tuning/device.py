@@ -85,7 +85,11 @@ class Device:
         }
         self._unstepped = {layer for layer, _ in backlog}
         """Layers whose weights are still those of the step before."""
-        if policy.is_resident:
+        self._take_over(backlog)
+
+    def _take_over(self, backlog: Backlog) -> None:
+        """What is there before the step begins, and what the step before has left to do."""
+        if self._policy.is_resident:
             self.loader.there = dict.fromkeys(self._all_keys(), 0.0)
         for layer, seconds in backlog:
             self._step(layer, seconds)
