@@ -210,12 +210,10 @@ class Device:
     def _end_rows(self) -> None:
         """The CPU's results are back."""
         self._is_on_cpu = False
-        if self._end_s is None:
-            return
-        if self._end_s <= self._events.now_s:
-            self._end_experts()
-        else:
+        if self._end_s is not None and self._end_s > self._events.now_s:
             self._events.at(self._end_s, self._end_experts)
+        elif self._end_s is not None:
+            self._end_experts()
 
     def _end_loaded(self, end_s: float) -> None:
         """The accelerator's part will be done at ``end_s``."""
@@ -303,8 +301,7 @@ class Device:
         again = policy.decides_again and not is_backward
         if known is not None and not again:
             return known
-        loader = self.loader
-        there = loader.experts_of(layer)
+        there = self.loader.experts_of(layer)
         if known is not None and self._num_there[key] == len(there):
             return known
         on, urgent = policy.divide(layer, is_backward, there)
@@ -316,7 +313,7 @@ class Device:
                 following = self._run.layers[self._position + 1 : self._position + 2]
                 ahead = [at for at in following if at in self._work.tables]
                 self._queue(Phase.LAYER, [unit_key(at, expert) for at in ahead for expert in policy.predict(at)])
-            loader.refill()
+            self.loader.refill()
         return division
 
     def _rows(self, then: Callable[[], None], seconds: float, num_bytes: int) -> Copy:
