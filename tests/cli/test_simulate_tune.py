@@ -16,6 +16,7 @@ from isthmus.models.tiny import tiny_config
 from isthmus.planning.popularity_trace import PopularityTrace, model_identity, write_trace
 from isthmus.reporting.chrome_trace import read_chrome_trace
 from isthmus.simulation.tuning.clusters import a800
+from isthmus.simulation.tuning.run import POLICIES
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.simulated_tune import SimulateTuneReport
 
@@ -44,7 +45,7 @@ def test_every_policy_is_printed_and_written(tmp_path: Path) -> None:
     asked = (*SMALL, "--num-devices", "2", "--popularity", "gini=0.4")
     printed = run(*asked, "--report", str(path))
     report = from_json(SimulateTuneReport, path.read_text())
-    assert [row.policy for row in report.rows] == ["gpipe", "gpipe-offload", "mobius", "aptmoe", "affinity", "zero3"]
+    assert [row.policy for row in report.rows] == list(POLICIES)
     assert all(row.policy in printed for row in report.rows)
     rows = {row.policy: row for row in report.rows}
     seconds = {name: row.step_s.median for name, row in rows.items() if row.step_s}
@@ -52,8 +53,16 @@ def test_every_policy_is_printed_and_written(tmp_path: Path) -> None:
     assert rows["mobius"].cpu_pairs_share == rows["gpipe"].cpu_experts_share == 0
     assert report.skewness == pytest.approx(0.4, abs=0.01) and report.cluster == a800(2, 2)
     table = path.with_suffix(".md").read_text()
-    assert table.startswith("# S-8, 2 accelerators of a800-c1g2") and table.count("\n| ") == 7
+    assert table.startswith("# S-8, 2 accelerators of a800-c1g2") and table.count("\n| ") == 1 + len(POLICIES)
     assert run(*asked) == printed
+
+
+def test_policies_may_have_the_names_that_runs_have() -> None:
+    printed = run(*SMALL, "--policies", "resident,paper,gpipe")
+    assert [word for line in printed.splitlines() for word in line.split()[:1] if word in POLICIES] == [
+        "gpipe",
+        "aptmoe",
+    ]
 
 
 def test_what_does_not_fit_is_a_row_that_says_so() -> None:

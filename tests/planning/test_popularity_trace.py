@@ -63,7 +63,7 @@ def test_a_file_that_is_no_trace_is_refused(spec: ModelSpec, tmp_path: Path) -> 
     with pytest.raises(IsthmusError, match=r"popularity: cannot read .*No such file.*wanted gini=… or a trace"):
         read_trace(path)
     path.write_text("no numbers")
-    with pytest.raises(IsthmusError, match=r"popularity: .*popularity\.npz"):
+    with pytest.raises(IsthmusError, match=r"popularity: .*popularity\.npz is no \.npz; wanted a trace"):
         read_trace(path)
     np.savez(path, counts=np.zeros(3))
     with pytest.raises(IsthmusError, match="has no schema_version, model, num_experts, top_k; wanted a trace"):

@@ -92,6 +92,8 @@ def test_the_file_reads_back_to_itself(tmp_path: Path) -> None:
         (lambda c: c["hosts"][0].update(accelerators_per_root=3), "accelerators_per_root: node has 3 for 4 accel"),
         (lambda c: c["hosts"][0].update(count=0), "hosts.count: node has 0, wanted 1 or more"),
         (lambda c: c["hosts"][0].update(root_bytes_per_s=0), "hosts.root_bytes_per_s: got 0"),
+        (lambda c: c["hosts"][0].update(root_bytes_per_s=1e9), "root_bytes_per_s: node has 1e.09, less than accel"),
+        (lambda c: c["hosts"][0].update(memory_bytes_per_s=1e9), "memory_bytes_per_s: node has 1e.09, less than accel"),
         (lambda c: c["hosts"][0]["accelerator"].update(h2d_bytes_per_s=-1), "accelerator.h2d_bytes_per_s: got -1"),
         (lambda c: c["hosts"][0]["accelerator"].update(copy_s=-1), "accelerator.copy_s: got -1"),
         (lambda c: c["hosts"][0]["accelerator"].update(flops_per_s={"fp8": 1}), "flops_per_s: got fp8, wanted some of"),

@@ -62,12 +62,16 @@ Popularity = Annotated[
 ]
 Policies = Annotated[
     str,
-    typer.Option(help="Of [b]gpipe,gpipe-offload,mobius,aptmoe,affinity,zero3[/], with commas, or [b]all[/]."),
+    typer.Option(
+        help="Of [b]gpipe, gpipe-offload, mobius, cpu-experts, aptmoe, affinity, zero3[/], with commas, or [b]all[/]. "
+        "As in `isthmus tune`, [b]resident[/] is gpipe and [b]paper[/] aptmoe."
+    ),
 ]
 
 NumAccelerators = Annotated[int | None, typer.Option(min=1, help="Accelerators of a named cluster. Left out: 4.")]
 NumStages = Annotated[
-    int | None, typer.Option(min=1, help="Left out: two for each accelerator, more if memory needs it.")
+    int | None,
+    typer.Option(min=1, help="Left out: two for each accelerator, more if memory needs it; affinity tries others too."),
 ]
 MicroBatches = Annotated[int | None, typer.Option(min=1, help="Parts of a batch. Left out: one for each accelerator.")]
 Steps = Annotated[
@@ -151,7 +155,7 @@ def tune(
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of weights and computation.")] = "fp32",
     steps: Steps = 2,
     drift: Annotated[float, typer.Option(help="Share of experts that exchange their popularity each step.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the drawn popularity.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawn popularity.")] = 0,
     predictor_accuracy: Annotated[float, typer.Option(help="Share of tokens predicted right a layer ahead.")] = 0.85,
     report: Report = None,
     timeline: TimelineFile = None,
@@ -160,8 +164,9 @@ def tune(
 
     Every policy runs the same looped pipeline: stages go round the accelerators, each loads its next stage while one
     runs. [b]gpipe[/] keeps all on the accelerators, [b]gpipe-offload[/] loads a stage when it starts, [b]mobius[/] one
-    ahead, [b]aptmoe[/] follows the published rule (unpopular experts on the CPU), [b]affinity[/] is isthmus' own,
-    [b]zero3[/] gathers every layer on every device (a cost model). What limits a step is the fullest column.
+    ahead, [b]cpu-experts[/] computes every expert on the CPU, [b]aptmoe[/] follows the published rule (unpopular
+    experts on the CPU), [b]affinity[/] is isthmus' own, [b]zero3[/] gathers every layer on every device (a cost
+    model). What limits a step is the fullest column.
 
     isthmus simulate tune --model S-16 --cluster a800-c1g2 --popularity gini=0.4
     isthmus simulate tune --model ./mixtral --cluster cluster.json --popularity trace.npz --report out.json

@@ -16,7 +16,7 @@ from isthmus.reporting.human import human_bytes, human_s
 from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.costs import Costs, TuneJob
 from isthmus.simulation.tuning.popularity import find_popularity
-from isthmus.simulation.tuning.run import POLICIES, Outcome, Popularity, Simulated, simulate_tuning
+from isthmus.simulation.tuning.run import POLICIES, RUNTIME_NAMES, Outcome, Popularity, Simulated, simulate_tuning
 from isthmus.simulation.tuning.shapes import MOE_SHAPES
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -57,7 +57,8 @@ def simulate_tune(
     """Prints every policy's step, and writes a report with a table beside it, and timelines. Raises ``IsthmusError``
     for what cannot be asked; nothing is printed or written then."""
     console = console or Console()
-    policies = parse_names("policies", options.policies, POLICIES)
+    named = parse_names("policies", options.policies, (*POLICIES, *RUNTIME_NAMES))
+    policies = tuple(dict.fromkeys(RUNTIME_NAMES.get(name, name) for name in named))
     spec, cluster = _model(options.model), find_cluster(options.cluster, options.num_devices)
     job = TuneJob(
         dtype=options.dtype,
@@ -173,7 +174,7 @@ def _cells(row: SimulateTuneRow) -> list[str]:
 
 
 def _table(report: SimulateTuneReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in report.rows:

@@ -46,7 +46,7 @@ class LoadQueues:
     def replace(self, phase: Phase, keys: Sequence[UnitKey]) -> int:
         """Replaces what is still waiting, most urgent first. Returns how many entries are gone."""
         kept = OrderedDict.fromkeys(keys)
-        num_dropped = sum(key not in kept for key in self._queues[phase])
+        num_dropped = len(self._queues[phase].keys() - kept.keys())
         self._queues[phase] = kept
         return num_dropped
 

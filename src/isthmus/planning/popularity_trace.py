@@ -23,6 +23,8 @@ from isthmus.spec.files import atomic_write
 from isthmus.spec.model import ModelSpec
 
 SCHEMA_VERSION = 1
+ZIP_MAGIC = b"PK\x03\x04"
+"""What an ``.npz`` begins with."""
 _FIELDS = ("schema_version", "model", "num_experts", "top_k", "counts")
 
 
@@ -129,7 +131,10 @@ def write_trace(trace: PopularityTrace, path: Path) -> None:
 def read_trace(path: Path) -> PopularityTrace:
     """What ``write_trace`` wrote. Raises ``IsthmusError`` that names the file and the field."""
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        written = path.read_bytes()
+        if not written.startswith(ZIP_MAGIC):  # numpy would ask for pickles
+            raise IsthmusError(f"popularity: {path} is no .npz; wanted a trace, as isthmus trace writes it")
+        with np.load(io.BytesIO(written), allow_pickle=False) as file:
             if missing := [name for name in _FIELDS if name not in file]:
                 raise IsthmusError(f"popularity: {path} has no {', '.join(missing)}; wanted a trace")
             version = int(file["schema_version"])

@@ -132,13 +132,28 @@ class TuneCluster:
 def read_tune_cluster(path: Path) -> TuneCluster:
     """The cluster that the file describes. Raises ``IsthmusError`` that names the file and the field."""
     try:
-        return from_json(TuneCluster, path.read_text())
+        cluster = from_json(TuneCluster, path.read_text())
+        for host in cluster.hosts:
+            _check_path(host)
+        return cluster
     except OSError as error:
         raise IsthmusError(
             f"cluster: cannot read {path}: {error.strerror or error}; wanted a JSON file or a known name"
         ) from error
     except ValueError as error:
         raise IsthmusError(f"cluster: {path}: {error}") from error
+
+
+def _check_path(host: TuneHost) -> None:
+    """A copy passes the accelerator's link, its root and the host's memory: what it reaches, all of them pass."""
+    for way in ("h2d_bytes_per_s", "d2h_bytes_per_s"):
+        rate = getattr(host.accelerator, way)
+        for name in ("root_bytes_per_s", "memory_bytes_per_s"):
+            if getattr(host, name) < rate:
+                raise IsthmusError(
+                    f"hosts.{name}: {host.name} has {getattr(host, name):g}, less than accelerator.{way}, {rate:g}, "
+                    "whose copies pass it; lower that to what one accelerator alone reaches, or raise this"
+                )
 
 
 def _check_flops(field_name: str, rates: dict[str, float]) -> None:

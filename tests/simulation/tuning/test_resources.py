@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from isthmus.planning.loading import Phase, unit_key
-from isthmus.simulation.tuning.events import CpuPool, Events, Record, Server
+from isthmus.simulation.tuning.events import CpuPool, Events, Lane, Record, Server
 from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Medium, Urgency
 
 
 def test_copies_share_a_medium_and_go_on_alone() -> None:
     """One begins at 0 s, another at 0.5 s, each of 1 s alone: the first ends at 1.5 s, the second at 2 s."""
     events, medium, ended = Events(), Medium(1.0), []
-    engines = [CopyEngine(events, Record(False), "h2d", (medium,), 2) for _ in range(2)]
+    engines = [CopyEngine(events, Lane("h2d", None), (medium,), 2) for _ in range(2)]
     for number, start_s in enumerate((0.0, 0.5)):
-        copy = Copy(1.0, lambda number=number: ended.append((number, events.now_s)), "tokens", "", 1)
+        copy = Copy(1.0, lambda number: ended.append((number, events.now_s)), (number,))
         events.at(start_s, engines[number].send, copy)
     events.run()
     assert ended == [(0, pytest.approx(1.5)), (1, pytest.approx(2.0))]
@@ -48,18 +48,17 @@ def test_what_is_urgent_waits_for_a_piece_only(piece_s: float, gradients_s: floa
     """Gradients of 4 s, of which the first piece takes 2 s, tokens of 1 s after 2.5 s."""
     events, landed = Events(), {}
     record = Record(True)
-    engine = CopyEngine(events, record, "d2h", (), 2)
+    engine = CopyEngine(events, record.lane("d2h"), (), 2)
     gradients = Copy(
         4.0,
         lambda: landed.update(gradients=events.now_s),
-        "gradient",
-        "",
-        400,
+        kind="gradient",
+        num_bytes=400,
         urgency=Urgency.LATER,
         first_s=2.0,
         piece_s=piece_s,
     )
-    tokens = Copy(1.0, lambda: landed.update(tokens=events.now_s), "tokens", "", 100)
+    tokens = Copy(1.0, lambda: landed.update(tokens=events.now_s), num_bytes=100)
     events.at(0.0, engine.send, gradients)
     events.at(2.5, engine.send, tokens)
     events.run()
@@ -78,7 +77,7 @@ def test_the_next_forwards_first_layer_is_stepped_first() -> None:
 
 def test_an_urgent_expert_waits_for_the_window_only() -> None:
     events, landed = Events(), []
-    loader = Loader(events, Record(False), (), 2, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key.expert))
+    loader = Loader(events, Lane("h2d", None), (), 2, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key.expert))
 
     def begin() -> None:
         loader.queues.replace(Phase.STAGE, [unit_key(0, expert) for expert in range(5)])
@@ -96,7 +95,7 @@ def test_an_urgent_expert_waits_for_the_window_only() -> None:
 
 def test_what_left_the_accelerator_while_it_was_on_its_way_is_not_there() -> None:
     events, landed = Events(), []
-    loader = Loader(events, Record(False), (), 1, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key))
+    loader = Loader(events, Lane("h2d", None), (), 1, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key))
     loader.queues.replace(Phase.STAGE, [unit_key(0, 0), unit_key(1, 0)])
     loader.refill()
     events.at(0.5, loader.forget, {1})

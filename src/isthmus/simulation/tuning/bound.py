@@ -93,7 +93,7 @@ class _Pass:
             self._constant[3] += costs.num_parts * costs.dense_s[is_backward]
             if layer not in work.tables:
                 continue
-            tokens = np.array([count for count in work.tables[layer].counts if count])
+            tokens = np.array([count for count in work.counts[layer] if count])
             zero = np.zeros_like(tokens)
             load = np.full_like(tokens, costs.load_s)
             unload = np.full_like(tokens, costs.unload_s) if is_backward else zero

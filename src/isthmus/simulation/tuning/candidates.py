@@ -32,9 +32,6 @@ MOVES: dict[str, tuple[object, ...]] = {
 MAX_BEHIND = 1.15
 """A mapping that is slower by more with one mix is not tried with the others."""
 MAX_ROUNDS = 2
-MAX_PLAYS = 4
-"""Of a step whose optimizer overlaps the next one, until it leaves as much as it found."""
-
 Make = Callable[[StepWork, Counts], StepPolicy]
 
 
@@ -52,18 +49,12 @@ class Choice:
     num_tried: int = 0
 
 
-def steady_step(work: StepWork, make: Make, most_s: float = float("inf")) -> StepResult:
-    """A step after others like it, popularity being as expected. Beyond ``most_s`` the first is enough, which finds
-    nothing left to do."""
-    result = simulate_step(work, make(work, work.counts))
-    for _ in range(MAX_PLAYS - 1):
-        before = result.backlogs
-        if result.seconds >= most_s or not any(any(backlog) for backlog in before):
-            break
-        result = simulate_step(work, make(work, work.counts), backlogs=before)
-        if result.backlogs == before:
-            break
-    return result
+def steady_step(work: StepWork, make: Make) -> StepResult:
+    """A step after others like it, popularity being as expected."""
+    policy = make(work, work.counts)
+    if not policy.overlaps_steps:
+        return simulate_step(work, policy)
+    return simulate_step(work, policy, backlogs=[work.steps_after(device) for device in range(len(work.order))])
 
 
 def choose(work: StepWork, mappings: Sequence[Sequence[Stage]] = (), *, last: Choice | None = None) -> Choice:
@@ -104,7 +95,7 @@ class _Search:
     def offer(self, make: Make, name: str, mix: Mix | None = None) -> bool:
         """Whether the candidate is better than the best so far."""
         self.num_tried += 1
-        result = steady_step(self._work, make, self.best.predicted_s)
+        result = steady_step(self._work, make)
         if result.seconds >= self.best.predicted_s * (1 - 1e-9):
             return False
         name = f"{len(self._work.stages)} stages, {name}"

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.planning.alike import AlikeLayers
 from isthmus.planning.curves import evaluate, scale
 from isthmus.planning.mapping import device_order
 from isthmus.planning.memory import FP32_BYTES
@@ -174,6 +176,11 @@ class LayerCosts:
         forward = np.where(tokens > 0, np.maximum(self._reading_s, evaluate(self._cpu, tokens)), 0.0)
         return forward * (CPU_BACKWARD if is_backward else 1.0)
 
+    def load(self, piece_bytes: int, *, is_expert: bool) -> tuple[float, int, float]:
+        """(seconds, bytes, seconds of a piece) of an expert's weights or the dense part's; 0 ``piece_bytes``: whole."""
+        seconds, num_bytes = (self.load_s, self.expert_bytes) if is_expert else (self.dense_load_s, self.dense_bytes)
+        return seconds, num_bytes, seconds / num_pieces(num_bytes, piece_bytes)
+
     @property
     def resident_optimizer_s(self) -> float:
         """Likewise on the accelerator, where everything stays there."""
@@ -187,32 +194,39 @@ class LayerCosts:
 
     def problem(self, counts_E: Sequence[float], *, is_backward: bool) -> LayerProblem:
         """The layer of a whole step as the split rules see it: all micro-batches, nothing there yet."""
-        part_E = np.asarray(counts_E, dtype=np.float64) / self.num_parts
-        seconds = (of(part_E, is_backward=is_backward).tolist() for of in (self.cpu_s, self.accelerator_s))
-        return self.problem_of(counts_E, *seconds, is_backward=is_backward)
-
-    def problem_of(
-        self,
-        counts_E: Sequence[float],
-        cpu_s_E: Sequence[float],
-        accelerator_s_E: Sequence[float],
-        *,
-        is_backward: bool,
-    ) -> LayerProblem:
-        """Likewise, from what one micro-batch's part takes."""
-        num_parts = self.num_parts
+        layers = self.alike([counts_E], is_backward=is_backward)
         return LayerProblem(
             counts=tuple([round(count) for count in counts_E]),
-            cpu_s=tuple([num_parts * seconds for seconds in cpu_s_E]),
-            accelerator_s=tuple([num_parts * seconds for seconds in accelerator_s_E]),
+            cpu_s=tuple(layers.cpu_s_LE[0].tolist()),
+            accelerator_s=tuple(layers.accelerator_s_LE[0].tolist()),
+            load_s=layers.load_s,
+            unload_s=layers.unload_s,
+            token_h2d_s=layers.token_h2d_s,
+            token_d2h_s=layers.token_d2h_s,
+            dense_s=layers.dense_s,
+            dense_load_s=layers.dense_load_s,
+            max_on_accelerator=len(counts_E),
+        )
+
+    def alike(self, counts_LE: Sequence[Sequence[float]], *, is_backward: bool) -> AlikeLayers:
+        """Likewise of several layers with these costs."""
+        num_parts, counts = self.num_parts, np.asarray(counts_LE, dtype=np.float64)
+        return AlikeLayers(
+            counts_LE=np.rint(counts),
+            cpu_s_LE=num_parts * self.cpu_s(counts / num_parts, is_backward=is_backward),
+            accelerator_s_LE=num_parts * self.accelerator_s(counts / num_parts, is_backward=is_backward),
             load_s=self.load_s,
             unload_s=self.unload_s if is_backward else 0.0,
             token_h2d_s=self.row_h2d_s,
             token_d2h_s=self.row_d2h_s * (2 if is_backward else 1),
             dense_s=num_parts * self.dense_s[is_backward],
             dense_load_s=self.dense_load_s,
-            max_on_accelerator=len(counts_E),
         )
+
+
+def num_pieces(num_bytes: int, piece_bytes: int) -> int:
+    """In which a unit is copied; 0 ``piece_bytes``: whole."""
+    return max(1, ceil(num_bytes / piece_bytes)) if piece_bytes else 1
 
 
 class Costs:
@@ -226,9 +240,20 @@ class Costs:
         self.seats = seats(cluster)
         self.order = tuple(device_order([(seat.host_number, seat.root) for seat in self.seats]))
         """Of devices, in which stages go round."""
+        self._numel = [
+            numel + (expert.num_experts * expert.numel if expert else 0)
+            for numel, expert in zip(spec.dense_numel, spec.layers, strict=True)
+        ]
         self._known: dict[object, LayerCosts] = {}
+        self._of: dict[tuple[int, int], LayerCosts] = {}
 
     def layer(self, device: int, layer: int) -> LayerCosts:
+        at = (device, layer)
+        if at not in self._of:
+            self._of[at] = self._layer(device, layer)
+        return self._of[at]
+
+    def _layer(self, device: int, layer: int) -> LayerCosts:
         seat, expert = self.seats[device], self.spec.layers[layer]
         key = (id(seat.host), expert, self.spec.dense_numel[layer])
         if key not in self._known:
@@ -254,11 +279,10 @@ class Costs:
     def stage_bytes(self, first: int, last: int) -> int:
         """Weights of layers ``first`` … ``last``."""
         value_bytes = BYTES_PER_VALUE[self.job.dtype]
-        return sum(self.numel(layer) for layer in range(first, last + 1)) * value_bytes
+        return sum(self._numel[first : last + 1]) * value_bytes
 
     def numel(self, layer: int) -> int:
-        expert = self.spec.layers[layer]
-        return self.spec.dense_numel[layer] + (expert.num_experts * expert.numel if expert else 0)
+        return self._numel[layer]
 
     def host_bytes(self) -> int:
         """Of all hosts together: weights, gradients and Adam's moments, and FP32 masters of another dtype's weights."""

@@ -42,25 +42,23 @@ class Events:
         self._is_stopped = True
 
 
-class Record:
-    """The spans of one device's lanes, where somebody wants to see them; busy seconds by lane in any case."""
+class Lane:
+    """What one resource of a device did: seconds and bytes, and its spans where somebody wants to see them."""
 
-    __slots__ = ("busy_s", "num_bytes", "spans")
+    __slots__ = ("busy_s", "name", "num_bytes", "spans")
 
-    def __init__(self, keeps_spans: bool) -> None:
-        self.spans: list[Span] | None = [] if keeps_spans else None
-        self.busy_s: dict[str, float] = {}
-        self.num_bytes: dict[str, int] = {}
+    def __init__(self, name: str, spans: list[Span] | None) -> None:
+        self.name = name
+        self.spans = spans
+        self.busy_s = 0.0
+        self.num_bytes = 0
 
-    def add(
-        self, lane: str, kind: str, name: str, start_s: float, end_s: float, num_bytes: int = 0, num_tokens: int = 0
-    ) -> None:
-        self.busy_s[lane] = self.busy_s.get(lane, 0.0) + end_s - start_s
-        if num_bytes:
-            self.num_bytes[lane] = self.num_bytes.get(lane, 0) + num_bytes
+    def add(self, kind: str, name: str, start_s: float, end_s: float, num_bytes: int = 0, num_tokens: int = 0) -> None:
+        self.busy_s = self.busy_s + end_s - start_s
+        self.num_bytes += num_bytes
         if self.spans is not None and end_s > start_s:
             span = Span(
-                lane=lane,
+                lane=self.name,
                 kind=kind,
                 name=name,
                 start_s=start_s,
@@ -70,10 +68,33 @@ class Record:
             )
             self.spans.append(span)
 
-    def wait(self, lane: str, name: str, start_s: float, end_s: float) -> None:
+    def wait(self, name: str, start_s: float, end_s: float) -> None:
         """Nothing was done meanwhile: not busy."""
         if self.spans is not None and end_s > start_s:
-            self.spans.append(Span(lane=lane, kind="wait", name=name, start_s=start_s, end_s=end_s))
+            self.spans.append(Span(lane=self.name, kind="wait", name=name, start_s=start_s, end_s=end_s))
+
+
+class Record:
+    """One device's lanes."""
+
+    __slots__ = ("_lanes", "spans")
+
+    def __init__(self, keeps_spans: bool) -> None:
+        self.spans: list[Span] | None = [] if keeps_spans else None
+        self._lanes: dict[str, Lane] = {}
+
+    def lane(self, name: str) -> Lane:
+        """The one of this name."""
+        return self._lanes.setdefault(name, Lane(name, self.spans))
+
+    @property
+    def busy_s(self) -> dict[str, float]:
+        """Seconds by lane, of those that did something."""
+        return {name: lane.busy_s for name, lane in self._lanes.items() if lane.busy_s}
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        return {name: lane.num_bytes for name, lane in self._lanes.items() if lane.num_bytes}
 
 
 class CpuPool:
@@ -81,11 +102,11 @@ class CpuPool:
     interrupted whenever an expert comes, and go on where they were; of those that wait the next forward's first layer
     is stepped first."""
 
-    __slots__ = ("_began_s", "_events", "_experts", "_is_busy", "_record", "_running", "_steps", "_version")
+    __slots__ = ("_adam", "_began_s", "_events", "_experts", "_is_busy", "_lane", "_running", "_steps", "_version")
 
     def __init__(self, events: Events, record: Record) -> None:
         self._events = events
-        self._record = record
+        self._lane, self._adam = record.lane("cpu_experts"), record.lane("optimizer")
         self._experts: deque[tuple[float, Callable[[], None], str, str, int]] = deque()
         self._steps: list[tuple[int, float, Callable[[], None]]] = []
         """A heap of (layer, seconds left, what follows)."""
@@ -96,10 +117,11 @@ class CpuPool:
         self._version = 0
 
     def compute(self, seconds: float, then: Callable[[], None], *, kind: str, name: str, num_tokens: int) -> None:
-        self._experts.append((seconds, then, kind, name, num_tokens))
-        if not self._is_busy:
+        if self._is_busy:
+            self._experts.append((seconds, then, kind, name, num_tokens))
+        else:
             self._pause()
-            self._next()
+            self._begin(seconds, then, kind, name, num_tokens)
 
     def step(self, layer: int, seconds: float, then: Callable[[], None]) -> None:
         """An optimizer's step. A layer is stepped once at a time."""
@@ -107,33 +129,30 @@ class CpuPool:
         if not self._is_busy and self._running is None:
             self._next()
 
-    def unfinished(self) -> list[tuple[int, float]]:
-        """(layer, seconds left) of the optimizer's steps, in their order. None is under way after that."""
-        self._pause()
-        return [(layer, seconds) for layer, seconds, _ in sorted(self._steps, key=lambda step: step[0])]
-
     def _pause(self) -> None:
         if self._running is None:
             return
         layer, left_s, then = self._running
         now_s = self._events.now_s
         heappush(self._steps, (layer, left_s - (now_s - self._began_s), then))
-        self._record.add("optimizer", "optimizer", f"L{layer}", self._began_s, now_s)
+        self._adam.add("optimizer", f"L{layer}", self._began_s, now_s)
         self._running = None
         self._version += 1
 
     def _next(self) -> None:
         """Nothing runs: begins what comes first."""
-        now_s = self._events.now_s
         if self._experts:
-            seconds, then, kind, name, num_tokens = self._experts.popleft()
-            self._is_busy = True
-            self._record.add("cpu_experts", kind, name, now_s, now_s + seconds, num_tokens=num_tokens)
-            self._events.at(now_s + seconds, self._computed, then)
+            self._begin(*self._experts.popleft())
         elif self._steps:
             self._running = heappop(self._steps)
-            self._began_s = now_s
+            now_s = self._began_s = self._events.now_s
             self._events.at(now_s + self._running[1], self._stepped, self._version)
+
+    def _begin(self, seconds: float, then: Callable[[], None], kind: str, name: str, num_tokens: int) -> None:
+        now_s = self._events.now_s
+        self._is_busy = True
+        self._lane.add(kind, name, now_s, now_s + seconds, num_tokens=num_tokens)
+        self._events.at(now_s + seconds, self._computed, then)
 
     def _computed(self, then: Callable[[], None]) -> None:
         self._is_busy = False
@@ -145,7 +164,7 @@ class CpuPool:
         if version != self._version or self._running is None:
             return
         layer, _, then = self._running
-        self._record.add("optimizer", "optimizer", f"L{layer}", self._began_s, self._events.now_s)
+        self._adam.add("optimizer", f"L{layer}", self._began_s, self._events.now_s)
         self._running = None
         self._version += 1
         then()
@@ -162,6 +181,6 @@ class Server:
         self._events = events
         self._free_s = 0.0
 
-    def serve(self, seconds: float, then: Callable[[], None]) -> None:
+    def serve(self, seconds: float, then: Callable[..., None], *arguments: Any) -> None:
         self._free_s = max(self._free_s, self._events.now_s) + seconds
-        self._events.at(self._free_s, then)
+        self._events.at(self._free_s, then, *arguments)

@@ -12,41 +12,46 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
-from functools import partial
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from isthmus.planning.loading import LoadQueues, Phase, Verdict
-from isthmus.simulation.tuning.events import Events, Record
+from isthmus.simulation.tuning.events import Events, Lane
 from isthmus.spec.model import UnitKey
 
 
 class Medium:
     """What several copy engines share. ``capacity``: how many of them it carries at their full rate."""
 
-    __slots__ = ("_active", "capacity", "share")
+    __slots__ = ("_active", "_capacity", "share")
 
     def __init__(self, capacity: float) -> None:
-        self.capacity = capacity
+        self._capacity = capacity
         self.share = 1.0
         """Of its full rate that every engine at work has."""
         self._active: dict[CopyEngine, None] = {}
 
     def join(self, engine: CopyEngine) -> None:
         """``engine`` is about to begin; those at work already are slowed."""
-        self._divide(len(self._active) + 1)
-        self._active[engine] = None
+        active = self._active
+        num_engines = len(active) + 1
+        share = self._capacity / num_engines if num_engines > self._capacity else 1.0
+        if share != self.share:
+            self._divide(share)
+        active[engine] = None
 
     def leave(self, engine: CopyEngine) -> None:
-        del self._active[engine]
-        self._divide(len(self._active))
-
-    def _divide(self, num_engines: int) -> None:
-        share = min(1.0, self.capacity / max(1, num_engines))
+        active = self._active
+        del active[engine]
+        num_engines = len(active)
+        share = self._capacity / num_engines if num_engines > self._capacity else 1.0
         if share != self.share:
-            self.share = share
-            for engine in self._active:
-                engine.retime()
+            self._divide(share)
+
+    def _divide(self, share: float) -> None:
+        self.share = share
+        for engine in self._active:
+            engine.retime()
 
 
 class Links(NamedTuple):
@@ -67,26 +72,38 @@ class Urgency(IntEnum):
 
 
 class Copy:
-    """``seconds``: at the engine's full rate. ``first_s``, ``piece_s``: of its pieces, between which what is urgent
-    goes first; 0: it is one piece."""
+    """``then(*arguments)`` is called when it has landed. ``seconds``: at the engine's full rate. ``first_s``,
+    ``piece_s``: of its pieces, between which what is urgent goes first; 0: it is one piece."""
 
-    __slots__ = ("first_s", "kind", "layer", "name", "num_bytes", "num_tokens", "piece_s", "seconds", "then", "urgency")
+    __slots__ = (
+        "arguments",
+        "first_s",
+        "kind",
+        "name",
+        "num_bytes",
+        "num_tokens",
+        "piece_s",
+        "seconds",
+        "then",
+        "urgency",
+    )
 
     def __init__(
         self,
         seconds: float,
-        then: Callable[[], None] | None,
-        kind: str,
-        name: str,
-        num_bytes: int,
+        then: Callable[..., None] | None,
+        arguments: tuple[Any, ...] = (),
+        kind: str = "tokens",
+        name: str = "",
+        num_bytes: int = 0,
         num_tokens: int = 0,
         urgency: Urgency = Urgency.AHEAD,
         first_s: float = 0.0,
         piece_s: float = 0.0,
-        layer: int = -1,
     ) -> None:
         self.seconds = seconds
         self.then = then
+        self.arguments = arguments
         self.kind = kind
         self.name = name
         self.num_bytes = num_bytes
@@ -94,7 +111,6 @@ class Copy:
         self.urgency = urgency
         self.first_s = first_s
         self.piece_s = piece_s
-        self.layer = layer
 
     def end_of_piece(self, done_s: float) -> float:
         """When the piece that is under way ends, in seconds of the copy."""
@@ -108,13 +124,13 @@ class Copy:
         rest = Copy(
             self.seconds - at_s,
             self.then,
+            self.arguments,
             self.kind,
             self.name,
             self.num_bytes - num_bytes,
             urgency=self.urgency,
             first_s=self.piece_s,
             piece_s=self.piece_s,
-            layer=self.layer,
         )
         self.seconds, self.num_bytes, self.then = at_s, num_bytes, None
         return rest
@@ -123,25 +139,26 @@ class Copy:
 class CopyEngine:
     """One direction of one accelerator's link."""
 
+    _refills = False
+    """Whether a copy that has landed lets others be launched (``_pull_ahead``)."""
+
     __slots__ = (
         "_began_s",
         "_current",
         "_events",
-        "_lane",
         "_left_s",
         "_media",
         "_queues",
         "_rate",
-        "_record",
         "_since_s",
         "_version",
         "_window",
+        "lane",
     )
 
-    def __init__(self, events: Events, record: Record, lane: str, media: tuple[Medium, ...], window: int) -> None:
+    def __init__(self, events: Events, lane: Lane, media: tuple[Medium, ...], window: int) -> None:
         self._events = events
-        self._record = record
-        self._lane = lane
+        self.lane = lane
         self._media = media
         self._window = window
         self._queues: tuple[deque[Copy], ...] = tuple(deque() for _ in Urgency)
@@ -152,10 +169,11 @@ class CopyEngine:
 
     def send(self, copy: Copy) -> None:
         """Queues ``copy`` by its urgency."""
-        self._queues[copy.urgency].append(copy)
         if self._current is None:
-            self._start()
-        elif copy.urgency is Urgency.AHEAD:
+            self._begin(copy)
+            return
+        self._queues[copy.urgency].append(copy)
+        if copy.urgency is Urgency.AHEAD and self._current.piece_s:
             self._interrupt(self._current)
 
     def _pull_ahead(self) -> None:
@@ -166,15 +184,6 @@ class CopyEngine:
         now_s = self._events.now_s
         self._left_s -= (now_s - self._since_s) * self._rate
         self._schedule(now_s, max(0.0, self._left_s))
-
-    def unfinished(self, urgency: Urgency) -> list[tuple[Copy, float]]:
-        """Copies that have not landed, with their seconds at the full rate that are left, in their order."""
-        found = [(copy, copy.seconds) for copy in self._queues[urgency]]
-        copy, now_s = self._current, self._events.now_s
-        if copy is not None and copy.urgency is urgency:
-            self._record.add(self._lane, copy.kind, copy.name, self._began_s, now_s)
-            found.insert(0, (copy, self._left_s - (now_s - self._since_s) * self._rate))
-        return found
 
     def _schedule(self, now_s: float, left_s: float) -> None:
         """The present copy lands after ``left_s`` seconds at its full rate."""
@@ -188,8 +197,6 @@ class CopyEngine:
 
     def _interrupt(self, copy: Copy) -> None:
         """Something urgent goes first after the present piece."""
-        if not copy.piece_s:
-            return
         now_s = self._events.now_s
         done_s = copy.seconds - self._left_s + (now_s - self._since_s) * self._rate
         end_s = copy.end_of_piece(done_s)
@@ -197,49 +204,55 @@ class CopyEngine:
             self._queues[copy.urgency].appendleft(copy.cut(end_s))
             self._schedule(now_s, max(0.0, end_s - done_s))
 
-    def _start(self) -> None:
-        """Carries the next copy, if there is one."""
-        was_idle = self._current is None
-        for queue in self._queues:
-            if queue:
-                copy = self._current = queue.popleft()
-                break
-        else:
-            self._current = None
-            if not was_idle:
-                for medium in self._media:
-                    medium.leave(self)
-            return
-        if was_idle:
-            for medium in self._media:
-                medium.join(self)
-        self._began_s = self._events.now_s
-        self._schedule(self._began_s, copy.seconds)
+    def _begin(self, copy: Copy) -> None:
+        """Carries ``copy``; nothing was under way."""
+        self._current = copy
+        for medium in self._media:
+            medium.join(self)
+        now_s = self._began_s = self._events.now_s
+        self._schedule(now_s, copy.seconds)
 
     def _landed(self, version: int) -> None:
         if version != self._version:
             return
-        copy = self._current
+        events, lane, copy = self._events, self.lane, self._current
         assert copy is not None
-        self._record.add(
-            self._lane, copy.kind, copy.name, self._began_s, self._events.now_s, copy.num_bytes, copy.num_tokens
-        )
-        self._pull_ahead()
-        self._start()
+        now_s = events.now_s
+        if lane.spans is None:
+            lane.busy_s = lane.busy_s + now_s - self._began_s
+            lane.num_bytes += copy.num_bytes
+        else:
+            lane.add(copy.kind, copy.name, self._began_s, now_s, copy.num_bytes, copy.num_tokens)
+        if self._refills:
+            self._pull_ahead()
+        ahead, weights, later = self._queues
+        queue = ahead or weights or later
+        if queue:
+            # At the rate of the one before: whoever joins or leaves the media retimes what is under way.
+            following = self._current = queue.popleft()
+            self._began_s = self._since_s = now_s
+            self._left_s = following.seconds
+            self._version = version = version + 1
+            events.at(now_s + following.seconds / self._rate, self._landed, version)
+        else:
+            self._current = None
+            for medium in self._media:
+                medium.leave(self)
         if copy.then is not None:
-            copy.then()
+            copy.then(*copy.arguments)
 
 
 class Loader(CopyEngine):
     """The copy engine to the accelerator, with what is there. ``there``: the units whose weights have landed, and
     when."""
 
-    __slots__ = ("_cost", "_experts", "_found", "_on_landed", "on_way", "queues", "there")
+    _refills = True
+    __slots__ = ("_cost", "_experts", "_found", "_launched", "_on_landed", "on_way", "queues", "there")
 
     def __init__(
         self,
         events: Events,
-        record: Record,
+        lane: Lane,
         media: tuple[Medium, ...],
         window: int,
         cost: Callable[[UnitKey], tuple[float, int, float]],
@@ -247,8 +260,9 @@ class Loader(CopyEngine):
     ) -> None:
         """``cost(key)``: (seconds at full rate, bytes, seconds of a piece or 0) of a unit's weights. ``on_landed(key)``
         is called when they are there."""
-        super().__init__(events, record, "h2d", media, window)
+        super().__init__(events, lane, media, window)
         self.queues = LoadQueues()
+        self._launched = self._queues[Urgency.WEIGHTS]
         self.there: dict[UnitKey, float] = {}
         self.on_way: dict[UnitKey, None] = {}
         self._experts: dict[int, list[int]] = {}
@@ -258,16 +272,16 @@ class Loader(CopyEngine):
 
     def refill(self) -> None:
         """Launches copies of weights up to the window."""
-        launched = self._queues[Urgency.WEIGHTS]
+        launched = self._launched
         is_idle = self._current is None
         while len(launched) + (not is_idle) < self._window:
             if not self._pull():
                 break
         if is_idle and launched:
-            self._start()
+            self._begin(launched.popleft())
 
     def _pull_ahead(self) -> None:
-        launched = self._queues[Urgency.WEIGHTS]
+        launched = self._launched
         while len(launched) < self._window and self._pull():
             pass
 
@@ -280,13 +294,12 @@ class Loader(CopyEngine):
         self.on_way[key] = None
         if key.expert >= 0:
             self._experts.setdefault(key.layer, []).append(key.expert)
-            kind, name = "load_expert", f"load L{key.layer} E{key.expert}"
-        else:
-            kind, name = "load_dense", f"load L{key.layer}"
+        kind = "load_expert" if key.expert >= 0 else "load_dense"
+        name = "" if self.lane.spans is None else f"load L{key.layer}" + f" E{key.expert}" * (key.expert >= 0)
         seconds, num_bytes, piece_s = self._cost(key)
-        then = partial(self._arrived, key)
-        copy = Copy(seconds, then, kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
-        self._queues[Urgency.WEIGHTS].append(copy)
+        self._launched.append(
+            Copy(seconds, self._arrived, (key,), kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
+        )
         return True
 
     def _ask(self, phase: Phase, key: UnitKey) -> Verdict:

@@ -80,10 +80,12 @@ class Pipeline:
         self._roots: dict[tuple[int, str], Medium] = {}
         self._memories: dict[int, Medium] = {}
         self._networks = {seat.host_number: Server(self.events) for seat in costs.seats}
-        self._num_out = 0
+        self._num_norms = 0
         self.devices = [
-            Device(seat, work, policy, self.events, self._links(seat), Record(keeps_spans), self.leave, left)
-            for seat, left in zip(costs.seats, backlogs or (Backlog(),) * len(costs.seats), strict=True)
+            Device(
+                seat, work, policy, self.events, self._links(seat), Record(keeps_spans), self.leave, self.end_norm, left
+            )
+            for seat, left in zip(costs.seats, backlogs or ((),) * len(costs.seats), strict=True)
         ]
 
     def _links(self, seat: Seat) -> Links:
@@ -111,13 +113,16 @@ class Pipeline:
         for device in self.devices:
             device.check_done()
 
+    def end_norm(self) -> None:
+        """A layer's gradients are there, and their norm; with the last of all the next step may begin."""
+        self._num_norms += 1
+        if self._num_norms == len(self.work.costs_of):
+            self.events.stop()
+
     def leave(self, stage: int, is_backward: bool, micro_batch: int) -> None:
         """A micro-batch has left a stage and goes to the one after it."""
         after = stage - 1 if is_backward else stage + 1
         if after < 0:
-            self._num_out += 1
-            if self._num_out == self.work.num_micro_batches and self.policy.overlaps_steps:
-                self.events.stop()
             return
         if after == len(self.work.stages):
             self.devices[self.work.device_of[stage]].arrive(stage, True, micro_batch)
@@ -128,19 +133,21 @@ class Pipeline:
             return
         layer = self.work.layer_costs(self.work.stages[stage].first_layer)
         num_bytes = int(layer.num_tokens * layer.row_bytes)
-
-        def received() -> None:
-            seconds = target.copy_s + num_bytes / target.seat.host.accelerator.h2d_bytes_per_s
-            then = lambda: target.arrive(after, is_backward, micro_batch)  # noqa: E731
-            target.receiver.send(Copy(seconds, then, "tokens", "", num_bytes))
-
-        def sent() -> None:
-            host = source.seat.host
-            if source.seat.host_number == target.seat.host_number:
-                received()
-            else:
-                rate = min(host.network_bytes_per_s, target.seat.host.network_bytes_per_s)
-                self._networks[source.seat.host_number].serve(host.network_s + num_bytes / rate, received)
-
         seconds = source.copy_s + num_bytes / source.seat.host.accelerator.d2h_bytes_per_s
-        source.sender.send(Copy(seconds, sent, "tokens", "", num_bytes))
+        hand_over = (source, target, num_bytes, (after, is_backward, micro_batch))
+        source.sender.send(Copy(seconds, self._sent, hand_over))
+
+    def _sent(self, source: Device, target: Device, num_bytes: int, arrival: tuple[int, bool, int]) -> None:
+        """A micro-batch is in the sending host's memory."""
+        host = source.seat.host
+        if source.seat.host_number == target.seat.host_number:
+            self._received(target, num_bytes, arrival)
+            return
+        rate = min(host.network_bytes_per_s, target.seat.host.network_bytes_per_s)
+        seconds = host.network_s + num_bytes / rate
+        self._networks[source.seat.host_number].serve(seconds, self._received, target, num_bytes, arrival)
+
+    def _received(self, target: Device, num_bytes: int, arrival: tuple[int, bool, int]) -> None:
+        """Likewise in the receiving host's."""
+        seconds = target.copy_s + num_bytes / target.seat.host.accelerator.h2d_bytes_per_s
+        target.receiver.send(Copy(seconds, target.arrive, arrival))

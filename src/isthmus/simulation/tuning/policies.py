@@ -3,6 +3,7 @@ runtime (``planning``).
 
 ``gpipe``: everything stays on the accelerators, the optimizer too. ``gpipe-offload``: a stage is loaded when the one
 before has left its device. ``mobius``: the next stage is loaded while one runs (Feng et al., ASPLOS 2023).
+``cpu-experts``: every expert is computed on the CPU, as KTransformers does.
 ``aptmoe``: three phases, Equation 1 (APTMoE, sections 4.2 to 4.4). ``affinity``: ours, see ``candidates.py``.
 
 The published ones copy units whole, hold two stages, and end a step with its last optimizer step. Our runtime copies in
@@ -12,16 +13,15 @@ pieces, holds what fits, and steps layers while the next step's forward runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from isthmus.planning.equation_one import equation_one_experts
-from isthmus.planning.horizon import ChoiceTable
-from isthmus.planning.loading import by_rank
-from isthmus.planning.pass_model import PassLayer
+import numpy as np
+
+from isthmus.planning.alike import AlikeLayers, cheapest_of_each, equation_one_of_each
+from isthmus.planning.loading import by_rank, unit_key
 from isthmus.planning.popularity import blend_history
-from isthmus.planning.problem import LayerProblem
 from isthmus.simulation.tuning.work import Run, StepWork
-from isthmus.spec.model import UnitKey
+from isthmus.spec.model import DENSE, UnitKey
 
 PIECE_BYTES = 16 << 20
 """That long copies are queued in (``tuning/accelerator/cuda.py``)."""
@@ -61,7 +61,8 @@ class StepPolicy:
     piece_bytes = 0
     """Longer copies let what a computation waits for go first after so many bytes; 0: after each unit."""
     overlaps_steps = False
-    """Whether the next step begins before the optimizer is done; a layer's weights wait for its step."""
+    """Whether the optimizer steps layers while the next step's forward runs, a layer's weights waiting for its step.
+    The next step begins when all gradients are there: they are clipped to a norm of all."""
 
     def __init__(self, work: StepWork, expected: Counts) -> None:
         self.work = work
@@ -78,7 +79,7 @@ class StepPolicy:
 
     def run_keys(self, run: Run) -> list[UnitKey]:
         """Dense parts first, then experts layer by layer."""
-        keys = [self.work.dense_key(layer) for layer in run.layers]
+        keys = [unit_key(layer, DENSE) for layer in run.layers]
         for layer in run.layers:
             keys += self.work.expert_keys(layer, range(self.num_experts(layer)))
         return keys
@@ -111,6 +112,14 @@ class Mobius(StepPolicy):
     waits_for_stage = True
 
 
+class CpuExperts(StepPolicy):
+    """Experts stay on the CPU; the rest is loaded a stage ahead."""
+
+    def num_experts(self, layer: int) -> int:
+        """That are loaded, and computed on the accelerator."""
+        return 0
+
+
 class Aptmoe(StepPolicy):
     """As published."""
 
@@ -121,42 +130,52 @@ class Aptmoe(StepPolicy):
 
     def __init__(self, work: StepWork, expected: Counts) -> None:
         super().__init__(work, expected)
-        self._chosen: dict[tuple[int, bool], frozenset[int]] = {}
-        self._ranked: dict[int, list[UnitKey]] = {}
+        self._chosen: dict[bool, dict[int, frozenset[int]]] = {}
+        self._predicted: dict[int, list[int]] = {}
+        self._queues: dict[tuple[int, bool], list[UnitKey]] = {}
 
-    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
-        """Experts that belong on the accelerator."""
-        return equation_one_experts(problem)
+    def choose(self, layers: AlikeLayers, is_backward: bool) -> list[frozenset[int]]:
+        """Experts of each layer that belong on the accelerator."""
+        return equation_one_of_each(layers)
+
+    def choose_all(self, counts: Counts, is_backward: bool) -> dict[int, frozenset[int]]:
+        """Likewise, by layer."""
+        found: dict[int, frozenset[int]] = {}
+        for costs, layers in self.work.alike(counts):
+            priced = costs.alike([counts[layer] for layer in layers], is_backward=is_backward)
+            found.update(zip(layers, self.choose(priced, is_backward), strict=True))
+        return found
 
     def chosen(self, layer: int, is_backward: bool) -> frozenset[int]:
         """Likewise, with the step's real counts."""
-        key = (layer, is_backward)
-        if key not in self._chosen:
-            self._chosen[key] = self.choose(self.work.tables[layer].problem(is_backward), is_backward)
-        return self._chosen[key]
+        if is_backward not in self._chosen:
+            self._chosen[is_backward] = self.choose_all(self.work.counts, is_backward)
+        return self._chosen[is_backward][layer]
 
     def stage_queue(self, runs: Sequence[Run], at: int) -> list[UnitKey]:
         held = self.held(runs, at)
         if not runs[at].is_backward and at:
             held = held[1:]  # what is left of this stage's queue is dropped
-        keys: list[UnitKey] = []
-        for run in held:
-            keys += [self.work.dense_key(layer) for layer in run.layers]
-            keys += self._backward_queue(run) if run.is_backward else self._forward_queue(run)
-        return keys
+        return [key for run in held for key in self._run_queue(run)]
+
+    def _run_queue(self, run: Run) -> list[UnitKey]:
+        at = (run.stage, run.is_backward)
+        if at not in self._queues:
+            experts = self._backward_queue(run) if run.is_backward else self._forward_queue(run)
+            self._queues[at] = [*(unit_key(layer, DENSE) for layer in run.layers), *experts]
+        return self._queues[at]
 
     def _backward_queue(self, run: Run) -> list[UnitKey]:
         """What was decided, the most popular rank of all layers first."""
-        counts = {layer: self.work.counts[layer] for layer in run.layers if layer in self.work.counts}
-        chosen = {layer: self.chosen(layer, True) for layer in counts}
-        return [key for key in by_rank(counts) if key.expert in chosen[key.layer]]
+        chosen = {layer: self.chosen(layer, True) for layer in run.layers if layer in self.work.counts}
+        return [key for key in self._by_rank(run, self.work.counts) if key.expert in chosen[key.layer]]
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         """All experts, by history."""
-        if run.stage not in self._ranked:
-            counts = {layer: self.expected[layer] for layer in run.layers if layer in self.expected}
-            self._ranked[run.stage] = by_rank(counts)
-        return self._ranked[run.stage]
+        return self._by_rank(run, self.expected)
+
+    def _by_rank(self, run: Run, counts: Counts) -> list[UnitKey]:
+        return by_rank({layer: counts[layer] for layer in run.layers if layer in counts})
 
     def divide(self, layer: int, is_backward: bool, there: Sequence[int]) -> tuple[Iterable[int], Sequence[int]]:
         chosen, here = self.chosen(layer, is_backward), frozenset(there)
@@ -166,11 +185,15 @@ class Aptmoe(StepPolicy):
 
     def predict(self, layer: int) -> Sequence[int]:
         """With the predictor's accuracy: that share of tokens as they will be, the rest as history has them."""
-        accuracy = self.work.costs.job.predictor_accuracy
-        real, past = self.work.counts[layer], self.expected[layer]
-        counts = [accuracy * now + (1 - accuracy) * then for now, then in zip(real, past, strict=True)]
-        problem = self.work.layer_costs(layer).problem(counts, is_backward=False)
-        return sorted(self.choose(problem, False), key=lambda expert: (-counts[expert], expert))
+        if not self._predicted:
+            accuracy, counts = self.work.costs.job.predictor_accuracy, {}
+            for at, real in self.work.counts.items():
+                past = self.expected[at]
+                counts[at] = [accuracy * now + (1 - accuracy) * then for now, then in zip(real, past, strict=True)]
+            for at, chosen in self.choose_all(counts, False).items():
+                popularity = counts[at]
+                self._predicted[at] = sorted(chosen, key=lambda expert: (-popularity[expert], expert))
+        return self._predicted[layer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +261,11 @@ class Affinity(RuntimeAptmoe):
             self._held[device, at] = list(found.values())
         return self._held[device, at]
 
-    def choose(self, problem: LayerProblem, is_backward: bool) -> frozenset[int]:
+    def choose(self, layers: AlikeLayers, is_backward: bool) -> list[frozenset[int]]:
         price = 0.0 if is_backward else self._mix.link_price
         if price is None:
-            return super().choose(problem, is_backward)
-        weighted = replace(problem, cpu_s=tuple([self._mix.cpu_weight * seconds for seconds in problem.cpu_s]))
-        choices = PassLayer(weighted, kept=frozenset())
-        return frozenset(choices.on_accelerator(ChoiceTable(choices).cheapest(price)[0]))
+            return super().choose(layers, is_backward)
+        return cheapest_of_each(layers, price, cpu_weight=self._mix.cpu_weight)
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         ranked = super()._forward_queue(run)
@@ -255,10 +276,11 @@ class Affinity(RuntimeAptmoe):
 
     def _worth(self, layer: int) -> frozenset[int]:
         """Experts that are worth a load, as far as history knows."""
-        if layer not in self._worthy:
-            costs, counts_E = self.work.layer_costs(layer), self.expected[layer]
-            problem = costs.problem(counts_E, is_backward=False)
-            least_s = self._mix.least_worth * costs.load_s
-            worthy = [expert for expert, seconds in enumerate(problem.cpu_s) if seconds > least_s]
-            self._worthy[layer] = self.choose(problem, False).union(worthy)
+        if not self._worthy:
+            self._worthy = self.choose_all(self.expected, False)
+            for costs, layers in self.work.alike(self.expected):
+                least_s = self._mix.least_worth * costs.load_s
+                priced = costs.alike([self.expected[at] for at in layers], is_backward=False)
+                for at, cpu_s_E in zip(layers, priced.cpu_s_LE, strict=True):
+                    self._worthy[at] |= frozenset(np.flatnonzero(cpu_s_E > least_s).tolist())
         return self._worthy[layer]

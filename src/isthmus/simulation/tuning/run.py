@@ -21,7 +21,16 @@ from isthmus.simulation.tuning.mapping import (
     stages_for,
 )
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
-from isthmus.simulation.tuning.policies import Aptmoe, Counts, GPipe, GPipeOffload, History, Mobius, StepPolicy
+from isthmus.simulation.tuning.policies import (
+    Aptmoe,
+    Counts,
+    CpuExperts,
+    GPipe,
+    GPipeOffload,
+    History,
+    Mobius,
+    StepPolicy,
+)
 from isthmus.simulation.tuning.popularity import Floats
 from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.simulation.tuning.zero3 import zero3_step_s
@@ -32,9 +41,12 @@ FIXED: dict[str, type[StepPolicy]] = {
     "gpipe": GPipe,
     "gpipe-offload": GPipeOffload,
     "mobius": Mobius,
+    "cpu-experts": CpuExperts,
     "aptmoe": Aptmoe,
 }
 POLICIES = (*FIXED, "affinity", "zero3")
+RUNTIME_NAMES = {"resident": "gpipe", "paper": "aptmoe"}
+"""What ``isthmus tune --policy`` calls the same; the others have one name."""
 Tell = Callable[[str, int], None]
 """(policy, steps done)"""
 
@@ -160,7 +172,7 @@ class _Runner:
 
     def _play(self, counts: Counts, expected: Counts, is_new: bool, keeps_spans: bool) -> None:
         if is_new:
-            self.work = StepWork(self._costs, self._stages, self._order, counts)
+            self.work = self.work.with_counts(counts)
         if self._policy == "zero3":
             self._seconds = zero3_step_s(self.work)
             self.note = "cost model"
@@ -170,7 +182,7 @@ class _Runner:
             # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
             if choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
                 choice = self._plan(expected)
-            if is_new:
+            if choice.stages != self.work.stages:
                 self.work = StepWork(self._costs, choice.stages, self._order, counts)
             policy = choice.make(self.work, expected)
         else:

@@ -39,7 +39,7 @@ def _device_s(work: StepWork, device: int) -> float:
         for is_backward in (False, True):
             compute = own.num_parts * own.dense_s[is_backward] / num
             if layer in work.tables:
-                counts = work.tables[layer].counts
+                counts = work.counts[layer]
                 problem = own.problem([count / num for count in counts], is_backward=is_backward)
                 compute += sum(problem.accelerator_s) if own.expert else 0.0
             # Both directions run at once.
