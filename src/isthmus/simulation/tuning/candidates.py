@@ -3,8 +3,7 @@ counts that are expected, and the fastest schedule is taken.
 
 Many stages keep bubbles short and make what must be there before a stage begins small, few make fewer hand-overs. Some
 mixes are compared at every mapping first, then single weights of the best are moved. Mobius' and the published rule's
-own schedules are among the candidates of every mapping, so for the counts that were expected ours is never slower than
-either.
+schedules, as our runtime plays them, are among the candidates of every mapping.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
-from isthmus.simulation.tuning.policies import Affinity, Aptmoe, Counts, Mix, Mobius, RuntimeAptmoe, StepPolicy
+from isthmus.simulation.tuning.policies import Affinity, Counts, Mix, RuntimeAptmoe, RuntimeMobius, StepPolicy
 from isthmus.simulation.tuning.work import Backlog, StepWork
 from isthmus.spec.plan import Stage
 
@@ -76,8 +75,7 @@ def choose(work: StepWork, mappings: Sequence[Sequence[Stage]] = (), *, last: Ch
     fastest = min(near, key=lambda search: search.best.predicted_s)
     fastest.move()
     for search in searches:
-        search.offer(Mobius, "mobius")
-        search.offer(Aptmoe, "rule")
+        search.offer(RuntimeMobius, "mobius in our runtime")
         search.offer(RuntimeAptmoe, "rule in our runtime")
     best = min((search.best for search in searches), key=lambda choice: choice.predicted_s)
     return replace(best, num_tried=sum(search.num_tried for search in searches))
@@ -90,7 +88,7 @@ class _Search:
         self._work = work
         self._seen: set[Mix] = set()
         self.num_tried = 0
-        self.best = Choice(Mobius, work.stages, "none", float("inf"))
+        self.best = Choice(RuntimeMobius, work.stages, "none", float("inf"))
 
     def offer(self, make: Make, name: str, mix: Mix | None = None) -> bool:
         """Whether the candidate is better than the best so far."""

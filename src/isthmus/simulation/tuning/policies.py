@@ -216,11 +216,19 @@ class Mix:
         return f"forward by {price}, loads worth {self.least_worth:g}, cores weigh {self.cpu_weight:g}{there}"
 
 
-class RuntimeAptmoe(Aptmoe):
-    """The published rule in our runtime, which copies in pieces and overlaps steps."""
+class InOurRuntime:
+    """Copies in pieces, and steps layers in the next step's forward."""
 
     piece_bytes = PIECE_BYTES
     overlaps_steps = True
+
+
+class RuntimeMobius(InOurRuntime, Mobius):
+    """Mobius in our runtime."""
+
+
+class RuntimeAptmoe(InOurRuntime, Aptmoe):
+    """The published rule in our runtime."""
 
 
 class Affinity(RuntimeAptmoe):
