@@ -157,9 +157,7 @@ def test_a_signal_ends_the_devices_too(
     if not options:
         needs_testbed()
     with demo(model, tmp_path, *options) as process:
-        assert process.stdout is not None
-        while "measuring them" not in process.stdout.readline():
-            assert process.poll() is None
+        wait_until_measuring(process)
         children = children_of(process, at_least=4)
         process.send_signal(number)
         process.communicate(timeout=END_TIMEOUT_S)
@@ -175,9 +173,7 @@ def test_a_device_that_dies_ends_the_demo_which_says_where_to_look(
     if not options:
         needs_testbed()
     with demo(model, tmp_path, *options) as process:
-        assert process.stdout is not None
-        while "measuring them" not in process.stdout.readline():
-            assert process.poll() is None
+        wait_until_measuring(process)
         device = device_of(process, rank=3)
         children = children_of(process, at_least=4)
         device.kill()
@@ -186,6 +182,16 @@ def test_a_device_that_dies_ends_the_demo_which_says_where_to_look(
     assert f"device 3 ended with exit code 137; look at what the devices said in {tmp_path}" in unwrapped(text)
     assert psutil.wait_procs(children, timeout=10)[1] == []
     assert options or (namespaces_of("demo") == [] and groups_on_host("demo") == [])
+
+
+def wait_until_measuring(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "measuring them" in line:
+            return
+    raise AssertionError("".join(said))
 
 
 def unwrapped(text: str) -> str:
