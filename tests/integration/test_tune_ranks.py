@@ -135,6 +135,7 @@ def slowed(profile: dict[str, Any], times: float) -> dict[str, Any]:
     return profile | {name: value * times for name, value in rates.items()} | {"experts": experts}
 
 
+@pytest.mark.long
 def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_with_equal_stages(
     deep: Inputs, run: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
