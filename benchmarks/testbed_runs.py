@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,24 @@ def moe_and_text(name: str, folder: Path, *, num_characters: int) -> tuple[Path,
             config = MixtralConfig(**shape)
         write_random_checkpoint(config, model, 0, train_tokenizer(documents, 512))
     return model, text
+
+
+def tune_command(folder: Path, options: argparse.Namespace, num_steps: int, more: Mapping[str, object]) -> list[str]:
+    """``isthmus tune`` of the small Qwen3-MoE below ``folder``, in place and in FP32, into ``run`` and ``report.json``
+    where it is started. ``options``: with ``seq_len`` and ``micro_batches``; ``more``: options by name."""
+    model, text = moe_and_text("qwen3", folder, num_characters=1_000_000)
+    values: dict[str, object] = {
+        "--output": "run",
+        "--report": "report.json",
+        "--steps": num_steps,
+        "--seq-len": options.seq_len,
+        "--micro-batches": options.micro_batches,
+        "--dtype": "fp32",
+        "--accelerator": "host",
+    }
+    command = [str(Path(sys.executable).with_name("isthmus")), "tune", str(model), "--data", str(text)]
+    command += [str(part) for item in (values | dict(more)).items() for part in item]
+    return [*command, "--overwrite", "--plain"]
 
 
 def run_once(

@@ -20,9 +20,8 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
-from testbed_runs import moe_and_text, run_once, write_results
+from testbed_runs import run_once, tune_command, write_results
 
 from isthmus.testbed import DeviceSpec, Testbed, TestbedSpec
 
@@ -33,22 +32,8 @@ WARM_STEPS = 2
 
 def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, number: int, repeat: int) -> list[float]:
     """Of each step that counts, on ``number`` devices."""
-    model, text = moe_and_text("qwen3", folder, num_characters=1_000_000)
     output = folder / f"{number}-{repeat}"
-    command = [str(Path(sys.executable).with_name("isthmus")), "tune", str(model), "--data", str(text)]
-    values: dict[str, Any] = {
-        "--output": "run",
-        "--report": "report.json",
-        "--steps": WARM_STEPS + options.steps,
-        "--seq-len": options.seq_len,
-        "--micro-batches": options.micro_batches,
-        "--num-stages": NUM_LAYERS,
-        "--dtype": "fp32",
-        "--accelerator": "host",
-    }
-    for name, value in values.items():
-        command += [name, str(value)]
-    command += ["--overwrite", "--plain"]
+    command = tune_command(folder, options, WARM_STEPS + options.steps, {"--num-stages": NUM_LAYERS})
     if number > 1:
         devices, place, shell = range(number), output, f"cd '{output}'; exec"
     else:

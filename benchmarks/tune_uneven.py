@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from testbed_runs import moe_and_text, run_once, write_results
+from testbed_runs import run_once, tune_command, write_results
 
 from isthmus.testbed import DeviceSpec, Testbed, TestbedSpec
 
@@ -25,22 +25,8 @@ POLICIES = {"paper": "equal", "affinity": "by time"}
 
 
 def report_of(testbed: Testbed, folder: Path, options: argparse.Namespace, policy: str, repeat: int) -> dict[str, Any]:
-    model, text = moe_and_text("qwen3", folder, num_characters=1_000_000)
     output = folder / f"{policy}-{repeat}"
-    values: dict[str, Any] = {
-        "--output": "run",
-        "--report": "report.json",
-        "--steps": WARM_STEPS + options.steps,
-        "--seq-len": options.seq_len,
-        "--micro-batches": options.micro_batches,
-        "--dtype": "fp32",
-        "--accelerator": "host",
-        "--policy": policy,
-    }
-    command = [str(Path(sys.executable).with_name("isthmus")), "tune", str(model), "--data", str(text)]
-    for name, value in values.items():
-        command += [name, str(value)]
-    command += ["--overwrite", "--plain"]
+    command = tune_command(folder, options, WARM_STEPS + options.steps, {"--policy": policy})
     shell = ["sh", "-c", f"cd '{output}'; exec \"$@\"", "sh", *command]
     return run_once(testbed, shell, output / "report.json", cache=folder / "cache", again=True)
 

@@ -69,14 +69,14 @@ def _in_place_s(costs: Costs, blueprint: Blueprint, layer: int, num_micro_batche
             seconds += costs.routing_s(layer, num_tokens, is_backward=is_backward)
             experts_s = costs.experts_s(layer, _rows(expert, num_tokens), is_backward=is_backward, on_cpu=False)
             seconds += sum(experts_s) * profile.accelerator_slowdown.alone
-    numel = _numel(blueprint, layer)
+    numel = spec.layer_numel(layer)
     return num_micro_batches * seconds + costs.steps_s(numel) + costs.norm_s(numel)
 
 
 def _beside_s(costs: Costs, blueprint: Blueprint, layer: int, num_micro_batches: int) -> float:
     spec, num_tokens = blueprint.spec, blueprint.num_tokens
     expert = spec.layers[layer]
-    optimizer_s = costs.steps_s(_numel(blueprint, layer))
+    optimizer_s = costs.steps_s(spec.layer_numel(layer))
     total_s = 0.0
     for is_backward in (False, True):
         dense_s = num_micro_batches * costs.dense_s(num_tokens, is_backward=is_backward)
@@ -201,8 +201,3 @@ def _taken_bytes(blueprint: Blueprint, num_in_flight: int) -> int:
 def _rows(expert: ExpertSpec, num_tokens: int) -> list[float]:
     """(E,) of a micro-batch, every expert being as popular as the others."""
     return [num_tokens * expert.top_k / expert.num_experts] * expert.num_experts
-
-
-def _numel(blueprint: Blueprint, layer: int) -> int:
-    expert = blueprint.spec.layers[layer]
-    return blueprint.spec.dense_numel[layer] + (expert.num_experts * expert.numel if expert else 0)

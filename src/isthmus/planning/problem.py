@@ -145,9 +145,7 @@ class CostModel:
 
     def optimizer_s(self, layer: int) -> float:
         """CPU seconds of the optimizer step of all the layer's parameters."""
-        expert = self.spec.layers[layer]
-        num_parameters = self.spec.dense_numel[layer] + (expert.num_experts * expert.numel if expert else 0)
-        return num_parameters * self.profile.optimizer_s_per_parameter
+        return self.spec.layer_numel(layer) * self.profile.optimizer_s_per_parameter
 
     def problem(
         self,

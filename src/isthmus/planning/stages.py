@@ -26,10 +26,7 @@ def map_stages(spec: ModelSpec, *, num_slots: int, num_stages: int | None = None
             "Leave it out to have it chosen."
         )
     experts = [0 if layer is None else layer.num_experts for layer in spec.layers]
-    weights = [
-        dense + (0 if layer is None else layer.num_experts * layer.numel)
-        for dense, layer in zip(spec.dense_numel, spec.layers, strict=True)
-    ]
+    weights = [spec.layer_numel(layer) for layer in range(spec.num_layers)]
     cuts = _BalancedCuts(weights)
     for number in range(1, spec.num_layers + 1) if num_stages is None else (num_stages,):
         bounds = cuts.bounds(number)

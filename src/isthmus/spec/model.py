@@ -118,6 +118,11 @@ class ModelSpec:
     def num_expert_parameters(self) -> int:
         return sum(layer.num_experts * layer.numel for layer in self.layers if layer is not None)
 
+    def layer_numel(self, layer: int) -> int:
+        """Parameters of one layer, routed experts included."""
+        expert = self.layers[layer]
+        return self.dense_numel[layer] + (expert.num_experts * expert.numel if expert else 0)
+
     @property
     def num_held_layers(self) -> int:
         """Layers that have parameters: all of a whole model's, and of a part's (see ``part``) its own."""

@@ -36,6 +36,11 @@ def agree(
     equal = divide(model_spec(config), num_ranks=links.size, num_stages=options.num_stages)
     emulation = session.emulation or {}
 
+    def seat() -> Seat:
+        with accelerator_of(session, Recorder(enabled=False)) as device:
+            memory_bytes = device.budget_bytes if device.is_separate else None
+            return Seat.here(device.name, memory_bytes, session.num_cores)
+
     def blueprint() -> Blueprint:
         return blueprint_of(config, options.dtype, largest.inputs)
 
@@ -60,16 +65,13 @@ def agree(
             )
         return at_cpu_speed(profile, options.cpu_speed)
 
-    with accelerator_of(session, Recorder(enabled=False)) as device:
-        memory_bytes = device.budget_bytes if device.is_separate else None
-        seat = Seat.here(device.name, memory_bytes, session.num_cores)
     return agree_on_layers(
         links,
         equal,
-        seat,
         policy=options.policy,
         num_micro_batches=options.micro_batches,
         num_in_flight=smallest_flight(options.micro_batches, options.micro_batches_in_flight),
+        seat=seat,
         blueprint=blueprint,
         measure=measure,
     )

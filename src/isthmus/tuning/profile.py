@@ -34,13 +34,12 @@ from isthmus.spec.profile import ExpertTimes, Profile
 from isthmus.spec.serialization import to_json
 from isthmus.spec.units import Emulation, parse_emulate
 from isthmus.training.heap import keep_freed_memory
-from isthmus.tuning.accelerator import create
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data import IGNORED, MicroBatch, keep_documents_apart
 from isthmus.tuning.data.batches import largest_micro_batch
 from isthmus.tuning.measure import OneOfSeveral, at_cpu_speed, measure_profile
 from isthmus.tuning.pipeline.pipeline import Pipeline
-from isthmus.tuning.session import thread_split
+from isthmus.tuning.session import SessionOptions, accelerator_of, thread_split
 
 FEW_LAYERS = 8
 """Models of more are measured with fewer, if those have all kinds of layers that there are."""
@@ -111,14 +110,9 @@ def profile(
 def device_to_measure(accelerator: str, emulation: Emulation) -> Accelerator:
     """One whose memory does not limit what is measured. Raises ``IsthmusError`` as ``create`` does."""
     is_emulated = accelerator == "emulated" or (accelerator == "auto" and emulation)
-    return create(
-        accelerator,
-        budget_bytes=psutil.virtual_memory().total if is_emulated else None,
-        recorder=Recorder(enabled=False),
-        h2d_bytes_per_s=emulation.get("h2d_bytes_per_s"),
-        d2h_bytes_per_s=emulation.get("d2h_bytes_per_s"),
-        latency_s=emulation.get("latency_s"),
-    )
+    memory_bytes = psutil.virtual_memory().total if is_emulated else None
+    options = SessionOptions(accelerator=accelerator, accelerator_memory_bytes=memory_bytes, emulation=emulation)
+    return accelerator_of(options, Recorder(enabled=False))
 
 
 def measure_blocks(
@@ -165,7 +159,8 @@ def measure_blocks(
 
 def _few_layers(model: str | Path, whole: PretrainedConfig) -> PretrainedConfig:
     """Of a deep model its first layers, among which there are all kinds of layers that it has."""
-    kinds, num_layers = _kinds(model_spec(whole)), model_spec(whole).num_layers
+    spec = model_spec(whole)
+    kinds, num_layers = _kinds(spec), spec.num_layers
     number = FEW_LAYERS // 2
     while 2 * number < num_layers:
         with contextlib.suppress(ValueError):  # no routed experts in so few layers

@@ -124,10 +124,14 @@ class Session:
         self._worker: CpuWorker | None = None
         self.links = links
         self.pipeline: Pipeline | None = None
-        self.division = division
         self.num_steps = 0
         """The number of the last step that ``train_step`` took."""
         try:
+            if not self.accelerator.is_separate:
+                use_blocked_attention(self.model.module)
+            if links is not None:
+                division = division or divide(self.model.spec, num_ranks=links.size, num_stages=options.num_stages)
+                self.pipeline = Pipeline(self.model, links, division, options.wire)
             self._build(example, [largest] * len(example) if largest else example, progress)
         except BaseException:
             self.close()
@@ -137,10 +141,6 @@ class Session:
         self, example: list[MicroBatch], largest: list[MicroBatch], progress: Callable[[str, float], None]
     ) -> None:
         options, accelerator, model = self.options, self.accelerator, self.model
-        if not accelerator.is_separate:
-            use_blocked_attention(model.module)
-        if self.links is not None:
-            self.pipeline = Pipeline(model, self.links, self._division(self.links), options.wire)
         require_memory(sum(host_bytes(model.held_layouts.values()).values()), self.links)
         self._read_weights(progress)
         num_threads, num_cpu_threads = thread_split(accelerator, options.emulation, options.num_cores)
@@ -189,11 +189,6 @@ class Session:
         parts = self._resources(), self.dense, self.placement.policy, self.steps, room.num_in_flight
         self.engine = PipelineEngine(self.pipeline, *parts) if self.pipeline else Engine(model, *parts)
         self.weights_changed()
-
-    def _division(self, links: Links) -> Division:
-        if self.division is None:
-            self.division = divide(self.model.spec, num_ranks=links.size, num_stages=self.options.num_stages)
-        return self.division
 
     def _least_of_all(self, num_in_flight: int) -> int:
         """All ranks must take the same micro-batches through at once."""

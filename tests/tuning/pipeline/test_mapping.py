@@ -104,10 +104,10 @@ def agreed(
         return agree_on_layers(
             links,
             equal,
-            seats[links.rank],
             policy=policy,
             num_micro_batches=MICRO_BATCHES,
             num_in_flight=MICRO_BATCHES,
+            seat=lambda: seats[links.rank],
             blueprint=lambda: blueprint,
             measure=measure,
         )

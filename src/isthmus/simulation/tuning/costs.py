@@ -240,12 +240,14 @@ class Costs:
         self.seats = seats(cluster)
         self.order = tuple(device_order([(seat.host_number, seat.root) for seat in self.seats]))
         """Of devices, in which stages go round."""
-        self._numel = [
-            numel + (expert.num_experts * expert.numel if expert else 0)
-            for numel, expert in zip(spec.dense_numel, spec.layers, strict=True)
-        ]
+        self._numel = [spec.layer_numel(layer) for layer in range(spec.num_layers)]
         self._known: dict[object, LayerCosts] = {}
         self._of: dict[tuple[int, int], LayerCosts] = {}
+
+    @property
+    def host_memory_bytes(self) -> tuple[int, ...]:
+        """Of each host."""
+        return tuple({seat.host_number: seat.host.memory_bytes for seat in self.seats}.values())
 
     def layer(self, device: int, layer: int) -> LayerCosts:
         at = (device, layer)

@@ -59,22 +59,27 @@ def stages_for(costs: Costs, num_stages: int | None) -> tuple[Stage, ...]:
     )
 
 
-def by_time(costs: Costs, equal: Sequence[Stage]) -> tuple[Stage, ...]:
-    """``equal``, or as many other stages, if devices differ enough for those to be shorter, or memory asks for it."""
-    mapped = choose_cuts(_problem(costs), equal).stages
-    return mapped if _short_bytes(costs, mapped) <= max(0, _short_bytes(costs, equal)) else tuple(equal)
+def by_time(costs: Costs, ways: Sequence[Sequence[Stage]]) -> list[tuple[Stage, ...]]:
+    """Of each of ``ways`` those stages, or as many others, if devices differ enough for those to be shorter, or memory
+    asks for it."""
+    problem, found = _problem(costs), []
+    for equal in ways:
+        mapped = choose_cuts(problem, equal).stages
+        is_roomier = _short_bytes(costs, mapped) <= max(0, _short_bytes(costs, equal))
+        found.append(mapped if is_roomier else tuple(equal))
+    return found
 
 
 def own_stages(costs: Costs, num_stages: int | None) -> tuple[Stage, ...]:
     """Of our policy: by time, also where equal stages do not fit. Raises as ``stages_for``."""
     try:
-        return by_time(costs, stages_for(costs, num_stages))
+        return by_time(costs, [stages_for(costs, num_stages)])[0]
     except IsthmusError:
         num_layers, num_devices = costs.spec.num_layers, costs.num_devices
         rounds = [*range(DEFAULT_ROUNDS * num_devices, num_layers, num_devices), num_layers]
         for number in rounds if num_stages is None else [num_stages]:
             if num_devices <= number <= num_layers:
-                mapped = by_time(costs, map_stages(costs.spec, num_slots=0, num_stages=number))
+                mapped = by_time(costs, [map_stages(costs.spec, num_slots=0, num_stages=number)])[0]
                 if _short_bytes(costs, mapped) <= 0:
                     return mapped
         raise
@@ -106,7 +111,6 @@ def _problem(costs: Costs) -> MappingProblem:
     """With what the simulator asks for: see ``_short_bytes``."""
     seconds_DL, spec = layer_seconds(costs), costs.spec
     one_layer = costs.activation_bytes(1) - costs.activation_bytes(0)
-    hosts = {seat.host_number: seat.host.memory_bytes for seat in costs.seats}
     per_parameter = costs.host_bytes() / spec.num_parameters
     return MappingProblem(
         layers=tuple(
@@ -127,7 +131,7 @@ def _problem(costs: Costs) -> MappingProblem:
             )
             for seat in costs.seats
         ),
-        host_memory_bytes=tuple(hosts[number] for number in sorted(hosts)),
+        host_memory_bytes=costs.host_memory_bytes,
         num_micro_batches=costs.job.num_micro_batches,
     )
 

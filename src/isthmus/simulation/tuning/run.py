@@ -150,7 +150,7 @@ class _Runner:
         self._mappings: list[tuple[Stage, ...]] = []
         if policy == "affinity":
             others = other_mappings(costs, stages) if costs.job.num_stages is None else []
-            by_times = [by_time(costs, mapped) for mapped in (stages, *others)]
+            by_times = by_time(costs, [stages, *others])
             self._mappings = [mapped for mapped in dict.fromkeys([*others, *by_times]) if mapped != tuple(stages)]
         self._choice: Choice | None = None
         self._seen: tuple[object, ...] = ()

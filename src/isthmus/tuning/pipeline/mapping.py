@@ -53,24 +53,25 @@ class Seat:
 def agree_on_layers(
     links: Links,
     equal: Division,
-    seat: Seat,
     *,
     policy: str,
     num_micro_batches: int,
     num_in_flight: int,
+    seat: Callable[[], Seat],
     blueprint: Callable[[], Blueprint],
     measure: Callable[[], Profile],
 ) -> tuple[Division, LayerMapping]:
     """``equal``, or as many other stages where ranks differ enough (``choose_cuts``). The same on all; all call it.
 
-    ``blueprint()`` is asked on rank 0, ``measure()`` on one process of each kind and host, of a host one after the
-    other: what they take of it while they measure would count twice. Blocks for seconds, where nothing was kept.
+    Nothing is asked where there is nothing to choose: else ``seat()`` of all, ``blueprint()`` of rank 0, ``measure()``
+    of one process of each kind and host, of a host one after the other: what they take of it while they measure would
+    count twice. Blocks for seconds, where nothing was kept.
     """
     if policy != MAPPED_POLICY:
         return equal, _untimed(equal, AS_PUBLISHED)
     if len(equal.stages) == equal.stages[-1].last_layer + 1:
         return equal, _untimed(equal, NOTHING_TO_CHOOSE)
-    seats = [Seat(**fact) for fact in links.gather(asdict(seat), "what it computes with")]
+    seats = [Seat(**fact) for fact in links.gather(asdict(seat()), "what it computes with")]
     profiles = _measured(links, seats, measure)
     fact = None
     if not links.rank:

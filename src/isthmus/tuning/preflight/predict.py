@@ -164,7 +164,6 @@ def _default_stages(question: Question, costs: Costs) -> tuple[Stage, ...]:
     equal = map_stages(spec, num_slots=0, num_stages=number)
     if question.policy != MAPPED_POLICY:
         return equal
-    hosts = {seat.host_number: seat.host.memory_bytes for seat in costs.seats}
     places = [
         Place(host=seat.host_number, root=seat.root, memory_bytes=seat.host.accelerator.memory_bytes)
         for seat in costs.seats
@@ -173,7 +172,7 @@ def _default_stages(question: Question, costs: Costs) -> tuple[Stage, ...]:
         question.blueprint,
         places,
         layer_seconds(costs),
-        [hosts[number] for number in sorted(hosts)],
+        costs.host_memory_bytes,
         question.micro_batches,
         smallest_flight(question.micro_batches, question.micro_batches_in_flight),
     )
@@ -192,6 +191,8 @@ class _Memory:
             flight_that_fits(part, number, policy, self._budget_bytes(device), asked)
             for device, part in self._parts.items()
         )
+        self._divided = {device: self._divide(device, part) for device, part in self._parts.items()}
+        """None: it does not fit."""
         self.devices = tuple(self._device(device, part) for device, part in self._parts.items())
         self.hosts = self._hosts()
 
@@ -202,15 +203,14 @@ class _Memory:
         least = smallest_flight(self._question.micro_batches, self._question.micro_batches_in_flight)
         return minimum_bytes(part, least, self._question.policy)
 
-    def _divided(self, device: int, part: Footprint) -> AcceleratorMemory | None:
-        """None: it does not fit."""
+    def _divide(self, device: int, part: Footprint) -> AcceleratorMemory | None:
         budget_bytes = self._budget_bytes(device)
         if self._least_bytes(part) > budget_bytes:
             return None
         return accelerator_memory(part, self.num_in_flight, self._question.policy, budget_bytes)
 
     def _device(self, device: int, part: Footprint) -> DeviceNeed:
-        memory, least, budget = self._divided(device, part), self._least_bytes(part), self._budget_bytes(device)
+        memory, least, budget = self._divided[device], self._least_bytes(part), self._budget_bytes(device)
         return DeviceNeed(
             device=device,
             host=self._costs.seats[device].host_number,
@@ -241,7 +241,7 @@ class _Memory:
 
     def _staging(self, device: int, part: Footprint) -> int:
         """Tokens' buffers, and those of gradients that are added to others."""
-        memory = self._divided(device, part)
+        memory = self._divided[device]
         num_bytes = staging_bytes(part, self.num_in_flight)
         if memory is not None and self.num_in_flight < self._question.micro_batches:
             num_bytes += landing_bytes(part, memory)

@@ -39,7 +39,7 @@ class Scenario:
         stages = division.stages_of(rank) if self.num_processes > 1 else ()
         return self.blueprint.part(division.layers_of(rank), stages=stages)
 
-    @property
+    @cached_property
     def num_in_flight(self) -> int:
         """As many on every process. Raises ``IsthmusError`` where the least do not fit."""
         number, asked = self.micro_batches, self.micro_batches_in_flight
