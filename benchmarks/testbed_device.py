@@ -31,6 +31,7 @@ from isthmus.inference.layer import Layer
 from isthmus.inference.profile import measure_cluster
 from isthmus.inference.run import open_engine
 from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.inference.session import Arrangement
 from isthmus.inference.timing import Timed, random_prompt, time_engines
 from isthmus.models.shards import ShardReader
 from isthmus.planning.device_costs import PROCESS_BYTES
@@ -53,6 +54,7 @@ Job = dict[str, Any]
 TIMEOUT_S = 300.0
 DEFAULT_TOKENS = 128
 """That the static planner expects where nothing is said (``open_engine``)."""
+LEAST_REQUESTS, MOST_REQUESTS = 6, 24
 Planned = tuple[Question, tuple[InferencePlan, ...], RuntimePlanner]
 """What was planned for, the plans that are kept for it, and who chooses among them."""
 
@@ -127,6 +129,18 @@ class Device:
                 )
             )
         return self._engines[key]
+
+    def session(self, model: str, planned: Planned | None, is_frugal: bool) -> Engine:
+        """Keeps the weights of all plans, which are the leader's, and lets its planner choose."""
+        texts = [to_json(plan) for plan in planned[1]] if planned is not None else []
+        plans = tuple(
+            from_json(InferencePlan, text) for text in json.loads(share_texts(self.group, json.dumps(texts))[0])
+        )
+        planner = planned[2] if planned is not None else None
+        arranged = Arrangement(group=self.group, plans=plans, planner=planner, is_frugal=is_frugal)
+        engine = Engine(self.readers[model].directory, arranged=arranged, known=self._known[model])
+        self._engines[model, "session", plans[0]] = self._stack.enter_context(engine)
+        return engine
 
     def _group(self, transport: str) -> Group:
         if transport not in self._groups:
@@ -252,8 +266,9 @@ def _of_everybody(question: Question) -> list[Candidate]:
 
 def grid(device: Device) -> dict[str, Any]:
     """For every number of tokens, with the job's ``memory``: the runtime planner's choice among the plans that the
-    static one keeps, and every kind of plan that is predicted to take at most ``within`` times the fastest one's
-    seconds. Devices are as frugal as the static planner says, but for layers in parts: each plan has its own."""
+    static one keeps, at first and after some requests that it has answered; and every kind of plan that is predicted to
+    take at most ``within`` times the fastest one's seconds. Devices are as frugal as the static planner says, but for
+    layers in parts: each plan that is timed has its own."""
     profile = device.measure("decoupled")
     memory, planned = device.job["memory"], None
     if device.is_leader:
@@ -264,25 +279,58 @@ def grid(device: Device) -> dict[str, Any]:
         question = replace(question, is_frugal=residency.is_frugal)
         planned = question, residency.plans, RuntimePlanner(question, residency.plans)
     is_frugal = planned is not None and planned[0].is_frugal
-    if share_texts(device.group, "frugal" if is_frugal else "")[0]:
+    if is_frugal := bool(share_texts(device.group, "frugal" if is_frugal else "")[0]):
         return_freed_memory()
+    session = device.session("decoupled", planned, is_frugal)
     cells, rows = list[dict[str, Any]](), []
     for tokens in device.job["tokens"]:
-        entries = device.agree(lambda tokens=tokens: _weighed(planned, tokens, device.job, cells))
+        answered = _answered(device, planned, session, tokens)
+        entries = device.agree(
+            lambda tokens=tokens, found=answered: _weighed(planned, tokens, device.job, cells, found)
+        )
         rows += device.time(entries, tokens, _repeats(device, entries))
     return {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile)), "is_frugal": is_frugal}
 
 
-def _weighed(planned: Planned | None, tokens: int, job: Job, cells: list[dict[str, Any]]) -> list[Entry]:
+def _answered(device: Device, planned: Planned | None, session: Engine, tokens: int) -> dict[str, Any]:
+    """Requests of one kind as users send them, whose plans the runtime planner chooses: what it chose at first and what
+    it settled on, by the plans' numbers, and each request's plan and seconds. Empty but on the leader."""
+    asked = InferenceRequest(num_tokens=tokens)
+    count, first = 0, 0
+    if planned is not None:
+        question, kept, planner = planned
+        first = planner.choose(asked, may_try=False)
+        seconds = predict(replace(question, request=asked), kept[first]).latency_s
+        count = min(MOST_REQUESTS, max(LEAST_REQUESTS, int(2 * device.job["cell_s"] / seconds)))
+    count = int(share_texts(device.group, str(count))[0])
+    ids_BT = random_prompt(session.spec.vocab_size, asked)
+    numbers, latencies_s = [], []
+    for _ in range(count):
+        if planned is None:
+            session.follow_once()
+            continue
+        begun_s = time.perf_counter()
+        session.mean(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+        latencies_s.append(time.perf_counter() - begun_s)
+        numbers.append(planned[1].index(session.plan))
+    if planned is None:
+        return {}
+    settled = planned[2].choose(asked, may_try=False)
+    return {"first": first, "settled": settled, "plans": numbers, "latencies_s": latencies_s}
+
+
+def _weighed(
+    planned: Planned | None, tokens: int, job: Job, cells: list[dict[str, Any]], answered: dict[str, Any]
+) -> list[Entry]:
     """What is to be timed, by the leader; a cell comes into ``cells``."""
     assert planned is not None
-    question, kept, planner = planned
+    question, kept, _ = planned
     asked = replace(question, request=replace(question.request, num_tokens=tokens))
-    choice = predict(asked, kept[planner.choose(asked.request)])
-    candidates = [choice, *_kinds([each for each in weigh(asked) if each.fits], job["within"])]
+    settled, first = (predict(asked, kept[answered[name]]) for name in ("settled", "first"))
+    candidates = [settled, first, *_kinds([each for each in weigh(asked) if each.fits], job["within"])]
     fitting = [json.loads(to_json(each.plan)) for each in candidates]
-    cell = {"tokens": tokens, "memory": job["memory"], "num_resident": len(kept), "choice_fits": choice.fits}
-    cells.append({**cell, "choice": fitting[0], "fitting": fitting})
+    cell = {"tokens": tokens, "memory": job["memory"], "num_resident": len(kept), "choice_fits": settled.fits}
+    cells.append({**cell, "choice": fitting[0], "first_choice": fitting[1], "fitting": fitting, "answered": answered})
     plans = {each.plan: each for each in candidates}
     return [Entry(label=_name(plan), model="decoupled", plan=plan, predicted=each) for plan, each in plans.items()]
 

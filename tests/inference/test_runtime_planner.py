@@ -99,6 +99,28 @@ def test_the_choice_is_the_fastest_of_those_that_are_there(num_tokens: int, fact
     assert planner.choose(request) == seconds.index(min(seconds))
 
 
+def test_a_plan_that_takes_longer_than_predicted_gives_way(planner: RuntimePlanner) -> None:
+    first = planner.choose(REQUEST)
+    seconds = {number: predict(ASKED, plan).latency_s for number, plan in enumerate(PLANS)}
+    for _ in range(12):
+        number = planner.choose(REQUEST)
+        planner.answered(REQUEST, number, seconds[number] * (2.0 if number == first else 1.0))
+    assert planner.choose(REQUEST, may_try=False) != first
+    longer = replace(REQUEST, num_tokens=8 * REQUEST.num_tokens)
+    assert planner.choose(longer) == RuntimePlanner(ASKED, PLANS).choose(longer)
+
+
+def test_a_slow_link_is_not_blamed_on_the_plan(planner: RuntimePlanner) -> None:
+    """What was answered over links at a tenth took longer, as long as such links let predict."""
+    first = planner.choose(REQUEST)
+    planner.observe(rates(12.5 * MBIT))
+    slow = replace(ASKED, profile=slowed(ASKED.profile, planner.slowdowns()))
+    for _ in range(5):
+        planner.answered(REQUEST, first, predict(slow, PLANS[first]).latency_s)
+    planner.observe(rates(125 * MBIT))
+    assert planner.choose(REQUEST, may_try=False) == first
+
+
 def test_a_plan_that_does_not_fit_beside_what_is_loaded_is_never_taken() -> None:
     """On device 1 weights leave room for a request of 128 tokens, not for one of 512."""
     plans = tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -35,9 +36,14 @@ class Turns:
         self.num_plans = num_plans
         self.asked: list[InferenceRequest] = []
         self.observed: list[Sequence[Sequence[float]]] = []
+        self.answers: list[tuple[InferenceRequest, int, float]] = []
 
     def observe(self, rates_NN: Sequence[Sequence[float]]) -> None:
         self.observed.append(rates_NN)
+
+    def answered(self, request: InferenceRequest, number: int, seconds: float) -> None:
+        assert len(self.answers) + 1 == len(self.asked) < len(self.observed)
+        self.answers.append((request, number, seconds))
 
     def choose(self, request: InferenceRequest) -> int:
         self.asked.append(request)
@@ -76,6 +82,10 @@ def test_whichever_plan_answers_the_answer_is_the_same(checkpoint: Checkpoint) -
     used, *_ = on_devices(3, work)
     assert used == [*PLANS, *PLANS]
     assert planner.asked == [InferenceRequest(num_tokens=11, batch=2)] * len(used)
+    assert [(request, number) for request, number, _ in planner.answers] == [
+        (request, number % len(PLANS)) for number, request in enumerate(planner.asked[:-1])
+    ]
+    assert all(seconds > 0 for *_, seconds in planner.answers)
 
 
 def test_without_a_planner_it_is_the_first(checkpoint: Checkpoint) -> None:
@@ -154,6 +164,25 @@ def test_tokens_are_the_same_under_every_plan(checkpoint: Checkpoint) -> None:
                 assert torch.equal(engine.generate_tokens(IDS, ATTENDED, settings), wanted)
 
     on_devices(2, work)
+
+
+def test_what_the_caller_does_with_tokens_is_not_held_against_a_plan(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, planner = 0.0, Turns(1)
+    monkeypatch.setattr("isthmus.inference.session.time", SimpleNamespace(perf_counter=lambda: now_s))
+
+    def on_tokens(ids: list[int]) -> bool:
+        nonlocal now_s
+        now_s += 1.0
+        return now_s == 3.0
+
+    arranged = Arrangement(group=None, plans=(plan("single", 0),), planner=cast(RuntimePlanner, planner))
+    with Engine(checkpoint("llama"), arranged=arranged) as engine:
+        engine.generate_tokens(IDS, ATTENDED, GenerationSettings(max_new_tokens=5), on_tokens)
+        engine.generate_tokens(IDS, ATTENDED, GenerationSettings(max_new_tokens=5))
+    assert planner.asked[0] == InferenceRequest(num_tokens=11, batch=2, num_new_tokens=5)
+    assert planner.answers == [(InferenceRequest(num_tokens=11, batch=2, num_new_tokens=3), 0, 0.0)]
 
 
 def test_the_leader_hears_of_rates_before_it_chooses_again(

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, H hidden size, N devices.
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,8 @@ class Session:
         """Devices that some plan needs; the leader tells them what comes."""
         self._executions: list[Execution | None] = []
         self._last: Execution | None = None
+        self._answered: tuple[InferenceRequest, int, float] | None = None
+        """The last request, its plan's number and the seconds of the answer; the planner has not heard of it."""
         self._over: BaseException | None = None
         try:
             self._everybody = self._group_of(self._members)
@@ -174,7 +177,13 @@ class Session:
 
     def compute(self, task: Task, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
         """What ``task`` asks for."""
-        return _compute(task, self._begin(task, ids_BT, attended_BT), ids_BT, attended_BT)
+        asked = _request_of(ids_BT)
+        number, execution = self._begin(asked)
+        begun_s = time.perf_counter()
+        self._tell(execution, task, ids_BT, attended_BT, 0, number)
+        found = _compute(task, execution, ids_BT, attended_BT)
+        self._answered = asked, number, time.perf_counter() - begun_s
+        return found
 
     def generate(
         self,
@@ -187,30 +196,48 @@ class Session:
         """New tokens (B, n); see ``Generation.run``."""
         wanted = Continuation(settings=settings, given=tuple(map(tuple, given)))
         text = torch.frombuffer(bytearray(to_json(wanted).encode()), dtype=torch.uint8)
-        execution = self._begin(Task.GENERATE, ids_BT, attended_BT, settings.max_new_tokens, len(text))
+        number, execution = self._begin(_request_of(ids_BT, settings.max_new_tokens))
+        begun_s = time.perf_counter()
+        passing_on_s = 0.0
+
+        def pass_on(ids: list[int]) -> bool:
+            nonlocal passing_on_s
+            start_s = time.perf_counter()
+            stops = on_tokens(ids)
+            passing_on_s += time.perf_counter() - start_s
+            return stops
+
+        self._tell(execution, Task.GENERATE, ids_BT, attended_BT, len(text), number)
         if execution.group is not None:
             execution.group.broadcast(text)
-        return execution.generate(ids_BT, attended_BT, settings, on_tokens, wanted.given)
+        found = execution.generate(ids_BT, attended_BT, settings, pass_on, wanted.given)
+        took_s = time.perf_counter() - begun_s - passing_on_s
+        self._answered = _request_of(ids_BT, found.shape[1]), number, took_s
+        return found
 
-    def _begin(
-        self, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_new_tokens: int = 0, num_text_bytes: int = 0
-    ) -> Execution:
-        """Chooses a plan, and gives its devices the tokens. Raises ``IsthmusError``, asking nobody, where none fits."""
+    def _begin(self, asked: InferenceRequest) -> tuple[int, Execution]:
+        """Chooses a plan for the next request. Raises ``IsthmusError``, asking nobody, where none fits."""
         self._check_goes_on()
         number = 0
         rates_NN = self._collected()
         if self._planner is not None:
             self._planner.observe(rates_NN.tolist())
-            batch, num_tokens = ids_BT.shape
-            asked = InferenceRequest(num_tokens=num_tokens, batch=batch, num_new_tokens=num_new_tokens)
+            if self._answered is not None:
+                self._planner.answered(*self._answered)
             number = self._planner.choose(asked)
+        self._answered = None
         self.plan, execution = self.plans[number], self._executions[number]
-        self._announce(task, ids_BT.shape, num_text_bytes, number)
         assert execution is not None
+        return number, execution
+
+    def _tell(
+        self, execution: Execution, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_text_bytes: int, number: int
+    ) -> None:
+        """Gives the tokens to the devices of plan ``number``."""
+        self._announce(task, ids_BT.shape, num_text_bytes, number)
         self._last = execution
         if execution.group is not None:
             execution.group.broadcast(torch.stack((ids_BT, attended_BT.long())))
-        return execution
 
     def _announce(self, task: Task, shape: Sequence[int], num_text_bytes: int = 0, number: int = 0) -> None:
         if self._everybody is not None:
@@ -285,3 +312,8 @@ class Session:
 def _compute(task: Task, execution: Execution, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
     compute = execution.hidden if task == Task.HIDDEN else execution.total
     return compute(ids_BT, attended_BT)
+
+
+def _request_of(ids_BT: Tensor, num_new_tokens: int = 0) -> InferenceRequest:
+    batch, num_tokens = ids_BT.shape
+    return InferenceRequest(num_tokens=num_tokens, batch=batch, num_new_tokens=num_new_tokens)
