@@ -34,6 +34,7 @@ from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.inference.session import Arrangement
 from isthmus.inference.timing import Timed, random_prompt, time_engines
 from isthmus.models.shards import ShardReader
+from isthmus.planning.block_layout import LEAST_DIVIDED_TOKENS
 from isthmus.planning.device_costs import PROCESS_BYTES
 from isthmus.planning.inference import Candidate, choose, predict, weigh
 from isthmus.planning.pieces import Piece, held_bytes, pieces_of
@@ -44,7 +45,7 @@ from isthmus.reporting.environment import environment
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
-from isthmus.training.heap import return_freed_memory
+from isthmus.training.heap import return_freed_memory, reuse_freed_memory
 from isthmus.transport.base import Group
 from isthmus.transport.gloo import GlooGroup
 from isthmus.transport.rendezvous import read_environment
@@ -267,8 +268,8 @@ def _of_everybody(question: Question) -> list[Candidate]:
 def grid(device: Device) -> dict[str, Any]:
     """For every number of tokens, with the job's ``memory``: the runtime planner's choice among the plans that the
     static one keeps, at first and after some requests that it has answered; and every kind of plan that is predicted to
-    take at most ``within`` times the fastest one's seconds. Devices are as frugal as the static planner says, but for
-    layers in parts: each plan that is timed has its own."""
+    take at most ``within`` times the fastest one's seconds. Devices are as frugal as planners say, but for layers in
+    parts: each plan that is timed has its own."""
     profile = device.measure("decoupled")
     memory, planned = device.job["memory"], None
     if device.is_leader:
@@ -279,8 +280,7 @@ def grid(device: Device) -> dict[str, Any]:
         question = replace(question, is_frugal=residency.is_frugal)
         planned = question, residency.plans, RuntimePlanner(question, residency.plans)
     is_frugal = planned is not None and planned[0].is_frugal
-    if is_frugal := bool(share_texts(device.group, "frugal" if is_frugal else "")[0]):
-        return_freed_memory()
+    is_frugal = bool(share_texts(device.group, "frugal" if is_frugal else "")[0])
     session = device.session("decoupled", planned, is_frugal)
     cells, rows = list[dict[str, Any]](), []
     for tokens in device.job["tokens"]:
@@ -288,6 +288,8 @@ def grid(device: Device) -> dict[str, Any]:
         entries = device.agree(
             lambda tokens=tokens, found=answered: _weighed(planned, tokens, device.job, cells, found)
         )
+        gives_back = share_texts(device.group, "gives back" if answered.get("gives_back") else "")[0]
+        (return_freed_memory if gives_back else reuse_freed_memory)()
         rows += device.time(entries, tokens, _repeats(device, entries))
     return {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile)), "is_frugal": is_frugal}
 
@@ -316,7 +318,14 @@ def _answered(device: Device, planned: Planned | None, session: Engine, tokens: 
     if planned is None:
         return {}
     settled = planned[2].choose(asked, may_try=False)
-    return {"first": first, "settled": settled, "plans": numbers, "latencies_s": latencies_s}
+    gives_back = planned[2].gives_back(asked, settled)
+    return {
+        "first": first,
+        "settled": settled,
+        "gives_back": gives_back,
+        "plans": numbers,
+        "latencies_s": latencies_s,
+    }
 
 
 def _weighed(
@@ -328,11 +337,17 @@ def _weighed(
     asked = replace(question, request=replace(question.request, num_tokens=tokens))
     settled, first = (predict(asked, kept[answered[name]]) for name in ("settled", "first"))
     candidates = [settled, first, *_kinds([each for each in weigh(asked) if each.fits], job["within"])]
+    candidates = [replace(each, plan=_executed(each.plan, tokens)) for each in candidates]
     fitting = [json.loads(to_json(each.plan)) for each in candidates]
     cell = {"tokens": tokens, "memory": job["memory"], "num_resident": len(kept), "choice_fits": settled.fits}
     cells.append({**cell, "choice": fitting[0], "first_choice": fitting[1], "fitting": fitting, "answered": answered})
     plans = {each.plan: each for each in candidates}
     return [Entry(label=_name(plan), model="decoupled", plan=plan, predicted=each) for plan, each in plans.items()]
+
+
+def _executed(plan: InferencePlan, tokens: int) -> InferencePlan:
+    """What so few tokens make of it: one of all plans that do the same."""
+    return replace(plan, overlaps=False) if tokens < LEAST_DIVIDED_TOKENS else plan
 
 
 def _tight(device: Device, profile: ClusterProfile) -> tuple[int, ...]:

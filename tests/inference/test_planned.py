@@ -11,11 +11,12 @@ import pytest
 import torch
 from tests.inference.conftest import on_devices
 
-from isthmus.inference import planned, profile
+from isthmus.inference import planned, profile, session
 from isthmus.inference.engine import Engine
 from isthmus.inference.layer import Layer
 from isthmus.inference.model import LocalModel
 from isthmus.inference.planned import Planner, Wish, join
+from isthmus.inference.runtime_planner import RuntimePlanner
 from isthmus.models.shards import ShardReader
 from isthmus.planning.pieces import resident_bytes
 from isthmus.planning.residency import Residency
@@ -94,13 +95,19 @@ def test_where_nothing_fits_every_device_says_so(model: Path, monkeypatch: pytes
         agree(model)
 
 
-def test_where_the_leader_plans_so_all_devices_are_frugal(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each gives freed memory back, keeps parts that do not overlap, and the answer is the same."""
+@pytest.mark.parametrize("is_short", [False, True])
+def test_where_the_leader_plans_so_all_devices_are_frugal(
+    model: Path, monkeypatch: pytest.MonkeyPatch, is_short: bool
+) -> None:
+    """Each keeps parts that do not overlap, gives freed memory back for a request that would not fit else, and the
+    answer is the same."""
     plans = (InferencePlan.even("sequence", 2), InferencePlan.even("tensor", 2))
     residency = Residency(plans=plans, loss=1.0, reason="it was told so", is_frugal=True)
-    num_frugal: list[None] = []
+    minded: list[str] = []
     monkeypatch.setattr(planned, "plans_to_keep", lambda question: residency)
-    monkeypatch.setattr(planned, "return_freed_memory", lambda: num_frugal.append(None))
+    monkeypatch.setattr(RuntimePlanner, "gives_back", lambda self, request, number: is_short)
+    monkeypatch.setattr(session, "return_freed_memory", lambda: minded.append("returns"))
+    monkeypatch.setattr(session, "reuse_freed_memory", lambda: minded.append("reuses"))
     ids_BT = torch.arange(3, 12)[None]
     attended_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     wanted = Engine(model).mean(ids_BT, attended_BT)
@@ -115,7 +122,8 @@ def test_where_the_leader_plans_so_all_devices_are_frugal(model: Path, monkeypat
             return sum(held.values())
 
     spec = ShardReader(model).spec
-    assert on_devices(2, work) == resident_bytes(plans[:1], spec, 2) and len(num_frugal) == 2
+    assert on_devices(2, work) == resident_bytes(plans[:1], spec, 2)
+    assert minded == ["returns" if is_short else "reuses"] * 2
 
 
 def parts_under(local: LocalModel) -> Iterator[Layer]:

@@ -139,6 +139,23 @@ def test_a_plan_that_does_not_fit_beside_what_is_loaded_is_never_taken() -> None
     assert taken == {128: 0, 512: 1}
 
 
+def test_memory_is_given_back_at_once_only_where_a_request_would_not_fit_else() -> None:
+    plans = PLANS[:1]
+    generous = question(decoupled())
+    beside = {
+        tokens: predict(replace(generous, request=InferenceRequest(num_tokens=tokens)), plans[0]).beside_bytes
+        for tokens in (128, 512)
+    }
+    resident = resident_bytes(plans, ASKED.spec, 3, is_frugal=True)
+    room = [max(few, many - (8 << 20)) for few, many in zip(beside[128], beside[512], strict=True)]
+    memory_bytes = tuple(PROCESS_BYTES + resident[rank] + room[number] for number, rank in enumerate(plans[0].devices))
+    planner = RuntimePlanner(replace(ASKED, is_frugal=True, memory_bytes=memory_bytes), plans)
+    for tokens, gives_back in ((128, False), (512, True)):
+        request = InferenceRequest(num_tokens=tokens)
+        assert planner.choose(request) == 0 and planner.gives_back(request, 0) is gives_back
+    assert not RuntimePlanner(ASKED, plans).gives_back(InferenceRequest(num_tokens=512), 0)
+
+
 def test_a_request_that_nothing_fits_is_told_what_is_missing() -> None:
     asked = question(decoupled(), 250)
     planner = RuntimePlanner(asked, plans_to_keep(asked).plans[:1])

@@ -22,7 +22,6 @@ from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import STRATEGIES, InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
-from isthmus.training.heap import return_freed_memory
 from isthmus.transport.base import Group
 from isthmus.transport.errors import PeerLostError, TransportError, rank_names
 from isthmus.transport.reunion import Reunion
@@ -135,8 +134,6 @@ class Planner:
         told = from_json(_Told, share_texts(group, to_json(told))[0])
         if told.error:
             raise IsthmusError(told.error)
-        if told.is_frugal:
-            return_freed_memory()
         planner = RuntimePlanner(question, told.plans) if group.rank == 0 else None
         return Arrangement(group=group, plans=told.plans, planner=planner, is_frugal=told.is_frugal)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from isthmus.planning.experience import Experience
 from isthmus.planning.inference import Weighed, forecast
@@ -24,9 +24,28 @@ _HALF_LIFE_S = 30.0
 _NOTICED = 1.25
 """A link is slower than when it was measured if it lets through less than that by such a factor."""
 _STEPS_PER_DOUBLING = 4
+_GIVING_BACK = 1.3
+"""Seconds of a request while freed memory is given back at once, by those while it is used again."""
 _CURIOSITY = 1.5
 """By so many deviations a plan that is little known counts as faster than expected. With 1.5, 30 requests are answered
 faster than without ever trying, and any first few of them as fast (simulated: predictions that scatter by 12 %)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Option:
+    """A plan for some request. ``missing_bytes``: on the device that lacks most; 0 or less where it fits."""
+
+    weighed: Weighed
+    missing_bytes: int
+    gives_back: bool
+
+    @property
+    def latency_s(self) -> float:
+        return self.weighed.latency_s * (_GIVING_BACK if self.gives_back else 1.0)
+
+    @property
+    def price_s(self) -> float:
+        return self.weighed.price_s * (_GIVING_BACK if self.gives_back else 1.0)
 
 
 class RuntimePlanner:
@@ -43,7 +62,7 @@ class RuntimePlanner:
         self._slowdowns = [1.0] * len(question.profile.links)
         """Of each device's link, when it was seen last."""
         self._seen_s = [clock()] * len(self._slowdowns)
-        self._weighed: dict[tuple[InferenceRequest, tuple[float, ...]], list[Weighed]] = {}
+        self._weighed: dict[tuple[InferenceRequest, tuple[float, ...]], list[_Option]] = {}
         self._experience = Experience()
 
     def observe(self, rates_NN: Sequence[Sequence[float]]) -> None:
@@ -74,7 +93,7 @@ class RuntimePlanner:
 
     def answered(self, request: InferenceRequest, number: int, seconds: float) -> None:
         """What plan ``number`` took for ``request``, once links were observed meanwhile."""
-        predicted_s = self._weigh(request)[number].latency_s
+        predicted_s = self._options(request)[number].latency_s
         self._experience.note(_kind(request), number, predicted_s=predicted_s, measured_s=seconds, now_s=self._clock())
 
     def choose(self, request: InferenceRequest, *, may_try: bool = True) -> int:
@@ -82,26 +101,38 @@ class RuntimePlanner:
         (one device where several gain less than 3 %). ``may_try``: what may well be faster, for all that is known,
         counts as faster, so that it becomes known. Raises ``IsthmusError`` that names the least memory with which one
         would fit."""
-        weighed = self._weigh(request)
-        fitting = [number for number, each in enumerate(weighed) if self._missing_bytes(each) <= 0]
+        options = self._options(request)
+        fitting = [number for number, each in enumerate(options) if each.missing_bytes <= 0]
         if not fitting:
-            raise self._too_little_memory(request, weighed)
+            raise self._too_little_memory(request, [each.weighed for each in options])
         prices_s = {}
         expectations = self._experience.expected(_kind(request), fitting, self._clock())
         for number, expected in zip(fitting, expectations, strict=True):
             error = expected.mean - (_CURIOSITY * expected.deviation if may_try else 0.0)
-            prices_s[number] = weighed[number].price_s * math.exp(error)
+            prices_s[number] = options[number].price_s * math.exp(error)
         return min(fitting, key=lambda number: prices_s[number])
 
-    def _weigh(self, request: InferenceRequest) -> list[Weighed]:
+    def gives_back(self, request: InferenceRequest, number: int) -> bool:
+        """Whether plan ``number`` fits only if devices give memory back as soon as it is free."""
+        return self._options(request)[number].gives_back
+
+    def _options(self, request: InferenceRequest) -> list[_Option]:
         """All plans, by their numbers, on links as they are now."""
         factors = self.slowdowns()
         key = request, factors
         if key not in self._weighed:
             profile = slowed(self._question.profile, factors)
             question = replace(self._question, request=request, profile=profile)
-            self._weighed[key] = [each for plan in self._plans for each in forecast(question, plan)]
+            self._weighed[key] = [self._option(question, plan) for plan in self._plans]
         return self._weighed[key]
+
+    def _option(self, question: Question, plan: InferencePlan) -> _Option:
+        [weighed] = forecast(question, plan)
+        missing_bytes, gives_back = self._missing_bytes(weighed), False
+        if question.is_frugal:
+            [reusing] = forecast(replace(question, is_frugal=False), plan)
+            gives_back = self._missing_bytes(reusing) > 0
+        return _Option(weighed=weighed, missing_bytes=missing_bytes, gives_back=gives_back)
 
     def _missing_bytes(self, weighed: Weighed) -> int:
         """On the device that lacks most; 0 or less where it fits."""

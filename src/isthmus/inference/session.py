@@ -28,9 +28,14 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.serialization import from_json, to_json
+from isthmus.training.heap import return_freed_memory, reuse_freed_memory
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import TransportStats
 from isthmus.transport.errors import TransportError
+
+_HEADER = 6
+"""Numbers that every request begins with: its task, its shape, the bytes of its settings, its plan, and whether freed
+memory is to be given back."""
 
 
 class Task(enum.IntEnum):
@@ -54,7 +59,8 @@ class Arrangement:
     planner: RuntimePlanner | None = None
     """The leader's: picks one of the plans for each request, or says that none fits; without, it is the first."""
     is_frugal: bool = False
-    """Whether what plans have in common of a layer is kept once (``pieces.cut``)."""
+    """Whether what plans have in common of a layer is kept once (``pieces.cut``), and requests that would not fit else
+    are computed with freed memory given back at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,17 @@ class Continuation:
     settings: GenerationSettings
     given: tuple[tuple[int, ...], ...] = ()
     """See ``Generation.run``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A request that the leader has chosen a plan for."""
+
+    asked: InferenceRequest
+    number: int
+    execution: Execution
+    gives_back: bool
+    begun_s: float
 
 
 class Session:
@@ -134,7 +151,7 @@ class Session:
         """Lets the followers go. The group stays open: it is the caller's."""
         if self._rank == 0 and self._everybody is not None and self._executions:
             self._collected()
-            self._announce(Task.STOP, (0, 0))
+            self._announce(Task.STOP)
         self._end(TransportError("it is closed"))
         for group in self._groups.values():
             group.close()
@@ -177,12 +194,10 @@ class Session:
 
     def compute(self, task: Task, ids_BT: Tensor, attended_BT: Tensor) -> Tensor:
         """What ``task`` asks for."""
-        asked = _request_of(ids_BT)
-        number, execution = self._begin(asked)
-        begun_s = time.perf_counter()
-        self._tell(execution, task, ids_BT, attended_BT, 0, number)
-        found = _compute(task, execution, ids_BT, attended_BT)
-        self._answered = asked, number, time.perf_counter() - begun_s
+        begun = self._begin(_request_of(ids_BT))
+        self._tell(begun, task, ids_BT, attended_BT)
+        found = _compute(task, begun.execution, ids_BT, attended_BT)
+        self._answered = begun.asked, begun.number, time.perf_counter() - begun.begun_s
         return found
 
     def generate(
@@ -196,9 +211,7 @@ class Session:
         """New tokens (B, n); see ``Generation.run``."""
         wanted = Continuation(settings=settings, given=tuple(map(tuple, given)))
         text = torch.frombuffer(bytearray(to_json(wanted).encode()), dtype=torch.uint8)
-        number, execution = self._begin(_request_of(ids_BT, settings.max_new_tokens))
-        begun_s = time.perf_counter()
-        passing_on_s = 0.0
+        begun, passing_on_s = self._begin(_request_of(ids_BT, settings.max_new_tokens)), 0.0
 
         def pass_on(ids: list[int]) -> bool:
             nonlocal passing_on_s
@@ -207,41 +220,48 @@ class Session:
             passing_on_s += time.perf_counter() - start_s
             return stops
 
-        self._tell(execution, Task.GENERATE, ids_BT, attended_BT, len(text), number)
-        if execution.group is not None:
-            execution.group.broadcast(text)
-        found = execution.generate(ids_BT, attended_BT, settings, pass_on, wanted.given)
-        took_s = time.perf_counter() - begun_s - passing_on_s
-        self._answered = _request_of(ids_BT, found.shape[1]), number, took_s
+        self._tell(begun, Task.GENERATE, ids_BT, attended_BT, len(text))
+        if begun.execution.group is not None:
+            begun.execution.group.broadcast(text)
+        found = begun.execution.generate(ids_BT, attended_BT, settings, pass_on, wanted.given)
+        took_s = time.perf_counter() - begun.begun_s - passing_on_s
+        self._answered = _request_of(ids_BT, found.shape[1]), begun.number, took_s
         return found
 
-    def _begin(self, asked: InferenceRequest) -> tuple[int, Execution]:
+    def _begin(self, asked: InferenceRequest) -> _Begun:
         """Chooses a plan for the next request. Raises ``IsthmusError``, asking nobody, where none fits."""
         self._check_goes_on()
-        number = 0
+        number, gives_back = 0, False
         rates_NN = self._collected()
         if self._planner is not None:
             self._planner.observe(rates_NN.tolist())
             if self._answered is not None:
                 self._planner.answered(*self._answered)
             number = self._planner.choose(asked)
+            gives_back = self._planner.gives_back(asked, number)
         self._answered = None
         self.plan, execution = self.plans[number], self._executions[number]
         assert execution is not None
-        return number, execution
+        return _Begun(
+            asked=asked, number=number, execution=execution, gives_back=gives_back, begun_s=time.perf_counter()
+        )
 
-    def _tell(
-        self, execution: Execution, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_text_bytes: int, number: int
-    ) -> None:
-        """Gives the tokens to the devices of plan ``number``."""
-        self._announce(task, ids_BT.shape, num_text_bytes, number)
-        self._last = execution
-        if execution.group is not None:
-            execution.group.broadcast(torch.stack((ids_BT, attended_BT.long())))
+    def _tell(self, begun: _Begun, task: Task, ids_BT: Tensor, attended_BT: Tensor, num_text_bytes: int = 0) -> None:
+        """Gives the tokens to the devices of the plan."""
+        self._announce(task, *ids_BT.shape, num_text_bytes, begun.number, begun.gives_back)
+        self._mind_memory(begun.gives_back)
+        self._last = begun.execution
+        if begun.execution.group is not None:
+            begun.execution.group.broadcast(torch.stack((ids_BT, attended_BT.long())))
 
-    def _announce(self, task: Task, shape: Sequence[int], num_text_bytes: int = 0, number: int = 0) -> None:
+    def _announce(self, task: Task, *header: int) -> None:
         if self._everybody is not None:
-            self._everybody.broadcast(torch.tensor([task, *shape, num_text_bytes, number]))
+            self._everybody.broadcast(torch.tensor([task, *header, *[0] * (_HEADER - 1 - len(header))]))
+
+    def _mind_memory(self, gives_back: bool) -> None:
+        """Of this request."""
+        if self._is_frugal:
+            (return_freed_memory if gives_back else reuse_freed_memory)()
 
     def _collected(self) -> Tensor:
         """Bytes a second (N, N) that each device (row) got from each (column) in the last request; 0 where nothing is
@@ -265,14 +285,15 @@ class Session:
         if self._everybody is None:
             return False
         self._everybody.await_message(0)
-        header = torch.empty(5, dtype=torch.int64)
+        header = torch.empty(_HEADER, dtype=torch.int64)
         self._everybody.broadcast(header)
-        task, batch, num_tokens, num_text_bytes, number = header.tolist()
+        task, batch, num_tokens, num_text_bytes, number, gives_back = header.tolist()
         if task == Task.STOP:
             return False
         self.plan, execution = self.plans[number], self._executions[number]
         if execution is None or execution.group is None:
             return True
+        self._mind_memory(bool(gives_back))
         tokens = torch.empty(2, batch, num_tokens, dtype=torch.int64)
         execution.group.broadcast(tokens)
         ids_BT, attended_BT = tokens[0], tokens[1].bool()

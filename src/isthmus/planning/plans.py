@@ -50,8 +50,8 @@ class Question:
     """Of what is sent, as ``expected_error`` says. Where it is limited, original layers may have a codec each."""
     dtypes: tuple[str, ...] = ("fp32",)
     is_frugal: bool = False
-    """Whether devices give memory back as soon as it is free, and keep once what plans have in common of a layer, in
-    parts. It takes less memory and more time."""
+    """Whether devices may give memory back as soon as it is free, where a request needs that, and keep once what plans
+    have in common of a layer, in parts. It takes less memory and more time."""
 
     def budget_bytes(self, rank: int) -> int:
         free = self.profile.devices[rank].free_memory_bytes
