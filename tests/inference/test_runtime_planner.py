@@ -8,7 +8,7 @@ import pytest
 from tests.planning.test_block_steps import decoupled
 from tests.planning.test_residency import MBIT, fits_beside, question
 
-from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.inference.runtime_planner import Answer, RuntimePlanner
 from isthmus.planning.device_costs import PROCESS_BYTES
 from isthmus.planning.inference import predict
 from isthmus.planning.pieces import resident_bytes
@@ -38,6 +38,7 @@ def planner(clock: Clock) -> RuntimePlanner:
 
 
 PLANS = plans_to_keep(ASKED).plans
+NOTHING = [[0.0] * 3] * 3
 
 
 def rates(bytes_per_s: float, *, slow: int | None = None, slow_bytes_per_s: float = 0.0) -> list[list[float]]:
@@ -104,7 +105,8 @@ def test_a_plan_that_takes_longer_than_predicted_gives_way(planner: RuntimePlann
     seconds = {number: predict(ASKED, plan).latency_s for number, plan in enumerate(PLANS)}
     for _ in range(12):
         number = planner.choose(REQUEST)
-        planner.answered(REQUEST, number, seconds[number] * (2.0 if number == first else 1.0))
+        took_s = seconds[number] * (2.0 if number == first else 1.0)
+        planner.observe(NOTHING, Answer(request=REQUEST, number=number, seconds=took_s))
     assert planner.choose(REQUEST, may_try=False) != first
     longer = replace(REQUEST, num_tokens=8 * REQUEST.num_tokens)
     assert planner.choose(longer) == RuntimePlanner(ASKED, PLANS).choose(longer)
@@ -113,12 +115,26 @@ def test_a_plan_that_takes_longer_than_predicted_gives_way(planner: RuntimePlann
 def test_a_slow_link_is_not_blamed_on_the_plan(planner: RuntimePlanner) -> None:
     """What was answered over links at a tenth took longer, as long as such links let predict."""
     first = planner.choose(REQUEST)
-    planner.observe(rates(12.5 * MBIT))
-    slow = replace(ASKED, profile=slowed(ASKED.profile, planner.slowdowns()))
+    slow = replace(ASKED, profile=slowed(ASKED.profile, (10.0,) * 3))
+    answer = Answer(request=REQUEST, number=first, seconds=predict(slow, PLANS[first]).latency_s)
     for _ in range(5):
-        planner.answered(REQUEST, first, predict(slow, PLANS[first]).latency_s)
+        planner.observe(rates(12.5 * MBIT), answer)
+        assert planner.slowdowns() == pytest.approx((10, 10, 10), rel=0.1)
     planner.observe(rates(125 * MBIT))
     assert planner.choose(REQUEST, may_try=False) == first
+
+
+def test_links_that_seem_slow_while_the_answer_comes_as_ever_are_not(planner: RuntimePlanner) -> None:
+    """Who computes, or is interrupted, reads late what is there."""
+    first = planner.choose(REQUEST)
+    answer = Answer(request=REQUEST, number=first, seconds=predict(ASKED, PLANS[first]).latency_s)
+    for _ in range(5):
+        planner.observe(rates(12.5 * MBIT), answer)
+        assert planner.slowdowns() == (1.0, 1.0, 1.0) and planner.choose(REQUEST) == first
+    planner.observe(rates(12.5 * MBIT), replace(answer, seconds=10 * answer.seconds))
+    assert planner.slowdowns() == pytest.approx((10, 10, 10), rel=0.1)
+    planner.observe(rates(125 * MBIT), answer)
+    assert planner.slowdowns() == (1.0, 1.0, 1.0)
 
 
 def test_a_plan_that_does_not_fit_beside_what_is_loaded_is_never_taken() -> None:

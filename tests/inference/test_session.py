@@ -13,7 +13,7 @@ from tests.inference.conftest import on_devices
 
 from isthmus.inference.engine import Engine
 from isthmus.inference.layer import Layer
-from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.inference.runtime_planner import Answer, RuntimePlanner
 from isthmus.inference.session import Arrangement
 from isthmus.planning.pieces import Piece, held_bytes, pieces_on, resident_bytes
 from isthmus.spec.generation import GenerationSettings
@@ -36,14 +36,12 @@ class Turns:
         self.num_plans = num_plans
         self.asked: list[InferenceRequest] = []
         self.observed: list[Sequence[Sequence[float]]] = []
-        self.answers: list[tuple[InferenceRequest, int, float]] = []
+        self.answers: list[Answer] = []
 
-    def observe(self, rates_NN: Sequence[Sequence[float]]) -> None:
+    def observe(self, rates_NN: Sequence[Sequence[float]], answer: Answer | None) -> None:
         self.observed.append(rates_NN)
-
-    def answered(self, request: InferenceRequest, number: int, seconds: float) -> None:
-        assert len(self.answers) + 1 == len(self.asked) < len(self.observed)
-        self.answers.append((request, number, seconds))
+        if answer is not None:
+            self.answers.append(answer)
 
     def choose(self, request: InferenceRequest) -> int:
         self.asked.append(request)
@@ -85,10 +83,10 @@ def test_whichever_plan_answers_the_answer_is_the_same(checkpoint: Checkpoint) -
     used, *_ = on_devices(3, work)
     assert used == [*PLANS, *PLANS]
     assert planner.asked == [InferenceRequest(num_tokens=11, batch=2)] * len(used)
-    assert [(request, number) for request, number, _ in planner.answers] == [
+    assert [(answer.request, answer.number) for answer in planner.answers] == [
         (request, number % len(PLANS)) for number, request in enumerate(planner.asked[:-1])
     ]
-    assert all(seconds > 0 for *_, seconds in planner.answers)
+    assert all(answer.seconds > 0 for answer in planner.answers)
 
 
 def test_without_a_planner_it_is_the_first(checkpoint: Checkpoint) -> None:
@@ -185,7 +183,8 @@ def test_what_the_caller_does_with_tokens_is_not_held_against_a_plan(
         engine.generate_tokens(IDS, ATTENDED, GenerationSettings(max_new_tokens=5), on_tokens)
         engine.generate_tokens(IDS, ATTENDED, GenerationSettings(max_new_tokens=5))
     assert planner.asked[0] == InferenceRequest(num_tokens=11, batch=2, num_new_tokens=5)
-    assert planner.answers == [(InferenceRequest(num_tokens=11, batch=2, num_new_tokens=3), 0, 0.0)]
+    given = InferenceRequest(num_tokens=11, batch=2, num_new_tokens=3)
+    assert planner.answers == [Answer(request=given, number=0, seconds=0.0)]
 
 
 def test_the_leader_hears_of_rates_before_it_chooses_again(

@@ -24,11 +24,22 @@ _HALF_LIFE_S = 30.0
 _NOTICED = 1.25
 """A link is slower than when it was measured if it lets through less than that by such a factor."""
 _STEPS_PER_DOUBLING = 4
+_TELLING = 1.1
+"""A slower link tells from an answer's seconds where it makes them longer by such a factor."""
 _GIVING_BACK = 1.3
 """Seconds of a request while freed memory is given back at once, by those while it is used again."""
 _CURIOSITY = 1.5
 """By so many deviations a plan that is little known counts as faster than expected. With 1.5, 30 requests are answered
 faster than without ever trying, and any first few of them as fast (simulated: predictions that scatter by 12 %)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the plan of that ``number`` took for a request."""
+
+    request: InferenceRequest
+    number: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +76,27 @@ class RuntimePlanner:
         self._weighed: dict[tuple[InferenceRequest, tuple[float, ...]], list[_Option]] = {}
         self._experience = Experience()
 
-    def observe(self, rates_NN: Sequence[Sequence[float]]) -> None:
-        """Bytes a second that each device (row) got from each (column) in the last request; 0: not known.
+    def observe(self, rates_NN: Sequence[Sequence[float]], answer: Answer | None = None) -> None:
+        """Bytes a second that each device (row) got from each (column) in the last request; 0: not known. And how long
+        its answer took.
 
         Several messages share a link while devices exchange with all others at once, so a link lets through what its
-        fastest message got, times the number of others.
+        fastest message got, times the number of others. A device that computes meanwhile, or is interrupted, reads late
+        what is there: so links are slower only if the answer took accordingly long.
         """
+        before, kept = self.slowdowns(), list(zip(self._slowdowns, self._seen_s, strict=True))
+        self._see(rates_NN)
+        if answer is None:
+            return
+        if self._refutes(answer, before, self.slowdowns()):
+            for device, (factor, seen_s) in enumerate(kept):
+                if self._slowdowns[device] > factor:
+                    self._slowdowns[device], self._seen_s[device] = factor, seen_s
+        predicted_s = self._options(answer.request)[answer.number].latency_s
+        kind, now_s = _kind(answer.request), self._clock()
+        self._experience.note(kind, answer.number, predicted_s=predicted_s, measured_s=answer.seconds, now_s=now_s)
+
+    def _see(self, rates_NN: Sequence[Sequence[float]]) -> None:
         links = self._question.profile.links
         known = [
             [max(rates_NN[device][peer], rates_NN[peer][device]) for peer in range(len(links))]
@@ -83,6 +109,17 @@ class RuntimePlanner:
                 self._slowdowns[device] = factor if factor > _NOTICED else 1.0
                 self._seen_s[device] = self._clock()
 
+    def _refutes(self, answer: Answer, before: tuple[float, ...], after: tuple[float, ...]) -> bool:
+        """Whether what the answer took is nearer to what links as they were ``before`` let expect than to what those as
+        seen ``after`` do, which would have made a difference."""
+        kind, number = _kind(answer.request), answer.number
+        [expected] = self._experience.expected(kind, (number,), self._clock())
+        before_s, after_s = (
+            self._options(answer.request, factors)[number].latency_s * math.exp(expected.mean)
+            for factors in (before, after)
+        )
+        return after_s > _TELLING * before_s and answer.seconds < math.sqrt(before_s * after_s)
+
     def slowdowns(self) -> tuple[float, ...]:
         """By how much each link is slower than when it was measured, as far as is known now."""
         now_s, factors = self._clock(), []
@@ -90,11 +127,6 @@ class RuntimePlanner:
             steps = math.log2(factor) * 0.5 ** ((now_s - seen_s) / _HALF_LIFE_S) * _STEPS_PER_DOUBLING
             factors.append(2.0 ** (round(steps) / _STEPS_PER_DOUBLING))
         return tuple(factors)
-
-    def answered(self, request: InferenceRequest, number: int, seconds: float) -> None:
-        """What plan ``number`` took for ``request``, once links were observed meanwhile."""
-        predicted_s = self._options(request)[number].latency_s
-        self._experience.note(_kind(request), number, predicted_s=predicted_s, measured_s=seconds, now_s=self._clock())
 
     def choose(self, request: InferenceRequest, *, may_try: bool = True) -> int:
         """The number of the plan that is expected to be fastest, of those that fit beside the weights that are there
@@ -116,9 +148,9 @@ class RuntimePlanner:
         """Whether plan ``number`` fits only if devices give memory back as soon as it is free."""
         return self._options(request)[number].gives_back
 
-    def _options(self, request: InferenceRequest) -> list[_Option]:
-        """All plans, by their numbers, on links as they are now."""
-        factors = self.slowdowns()
+    def _options(self, request: InferenceRequest, factors: tuple[float, ...] | None = None) -> list[_Option]:
+        """All plans, by their numbers, on links that are slower by ``factors``; None: as they are now."""
+        factors = self.slowdowns() if factors is None else factors
         key = request, factors
         if key not in self._weighed:
             profile = slowed(self._question.profile, factors)

@@ -19,7 +19,7 @@ from torch import Tensor
 from isthmus.inference.execution import Execution
 from isthmus.inference.generation import OnTokens
 from isthmus.inference.layer import Layer
-from isthmus.inference.runtime_planner import RuntimePlanner
+from isthmus.inference.runtime_planner import Answer, RuntimePlanner
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_layout import team_of
 from isthmus.planning.pieces import Piece, cut, pieces_on
@@ -115,8 +115,8 @@ class Session:
         """Devices that some plan needs; the leader tells them what comes."""
         self._executions: list[Execution | None] = []
         self._last: Execution | None = None
-        self._answered: tuple[InferenceRequest, int, float] | None = None
-        """The last request, its plan's number and the seconds of the answer; the planner has not heard of it."""
+        self._answer: Answer | None = None
+        """The last one, of which the planner has not heard."""
         self._over: BaseException | None = None
         try:
             self._everybody = self._group_of(self._members)
@@ -197,7 +197,8 @@ class Session:
         begun = self._begin(_request_of(ids_BT))
         self._tell(begun, task, ids_BT, attended_BT)
         found = _compute(task, begun.execution, ids_BT, attended_BT)
-        self._answered = begun.asked, begun.number, time.perf_counter() - begun.begun_s
+        seconds = time.perf_counter() - begun.begun_s
+        self._answer = Answer(request=begun.asked, number=begun.number, seconds=seconds)
         return found
 
     def generate(
@@ -224,8 +225,8 @@ class Session:
         if begun.execution.group is not None:
             begun.execution.group.broadcast(text)
         found = begun.execution.generate(ids_BT, attended_BT, settings, pass_on, wanted.given)
-        took_s = time.perf_counter() - begun.begun_s - passing_on_s
-        self._answered = _request_of(ids_BT, found.shape[1]), begun.number, took_s
+        seconds = time.perf_counter() - begun.begun_s - passing_on_s
+        self._answer = Answer(request=_request_of(ids_BT, found.shape[1]), number=begun.number, seconds=seconds)
         return found
 
     def _begin(self, asked: InferenceRequest) -> _Begun:
@@ -234,12 +235,10 @@ class Session:
         number, gives_back = 0, False
         rates_NN = self._collected()
         if self._planner is not None:
-            self._planner.observe(rates_NN.tolist())
-            if self._answered is not None:
-                self._planner.answered(*self._answered)
+            self._planner.observe(rates_NN.tolist(), self._answer)
             number = self._planner.choose(asked)
             gives_back = self._planner.gives_back(asked, number)
-        self._answered = None
+        self._answer = None
         self.plan, execution = self.plans[number], self._executions[number]
         assert execution is not None
         return _Begun(
