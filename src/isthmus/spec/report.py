@@ -28,7 +28,7 @@ class StepRecord:
     optimizer_s: float
     learning_rate: float
     gradient_norm: float | None = None
-    """Global norm before clipping, computed where nothing is clipped too. None: an older report of such a run."""
+    """Global norm before clipping, where nothing is clipped too. None: not told."""
     evaluation_loss: float | None = None
     """None: no evaluation after this step."""
 
