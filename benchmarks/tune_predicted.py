@@ -57,6 +57,8 @@ class Configuration:
     micro_batches: int
     policy: str
     stages: int | None = None
+    in_flight: int | None = None
+    """Micro-batches; None: as many as fit."""
     is_judged: bool = True
     """Not used to build the model of a step."""
 
@@ -75,6 +77,8 @@ class Configuration:
             found["--emulate"] = f"h2d={self.rate},d2h={self.rate},latency=20us"
         if self.stages is not None:
             found["--num-stages"] = self.stages
+        if self.in_flight is not None:
+            found["--micro-batches-in-flight"] = self.in_flight
         return [str(part) for item in found.items() for part in item]
 
 
@@ -101,6 +105,13 @@ CONFIGURATIONS = (
     Configuration("j14", "qwen3", 4, "2GiB", "2GB/s", 256, 1, 4, "mobius"),
     Configuration("j15", "qwen3", 4, "", "", 256, 1, 8, "affinity"),
     Configuration("j16", "mixtral", 4, "", "", 256, 1, 4, "affinity"),
+    # Flights: where all fits the accelerator, and where little does.
+    Configuration("f8", "qwen3", 1, "1GiB", "2GB/s", 128, 1, 8, "affinity", in_flight=8),
+    Configuration("f4", "qwen3", 1, "1GiB", "2GB/s", 128, 1, 8, "affinity", in_flight=4),
+    Configuration("f1", "qwen3", 1, "1GiB", "2GB/s", 128, 1, 8, "affinity", in_flight=1),
+    Configuration("t8", "qwen3", 1, "220MiB", "2GB/s", 128, 1, 8, "affinity", in_flight=8),
+    Configuration("t4", "qwen3", 1, "220MiB", "2GB/s", 128, 1, 8, "affinity", in_flight=4),
+    Configuration("t1", "qwen3", 1, "220MiB", "2GB/s", 128, 1, 8, "affinity", in_flight=1),
 )
 
 

@@ -80,7 +80,13 @@ Warmup = Annotated[
     float, _training("Share of the steps (below 1) or number of steps in which the learning rate rises from 0.", min=0)
 ]
 WeightDecay = Annotated[float, _training("Decoupled weight decay of AdamW.", min=0)]
-ClipNorm = Annotated[float, _training("Scale gradients down to this global norm; exact. 0: off.", min=0)]
+ClipNorm = Annotated[
+    float,
+    _training(
+        "Scale gradients down to this global norm; exact. 0: off, which saves no time: steps wait for the norm anyway.",
+        min=0,
+    ),
+]
 Dtype = Annotated[
     Literal["bf16", "fp32"],
     _training("Precision of the computation. Master weights and moments are FP32 in both."),

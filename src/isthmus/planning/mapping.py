@@ -22,7 +22,6 @@ Legend: ``L`` layers, ``S`` stages, ``D`` devices, ``N`` ways of cutting that ar
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -31,6 +30,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.planning.roots import order_by_roots
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.plan import Stage
 
@@ -116,20 +116,11 @@ class StageMapping:
 
 def device_order(places: Sequence[tuple[int, int]]) -> list[int]:
     """The devices, of each of which ``places`` has (host, PCIe root), in the order in which stages go round: host by
-    host, and on a host with as few neighbours under one root as can be."""
+    host, and on a host as ``order_by_roots`` has it."""
     order: list[int] = []
     for host in sorted({host for host, _ in places}):
-        queues: dict[int, deque[int]] = {}
-        for number, (own_host, root) in enumerate(places):
-            if own_host == host:
-                queues.setdefault(root, deque()).append(number)
-        last: int | None = None
-        while queues:
-            # The fullest root first, else its devices are left over at the end.
-            last = max(queues, key=lambda root: (root != last or len(queues) == 1, len(queues[root]), -root))
-            order.append(queues[last].popleft())
-            if not queues[last]:
-                del queues[last]
+        own = [number for number, (own_host, _) in enumerate(places) if own_host == host]
+        order += [own[at] for at in order_by_roots([places[number][1] for number in own])]
     return order
 
 

@@ -28,7 +28,7 @@ class StepRecord:
     optimizer_s: float
     learning_rate: float
     gradient_norm: float | None = None
-    """Global norm before clipping. None: the run does not clip, so nobody computed it."""
+    """Global norm before clipping, where nothing is clipped too. None: not told."""
     evaluation_loss: float | None = None
     """None: no evaluation after this step."""
 
@@ -54,6 +54,20 @@ class TuneSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankDevice:
+    """The GPU that one of several processes took."""
+
+    rank: int
+    host: str
+    number: int
+    """Of those that the process sees."""
+    address: str
+    """On the PCIe bus."""
+    root: str | None
+    """The root port through which it reaches its host; None: not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneReport:
     """``report.json`` of a tune run. ``config`` and ``environment`` hold plain JSON values (lists, not tuples)."""
 
@@ -65,6 +79,8 @@ class TuneReport:
     summary: TuneSummary
     mapping: LayerMapping | None = None
     """Of several processes."""
+    devices: tuple[RankDevice, ...] = ()
+    """Likewise, of those that use a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

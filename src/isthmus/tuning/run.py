@@ -23,7 +23,7 @@ from isthmus.reporting.popularity_plot import plot_popularity
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.files import atomic_write
-from isthmus.spec.report import TuneReport, TuneSummary
+from isthmus.spec.report import RankDevice, TuneReport, TuneSummary
 from isthmus.spec.serialization import to_json
 from isthmus.spec.timeline import Timeline
 from isthmus.training.interruption import StopSignals
@@ -33,13 +33,13 @@ from isthmus.tuning.layers import agree
 from isthmus.tuning.options import TuneOptions
 from isthmus.tuning.output import write_final
 from isthmus.tuning.pipeline.company import (
-    choose_device,
     of_all_ranks,
     require_same,
     require_shared,
     share_cores,
     timelines_of_all,
 )
+from isthmus.tuning.pipeline.devices import devices_of_all, take_device, told_devices
 from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
 from isthmus.tuning.pipeline.mapping import told
 from isthmus.tuning.predictor import PredictorQuality
@@ -124,10 +124,11 @@ def _tune(
     path = _checked_checkpoint(options)
     stream, evaluation = _read_data(options, path, progress)
     session_options = options.session()
+    devices: tuple[RankDevice, ...] = ()
     if links is not None:
         require_same(links, _facts(options, path, stream))
         require_shared(output, links)
-        choose_device(options.accelerator)
+        devices = _take_devices(options, links, progress)
         session_options = replace(session_options, num_cores=share_cores(links))
     is_first = links is None or not links.rank
     example, largest = stream.peek(), stream.largest()
@@ -155,6 +156,7 @@ def _tune(
             steps=tuple(trainer.records),
             summary=of_all_ranks(summarise(session, trainer, memory.peak_bytes), links),
             mapping=mapping,
+            devices=devices,
         )
         timelines = timelines_of_all(recorder.timeline(), links)
         if links is not None:
@@ -168,6 +170,16 @@ def _tune(
         progress.phase("drawing")
         _draw(session, trainer, timelines, options)
     return result
+
+
+def _take_devices(options: TuneOptions, links: Links, progress: TrainingProgress) -> tuple[RankDevice, ...]:
+    """Each process takes a GPU of its own, where GPUs are used."""
+    if options.accelerator not in ("auto", "cuda") or options.emulate is not None:
+        return ()
+    devices = devices_of_all(take_device(links.rank), links)
+    if devices:
+        progress.message(told_devices(devices))
+    return devices
 
 
 def _in_flight(session: Session, options: TuneOptions) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,11 +12,14 @@ from tests.planning.conftest import line
 
 from isthmus.models.tiny import tiny_config
 from isthmus.planning.memory import Blueprint, minimum_bytes
+from isthmus.simulation.tuning.machine import cluster_of
 from isthmus.simulation.tuning.popularity import find_popularity
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
+from isthmus.tuning.preflight import rehearse as rehearsing
 from isthmus.tuning.preflight.blueprint import blueprint_of, packed_inputs
-from isthmus.tuning.rehearsal.run import Played, play, whole_steps
+from isthmus.tuning.preflight.predict import Question, predict
+from isthmus.tuning.rehearsal.run import NUM_STEPS, Played, play, whole_steps
 from isthmus.tuning.rehearsal.scenario import Scenario
 
 NUM_LAYERS, NUM_TOKENS, MICRO_BATCHES, TOP_K = 8, 16, 4, 2
@@ -178,3 +182,38 @@ def test_slower_links_and_less_memory_are_never_faster(blueprint: Blueprint) -> 
     for policy in ("mobius", "paper"):
         fast_s = played(blueprint, is_separate=True, policy=policy).steps_s[-1]
         assert played(blueprint, is_separate=True, policy=policy, profile=slow).steps_s[-1] >= fast_s
+
+
+def test_links_are_said_to_carry_what_a_step_copies(blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in flights, where experts that stay are not loaded again."""
+    profile, kept = profile_of(blueprint, is_separate=True), []
+    cluster = cluster_of(
+        profile,
+        blueprint.spec,
+        num_tokens=NUM_TOKENS,
+        seq_len=NUM_TOKENS,
+        memory_bytes=1 << 30,
+        num_processes=2,
+    )
+    asked = Question(
+        blueprint=blueprint,
+        cluster=cluster,
+        micro_batch_size=1,
+        micro_batches=MICRO_BATCHES,
+        micro_batches_in_flight=1,
+        seq_len=NUM_TOKENS,
+        num_stages=None,
+        policy="mobius",
+        popularity=find_popularity("gini=0.4", blueprint.spec),
+    )
+
+    def keeping(scenario: Scenario, steps: Sequence[dict[int, list[int]]]) -> Played:
+        kept.append(play(scenario, steps, times_decisions=False))
+        return kept[-1]
+
+    monkeypatch.setattr(rehearsing, "play", keeping)
+    found, _, _ = rehearsing.rehearse(asked, profile, predict(asked))
+    assert [link.name for link in found.links] == ["accelerator 0", "accelerator 1"]
+    for link, copied in zip(found.links, kept[0].num_bytes, strict=True):
+        assert (link.there_bytes, link.back_bytes) == (copied["h2d"] // NUM_STEPS, copied["d2h"] // NUM_STEPS)
+        assert link.there_bytes > 0 and link.back_bytes > 0

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from isthmus.profiling.limits import free_memory
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.spec.errors import IsthmusError
@@ -104,19 +102,6 @@ def require_memory(needed_bytes: int, links: Links | None) -> None:
                 f"memory: {host} has {free / 2**30:.1f} GiB free{who}, wanted {needed / 2**30:.1f} GiB for weights, "
                 "gradients and Adam's moments: free some, or start processes on more hosts (fewer on this one)."
             )
-
-
-def choose_device(accelerator: str) -> None:
-    """Each process of a host takes a GPU of its own, where GPUs are used. Raises ``IsthmusError`` without one."""
-    if accelerator not in ("auto", "cuda") or not torch.cuda.is_available():
-        return
-    number, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= num_devices:
-        raise IsthmusError(
-            f"accelerator: got {num_devices} GPUs for process {number + 1} of this host, wanted one each: start "
-            "fewer processes, or say --accelerator host."
-        )
-    torch.cuda.set_device(number)
 
 
 def of_all_ranks(summary: TuneSummary, links: Links | None) -> TuneSummary:

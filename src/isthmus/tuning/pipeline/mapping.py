@@ -110,6 +110,7 @@ def map_seats(
     not is refused, with all figures, by who asks for the memory."""
     pools = list(dict.fromkeys((seat.host, seat.memory_group) for seat in seats))
     free_bytes = [min(seat.free_bytes for seat in seats if (seat.host, seat.memory_group) == pool) for pool in pools]
+    # Each as under a root of its own, so that the order stays that of ranks: they have taken their GPUs in it.
     devices = [
         (
             Place(host=pools.index((seat.host, seat.memory_group)), root=rank, memory_bytes=seat.memory_bytes),

@@ -3,17 +3,18 @@ of the simulator, which describes machines that nobody measured and the pipeline
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.spec.plan import Stage
-from isthmus.spec.plan_tune import PredictedStep
+from isthmus.spec.plan_tune import LinkUse, PredictedStep
 from isthmus.spec.profile import Profile
 from isthmus.spec.timeline import Timeline
 from isthmus.tuning.preflight.predict import RESOURCES, Prediction, Question
-from isthmus.tuning.rehearsal.run import NUM_STEPS, WARM_STEPS, play, whole_steps
+from isthmus.tuning.rehearsal.run import NUM_STEPS, WARM_STEPS, Played, play, whole_steps
 from isthmus.tuning.rehearsal.scenario import Scenario
 
 NOTE = "the runtime played through with what was measured here"
@@ -55,7 +56,21 @@ def rehearse(
         cpu_pairs_share=played.cpu_rows_share,
         note=NOTE,
     )
-    devices = found.devices if scenario.is_separate else ()
-    links = found.links if scenario.is_separate else ()
-    whole = replace(found, devices=devices, links=links, num_in_flight=scenario.num_in_flight, step=step, reason="")
+    whole = replace(
+        found,
+        devices=found.devices if scenario.is_separate else (),
+        links=_links(found.links, played) if scenario.is_separate else (),
+        num_in_flight=scenario.num_in_flight,
+        step=step,
+        reason="",
+    )
     return whole, played.timelines, scenario.division.stages
+
+
+def _links(found: Sequence[LinkUse], played: Played) -> tuple[LinkUse, ...]:
+    """With what was copied in a step as it was played: in flights the simulator loads anew what the runtime still has.
+    Of a machine that was measured each process has one, and there are no others."""
+    return tuple(
+        replace(link, there_bytes=copied["h2d"] // NUM_STEPS, back_bytes=copied["d2h"] // NUM_STEPS)
+        for link, copied in zip(found, played.num_bytes, strict=False)
+    )
