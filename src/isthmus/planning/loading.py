@@ -6,7 +6,7 @@ Runtime and simulator share this: a loader decides only when there is room for o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache
 
@@ -82,6 +82,15 @@ class LoadQueues:
                 if verdict is Verdict.TAKE:
                     return True
         return False
+
+    def take_missing(self, there: Container[UnitKey], on_way: Container[UnitKey]) -> UnitKey | None:
+        """What ``take`` takes where there is room for everything and only what is missing is wanted."""
+        for queue in self._queues.values():
+            while queue:
+                key, _ = queue.popitem(last=False)
+                if key not in there and key not in on_way:
+                    return key
+        return None
 
 
 @cache

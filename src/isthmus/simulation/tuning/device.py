@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from isthmus.planning.loading import Phase, unit_key
 from isthmus.simulation.tuning.costs import Seat, num_pieces
-from isthmus.simulation.tuning.events import CpuPool, Events, Lane, Record
-from isthmus.simulation.tuning.links import Copy, CopyEngine, Links, Loader, Urgency
+from isthmus.simulation.tuning.events import CpuPool, Events, Record
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Urgency
+from isthmus.simulation.tuning.media import Links, Relay
 from isthmus.simulation.tuning.policies import StepPolicy
 from isthmus.simulation.tuning.work import BACKWARD, Backlog, Division, Run, StepWork
 from isthmus.spec.model import DENSE, UnitKey
@@ -45,26 +46,25 @@ class Device:
         self.record = record
         self.copy_s = seat.host.accelerator.copy_s
         self.cpu_rows = self.num_rows = 0.0
-        self.num_loads = 0
         self._work, self._policy, self._events, self._leave = work, policy, events, leave
         self._end_norm = end_norm
         self._runs = work.runs[seat.device]
         self._costs = {layer: work.layer_costs(layer) for run in self._runs for layer in run.layers}
         self._accelerator = record.lane("accelerator")
         self.cpu = CpuPool(events, record)
-        window = work.costs.job.copy_window
-        self.loader = Loader(events, record.lane("h2d"), links.h2d, window, self._load_cost, self._landed)
-        self.unloader = CopyEngine(events, record.lane("d2h"), links.d2h, window)
-        # Between accelerators: they take no copy engine, so they are in no lane that is shown.
-        self.receiver = CopyEngine(events, Lane("h2d", None), links.h2d, window)
-        self.sender = CopyEngine(events, Lane("d2h", None), links.d2h, window)
-        self._at = -1
-        self._stage_keys: list[UnitKey] = []
-        self._arrived: dict[tuple[int, bool], deque[int]] = {}
-        self._num_left = 0
-        self._is_loading = self._is_open = False
         self._awaited: dict[UnitKey, None] = {}
         """What has to land before ``_then()`` goes on: a stage, or what the open micro-batch needs."""
+        window, lane = work.costs.job.copy_window, record.lane("h2d")
+        self.loader = Loader(events, lane, links.h2d, window, self._load_cost, self._landed, self._awaited)
+        self.unloader = CopyEngine(events, record.lane("d2h"), links.d2h)
+        # Between accelerators; in no lane that is shown.
+        self.receiver, self.sender = Relay(events, links.h2d), Relay(events, links.d2h)
+        self._at = -1
+        self._stage_keys: list[UnitKey] = []
+        self._arrived: list[deque[int]] = [deque() for _ in self._runs]
+        """Micro-batches, by run."""
+        self._num_left = 0
+        self._is_loading = self._is_open = False
         self._then: Callable[[], None] = self._open
         self._divisions: dict[tuple[int, bool], Division] = {}
         self._num_there: dict[tuple[int, bool], int] = {}
@@ -131,9 +131,15 @@ class Device:
         self._is_loading = False
         self._open()
 
-    def arrive(self, stage: int, is_backward: bool, micro_batch: int) -> None:
-        self._arrived.setdefault((stage, is_backward), deque()).append(micro_batch)
-        self._open()
+    def run_of(self, stage: int, is_backward: bool) -> int:
+        """Number of the run of this stage and pass."""
+        return next(at for at, run in enumerate(self._runs) if (run.stage, run.is_backward) == (stage, is_backward))
+
+    def arrive(self, run: int, micro_batch: int) -> None:
+        """A micro-batch is here for the run of this number."""
+        self._arrived[run].append(micro_batch)
+        if run == self._at:
+            self._open()
 
     def check_done(self) -> None:
         """Everything was computed, nothing is left behind: a schedule that stops is a bug, not a result."""
@@ -145,11 +151,10 @@ class Device:
         """The next micro-batch that is here begins the present run."""
         if self._is_open or self._is_loading or not 0 <= self._at < len(self._runs):
             return
-        run = self._runs[self._at]
-        arrived = self._arrived.get((run.stage, run.is_backward))
+        arrived = self._arrived[self._at]
         if arrived:
             self._is_open = True
-            self._run, self._micro_batch, self._position = run, arrived.popleft(), -1
+            self._run, self._micro_batch, self._position = self._runs[self._at], arrived.popleft(), -1
             self._next_layer()
 
     def _left(self) -> None:
@@ -380,11 +385,10 @@ class Device:
         loader.refill()
 
     def _landed(self, key: UnitKey) -> None:
-        self.num_loads += 1
-        if key in self._awaited:
-            del self._awaited[key]
-            if not self._awaited:
-                self._then()
+        """One of those that are awaited."""
+        del self._awaited[key]
+        if not self._awaited:
+            self._then()
 
     def _load_cost(self, key: UnitKey) -> tuple[float, int, float]:
         return self._load_costs[key.layer][key.expert >= 0]

@@ -1,0 +1,151 @@
+"""Links, PCIe roots and host memory: media that what goes through them at once shares equally (processor sharing), so a
+copy becomes slower while others run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from math import inf
+from typing import Any, NamedTuple
+
+from isthmus.simulation.tuning.events import Events
+
+
+class Medium:
+    """``capacity``: how many flows it carries at their full rate."""
+
+    __slots__ = ("_capacity", "active", "share")
+
+    def __init__(self, capacity: float) -> None:
+        self._capacity = capacity
+        self.share = min(1.0, capacity)
+        """Of its full rate that every flow under way has, or the first will have."""
+        self.active: dict[Flow, None] = {}
+
+    def divide(self, num_flows: int) -> None:
+        """Among so many. Those under way are retimed; one that is about to begin is not among them yet."""
+        share = self._capacity / num_flows if num_flows > self._capacity else 1.0
+        if share != self.share:
+            self.share = share
+            for flow in self.active:
+                flow.retime()
+
+
+class Links(NamedTuple):
+    """The media of a device's link, one direction each."""
+
+    h2d: tuple[Medium, ...]
+    d2h: tuple[Medium, ...]
+
+
+class Flow:
+    """Carries one thing at a time at the rate that its media leave it.
+
+    A flow that is slowed down keeps the event that it has in the clock, which finds that it came too early and asks
+    again: what is slowed is mostly hastened before.
+    """
+
+    __slots__ = ("_asked_s", "_due_s", "_events", "_left_s", "_media", "_rate", "_since_s", "_version")
+
+    def __init__(self, events: Events, media: tuple[Medium, ...]) -> None:
+        self._events = events
+        self._media = media
+        self._since_s = self._left_s = 0.0
+        self._rate = 1.0
+        self._due_s = 0.0
+        self._asked_s = inf
+        """When the event comes that is in the clock, if there is one."""
+        self._version = 0
+        """Of that event; others are void."""
+
+    def retime(self) -> None:
+        """The media's shares have changed."""
+        now_s = self._events.now_s
+        left_s = self._left_s - (now_s - self._since_s) * self._rate
+        self._schedule(now_s, left_s if left_s > 0.0 else 0.0)
+
+    def _schedule(self, now_s: float, left_s: float) -> None:
+        """What is under way lands after ``left_s`` seconds at the full rate."""
+        rate = 1.0
+        for medium in self._media:
+            if medium.share < rate:
+                rate = medium.share
+        self._since_s, self._left_s, self._rate = now_s, left_s, rate
+        due_s = self._due_s = now_s + left_s / rate
+        if due_s < self._asked_s:
+            self._asked_s = due_s
+            self._version = version = self._version + 1
+            self._events.at(due_s, self._landed, version)
+
+    def _join(self, seconds: float) -> None:
+        """Begins what takes ``seconds`` at the full rate; nothing was under way."""
+        for medium in self._media:
+            active = medium.active
+            if active:
+                medium.divide(len(active) + 1)
+            active[self] = None
+        self._schedule(self._events.now_s, seconds)
+
+    def _leave(self) -> None:
+        """Nothing more is under way."""
+        for medium in self._media:
+            active = medium.active
+            del active[self]
+            if active:
+                medium.divide(len(active))
+
+    def _follow(self, now_s: float, seconds: float) -> None:
+        """Begins what comes next at the rate of the one before: whoever joins or leaves the media retimes it."""
+        self._since_s, self._left_s = now_s, seconds
+        self._due_s = self._asked_s = due_s = now_s + seconds / self._rate
+        self._events.at(due_s, self._landed, self._version)
+
+    def _has_landed(self, version: int) -> bool:
+        """Whether what is under way has, or else asks again."""
+        if version != self._version:
+            return False
+        if self._due_s > self._events.now_s:
+            self._asked_s = self._due_s
+            self._events.at(self._due_s, self._landed, version)
+            return False
+        self._asked_s = inf
+        return True
+
+    def _landed(self, version: int) -> None:
+        """The event: what follows if it ``_has_landed``."""
+        raise NotImplementedError
+
+
+class Relay(Flow):
+    """What an accelerator sends another, or gets from it, one after the other: kernels, so no copy engine."""
+
+    __slots__ = ("_arguments", "_is_busy", "_then", "_waiting")
+
+    def __init__(self, events: Events, media: tuple[Medium, ...]) -> None:
+        super().__init__(events, media)
+        self._waiting: deque[tuple[float, Callable[..., None], tuple[Any, ...]]] = deque()
+        self._is_busy = False
+        self._then: Callable[..., None]
+        self._arguments: tuple[Any, ...]
+
+    def send(self, seconds: float, then: Callable[..., None], *arguments: Any) -> None:
+        """``then(*arguments)`` when what takes ``seconds`` at the full rate is there."""
+        if self._is_busy:
+            self._waiting.append((seconds, then, arguments))
+            return
+        self._is_busy = True
+        self._then, self._arguments = then, arguments
+        self._join(seconds)
+
+    def _landed(self, version: int) -> None:
+        if not self._has_landed(version):
+            return
+        then, arguments = self._then, self._arguments
+        if self._waiting:
+            seconds, self._then, self._arguments = self._waiting.popleft()
+            self._follow(self._events.now_s, seconds)
+        else:
+            self._is_busy = False
+            self._leave()
+        then(*arguments)
