@@ -14,10 +14,10 @@ from enum import IntEnum
 from math import ceil
 from typing import Any
 
-from isthmus.planning.loading import LoadQueues
+from isthmus.planning.loading import LoadQueues, unit_key
 from isthmus.simulation.tuning.events import Events, Lane
 from isthmus.simulation.tuning.media import Flow, Medium
-from isthmus.spec.model import UnitKey
+from isthmus.spec.model import DENSE, UnitKey
 
 
 class Urgency(IntEnum):
@@ -137,10 +137,11 @@ class CopyEngine(Flow):
         self._began_s = self._events.now_s
         self._join(copy.seconds)
 
-    def _landed(self, version: int) -> None:
-        if not self._has_landed(version):
+    def _landed(self) -> None:
+        now_s = self._events.now_s
+        if not self._has_landed(now_s):
             return
-        now_s, lane, copy = self._events.now_s, self.lane, self._current
+        lane, copy = self.lane, self._current
         assert copy is not None
         if lane.spans is None:
             lane.busy_s = lane.busy_s + now_s - self._began_s
@@ -201,6 +202,7 @@ class Loader(CopyEngine):
         self.num_landed = 0
         """Units that were still wanted when they had landed."""
         self._experts: dict[int, list[int]] = {}
+        """By layer of which something is there or on its way."""
         self._cost = cost
         self._on_landed = on_landed
         self.awaited = awaited
@@ -227,8 +229,9 @@ class Loader(CopyEngine):
             return False
         self.on_way[key] = None
         layer, expert = key
+        experts = self._experts.setdefault(layer, [])
         if expert >= 0:
-            self._experts.setdefault(layer, []).append(expert)
+            experts.append(expert)
         kind = "load_expert" if expert >= 0 else "load_dense"
         name = "" if self.lane.spans is None else f"load L{layer}" + f" E{expert}" * (expert >= 0)
         seconds, num_bytes, piece_s = self._cost(key)
@@ -251,8 +254,9 @@ class Loader(CopyEngine):
 
     def forget(self, layers: set[int]) -> None:
         """Everything of other layers leaves the accelerator; what is on its way is of no use when it lands."""
-        for kept in (self.there, self.on_way):
-            for key in [key for key in kept if key.layer not in layers]:
-                del kept[key]
+        there, on_way = self.there, self.on_way
         for layer in [layer for layer in self._experts if layer not in layers]:
-            del self._experts[layer]
+            for expert in (DENSE, *self._experts.pop(layer)):
+                key = unit_key(layer, expert)
+                there.pop(key, None)
+                on_way.pop(key, None)

@@ -46,7 +46,7 @@ class Flow:
     again: what is slowed is mostly hastened before.
     """
 
-    __slots__ = ("_asked_s", "_due_s", "_events", "_left_s", "_media", "_rate", "_since_s", "_version")
+    __slots__ = ("_asked_s", "_due_s", "_events", "_left_s", "_media", "_rate", "_since_s")
 
     def __init__(self, events: Events, media: tuple[Medium, ...]) -> None:
         self._events = events
@@ -55,9 +55,7 @@ class Flow:
         self._rate = 1.0
         self._due_s = 0.0
         self._asked_s = inf
-        """When the event comes that is in the clock, if there is one."""
-        self._version = 0
-        """Of that event; others are void."""
+        """When the event comes that counts, if there is one; those that come at other times are void."""
 
     def retime(self) -> None:
         """The media's shares have changed."""
@@ -75,8 +73,7 @@ class Flow:
         due_s = self._due_s = now_s + left_s / rate
         if due_s < self._asked_s:
             self._asked_s = due_s
-            self._version = version = self._version + 1
-            self._events.at(due_s, self._landed, version)
+            self._events.at(due_s, self._landed)
 
     def _join(self, seconds: float) -> None:
         """Begins what takes ``seconds`` at the full rate; nothing was under way."""
@@ -99,21 +96,21 @@ class Flow:
         """Begins what comes next at the rate of the one before: whoever joins or leaves the media retimes it."""
         self._since_s, self._left_s = now_s, seconds
         self._due_s = self._asked_s = due_s = now_s + seconds / self._rate
-        self._events.at(due_s, self._landed, self._version)
+        self._events.at(due_s, self._landed)
 
-    def _has_landed(self, version: int) -> bool:
-        """Whether what is under way has, or else asks again."""
-        if version != self._version:
+    def _has_landed(self, now_s: float) -> bool:
+        """Whether the event counts and what is under way has landed; if it is late, another is asked for."""
+        if now_s != self._asked_s:
             return False
-        if self._due_s > self._events.now_s:
+        if self._due_s > now_s:
             self._asked_s = self._due_s
-            self._events.at(self._due_s, self._landed, version)
+            self._events.at(self._due_s, self._landed)
             return False
         self._asked_s = inf
         return True
 
-    def _landed(self, version: int) -> None:
-        """The event: what follows if it ``_has_landed``."""
+    def _landed(self) -> None:
+        """The event: what follows if what is under way ``_has_landed``."""
         raise NotImplementedError
 
 
@@ -138,13 +135,14 @@ class Relay(Flow):
         self._then, self._arguments = then, arguments
         self._join(seconds)
 
-    def _landed(self, version: int) -> None:
-        if not self._has_landed(version):
+    def _landed(self) -> None:
+        now_s = self._events.now_s
+        if not self._has_landed(now_s):
             return
         then, arguments = self._then, self._arguments
         if self._waiting:
             seconds, self._then, self._arguments = self._waiting.popleft()
-            self._follow(self._events.now_s, seconds)
+            self._follow(now_s, seconds)
         else:
             self._is_busy = False
             self._leave()
