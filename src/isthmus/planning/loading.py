@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache
+from itertools import zip_longest
 
 from isthmus.spec.model import UnitKey
 
@@ -83,12 +84,12 @@ class LoadQueues:
                     return True
         return False
 
-    def take_missing(self, there: Container[UnitKey], on_way: Container[UnitKey]) -> UnitKey | None:
-        """What ``take`` takes where there is room for everything and only what is missing is wanted."""
+    def take_missing(self, known: Container[UnitKey]) -> UnitKey | None:
+        """What ``take`` takes where there is room for everything and only what is not ``known`` is wanted."""
         for queue in self._queues.values():
             while queue:
                 key, _ = queue.popitem(last=False)
-                if key not in there and key not in on_way:
+                if key not in known:
                     return key
         return None
 
@@ -104,11 +105,17 @@ def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
 
     ``counts_LE``: tokens or shares of every expert by layer, the layers in the order of the pass.
     """
-    ranked = {
-        layer: sorted(range(len(counts_E)), key=[-count for count in counts_E].__getitem__)
-        for layer, counts_E in counts_LE.items()
-    }
-    deepest = max((len(order) for order in ranked.values()), default=0)
-    return [
-        unit_key(layer, order[rank]) for rank in range(deepest) for layer, order in ranked.items() if rank < len(order)
-    ]
+    return in_turn(
+        {
+            layer: sorted(range(len(counts_E)), key=[-count for count in counts_E].__getitem__)
+            for layer, counts_E in counts_LE.items()
+        }
+    )
+
+
+def in_turn(ranked_LE: Mapping[int, Sequence[int]]) -> list[UnitKey]:
+    """The first expert of each layer, then the second of each, and so on."""
+    rows = [[unit_key(layer, expert) for expert in order] for layer, order in ranked_LE.items()]
+    if len(rows) == 1:
+        return rows[0]
+    return [key for rank in zip_longest(*rows) for key in rank if key is not None]

@@ -83,6 +83,7 @@ class Device:
             layer: [costs.load(policy.piece_bytes, is_expert=is_expert) for is_expert in (False, True)]
             for layer, costs in self._costs.items()
         }
+        self._dense_keys = {layer: unit_key(layer, DENSE) for layer in self._costs}
         self._unstepped = {layer for layer, _ in backlog}
         """Layers whose weights are still those of the step before."""
         self._take_over(backlog)
@@ -91,6 +92,7 @@ class Device:
         """What is there before the step begins, and what the step before has left to do."""
         if self._policy.is_resident:
             self.loader.there = dict.fromkeys(self._all_keys(), 0.0)
+            self.loader.known = dict.fromkeys(self.loader.there)
         for layer, seconds in backlog:
             self._step(layer, seconds)
 
@@ -121,8 +123,8 @@ class Device:
         self._open()
 
     def _queue(self, phase: Phase, keys: list[UnitKey]) -> None:
-        there, on_way, unstepped = self.loader.there, self.loader.on_way, self._unstepped
-        missing = [key for key in keys if key not in there and key not in on_way]
+        known, unstepped = self.loader.known, self._unstepped
+        missing = [key for key in keys if key not in known]
         if unstepped:
             missing = [key for key in missing if key.layer not in unstepped]
         self.loader.queues.replace(phase, missing)
@@ -170,31 +172,29 @@ class Device:
     # --- layers ------------------------------------------------------------------------------------------------------
 
     def _next_layer(self) -> None:
-        run = self._run
-        self._position += 1
-        if self._position == len(run.layers):
+        layers = self._run.layers
+        position = self._position = self._position + 1
+        if position == len(layers):
             self._left()
             return
-        self._layer = run.layers[self._position]
-        if run.is_backward:
+        self._layer = layers[position]
+        if self._run.is_backward:
             self._begin_experts()
         else:
             self._begin_dense()
 
     def _begin_dense(self) -> None:
-        key = unit_key(self._layer, DENSE)
-        if key in self.loader.there:
+        if self._dense_keys[self._layer] in self.loader.there:
             self._compute_dense()
         else:
-            self._wait([key], self._compute_dense)
+            self._wait([self._dense_keys[self._layer]], self._compute_dense)
 
     def _compute_dense(self) -> None:
         costs, is_backward = self._costs[self._layer], self._run.is_backward
         seconds = costs.dense_s[is_backward]
         if is_backward and self._policy.is_resident and self._is_last_backward(self._layer, count=False):
             seconds += costs.resident_optimizer_s  # the optimizer runs where the weights are
-        name = "" if self.record.spans is None else f"L{self._layer}"
-        self._events.at(self._occupy(seconds, "dense", name), self._end_layer if is_backward else self._begin_experts)
+        self._events.at(self._occupy(seconds, "dense"), self._end_layer if is_backward else self._begin_experts)
 
     def _begin_experts(self) -> None:
         if self._layer not in self._work.tables:
@@ -341,7 +341,7 @@ class Device:
         missing = [] if division.is_there else [key for key in division.keys if key not in there]
         division.is_there = not missing
         if not missing:
-            self._end_loaded(self._occupy(division.accelerator_s, self._kind(), self._name()))
+            self._end_loaded(self._occupy(division.accelerator_s))
             return
         self._began_s, self._end_s = self._events.now_s, None
         self._wait(missing, self._compute_landed)
@@ -358,11 +358,16 @@ class Device:
         self._accelerator.add(self._kind(), self._name(), start_s, end_s)
         self._end_loaded(max(end_s, self._events.now_s))
 
-    def _occupy(self, seconds: float, kind: str, name: str) -> float:
-        """The accelerator is busy until the moment that is returned."""
-        now_s = self._events.now_s
-        self._accelerator.add(kind, name, now_s, now_s + seconds)
-        return now_s + seconds
+    def _occupy(self, seconds: float, kind: str | None = None) -> float:
+        """The accelerator is busy until the moment that is returned; with experts if no ``kind`` says else."""
+        now_s, lane = self._events.now_s, self._accelerator
+        end_s = now_s + seconds
+        if lane.spans is None:
+            lane.busy_s = lane.busy_s + end_s - now_s
+        else:
+            name = self._name() if kind is None else f"L{self._layer}"
+            lane.add(kind or self._kind(), name, now_s, end_s)
+        return end_s
 
     def _kind(self) -> str:
         return "expert_backward" if self._run.is_backward else "expert_forward"
@@ -380,7 +385,7 @@ class Device:
         loader = self.loader
         for key in reversed(keys):
             self._awaited[key] = None
-            if key not in loader.on_way and key not in loader.there and key.layer not in self._unstepped:
+            if key not in loader.known and key.layer not in self._unstepped:
                 loader.queues.demand(key)
         loader.refill()
 

@@ -175,8 +175,8 @@ class Loader(CopyEngine):
         "_on_landed",
         "_window",
         "awaited",
+        "known",
         "num_landed",
-        "on_way",
         "queues",
         "there",
     )
@@ -198,7 +198,8 @@ class Loader(CopyEngine):
         self._window = window
         self._launched = self._queues[Urgency.WEIGHTS]
         self.there: dict[UnitKey, float] = {}
-        self.on_way: dict[UnitKey, None] = {}
+        self.known: dict[UnitKey, None] = {}
+        """Units that are there or on their way."""
         self.num_landed = 0
         """Units that were still wanted when they had landed."""
         self._experts: dict[int, list[int]] = {}
@@ -224,10 +225,10 @@ class Loader(CopyEngine):
 
     def _pull(self) -> bool:
         """Launches one more copy of weights, if any is wanted."""
-        key = self.queues.take_missing(self.there, self.on_way)
+        key = self.queues.take_missing(self.known)
         if key is None:
             return False
-        self.on_way[key] = None
+        self.known[key] = None
         layer, expert = key
         experts = self._experts.setdefault(layer, [])
         if expert >= 0:
@@ -241,8 +242,7 @@ class Loader(CopyEngine):
         return True
 
     def _arrived(self, key: UnitKey) -> None:
-        if key in self.on_way:
-            del self.on_way[key]
+        if key in self.known and key not in self.there:
             self.there[key] = self._events.now_s
             self.num_landed += 1
             if key in self.awaited:
@@ -254,9 +254,9 @@ class Loader(CopyEngine):
 
     def forget(self, layers: set[int]) -> None:
         """Everything of other layers leaves the accelerator; what is on its way is of no use when it lands."""
-        there, on_way = self.there, self.on_way
+        there, known = self.there, self.known
         for layer in [layer for layer in self._experts if layer not in layers]:
             for expert in (DENSE, *self._experts.pop(layer)):
                 key = unit_key(layer, expert)
                 there.pop(key, None)
-                on_way.pop(key, None)
+                known.pop(key, None)

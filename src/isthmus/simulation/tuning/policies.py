@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isthmus.planning.alike import AlikeLayers, cheapest_of_each, equation_one_of_each
-from isthmus.planning.loading import by_rank, unit_key
+from isthmus.planning.loading import in_turn, unit_key
 from isthmus.planning.popularity import blend_history
 from isthmus.simulation.tuning.work import Run, StepWork
 from isthmus.spec.model import DENSE, UnitKey
@@ -132,6 +132,8 @@ class Aptmoe(StepPolicy):
         super().__init__(work, expected)
         self._chosen: dict[bool, dict[int, frozenset[int]]] = {}
         self._predicted: dict[int, list[int]] = {}
+        self._ranked: dict[int, list[int]] = {}
+        """Experts by history, the most popular first."""
         self._queues: dict[tuple[int, bool], list[UnitKey]] = {}
 
     def choose(self, layers: AlikeLayers, is_backward: bool) -> list[frozenset[int]]:
@@ -168,14 +170,16 @@ class Aptmoe(StepPolicy):
     def _backward_queue(self, run: Run) -> list[UnitKey]:
         """What was decided, the most popular rank of all layers first."""
         chosen = {layer: self.chosen(layer, True) for layer in run.layers if layer in self.work.counts}
-        return [key for key in self._by_rank(run, self.work.counts) if key.expert in chosen[key.layer]]
+        ranked = {layer: self.work.tables[layer].by_work for layer in chosen}
+        return [key for key in in_turn(ranked) if key.expert in chosen[key.layer]]
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         """All experts, by history."""
-        return self._by_rank(run, self.expected)
-
-    def _by_rank(self, run: Run, counts: Counts) -> list[UnitKey]:
-        return by_rank({layer: counts[layer] for layer in run.layers if layer in counts})
+        if not self._ranked:
+            for _, layers in self.work.alike(self.expected):
+                order_LE = np.argsort(-np.array([self.expected[at] for at in layers]), axis=1, kind="stable")
+                self._ranked.update(zip(layers, order_LE.tolist(), strict=True))
+        return in_turn({layer: self._ranked[layer] for layer in run.layers if layer in self._ranked})
 
     def divide(self, layer: int, is_backward: bool, there: Sequence[int]) -> tuple[Iterable[int], Sequence[int]]:
         chosen, here = self.chosen(layer, is_backward), frozenset(there)
