@@ -100,6 +100,12 @@ def unit_key(layer: int, expert: int) -> UnitKey:
     return UnitKey(layer, expert)
 
 
+@cache
+def expert_keys(layer: int, num_experts: int) -> tuple[UnitKey, ...]:
+    """Of all experts of a layer."""
+    return tuple(unit_key(layer, expert) for expert in range(num_experts))
+
+
 def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
     """Experts of all layers of a stage, the most popular rank of each layer first (APTMoE, section 4.2).
 
@@ -114,8 +120,8 @@ def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
 
 
 def in_turn(ranked_LE: Mapping[int, Sequence[int]]) -> list[UnitKey]:
-    """The first expert of each layer, then the second of each, and so on."""
-    rows = [[unit_key(layer, expert) for expert in order] for layer, order in ranked_LE.items()]
+    """The first expert of each layer, then the second of each, and so on; all experts of a layer are there."""
+    rows = [[*map(expert_keys(layer, len(order)).__getitem__, order)] for layer, order in ranked_LE.items()]
     if len(rows) == 1:
         return rows[0]
     return [key for rank in zip_longest(*rows) for key in rank if key is not None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import filterfalse
 
 from isthmus.planning.loading import Phase, unit_key
 from isthmus.simulation.tuning.costs import Seat, num_pieces
@@ -55,7 +56,11 @@ class Device:
         self._awaited: dict[UnitKey, None] = {}
         """What has to land before ``_then()`` goes on: a stage, or what the open micro-batch needs."""
         window, lane = work.costs.job.copy_window, record.lane("h2d")
-        self.loader = Loader(events, lane, links.h2d, window, self._load_cost, self._landed, self._awaited)
+        loads = {
+            layer: [costs.load(policy.piece_bytes, is_expert=is_expert) for is_expert in (False, True)]
+            for layer, costs in self._costs.items()
+        }
+        self.loader = Loader(events, lane, links.h2d, window, loads, self._landed, self._awaited)
         self.unloader = CopyEngine(events, record.lane("d2h"), links.d2h)
         # Between accelerators; in no lane that is shown.
         self.receiver, self.sender = Relay(events, links.h2d), Relay(events, links.d2h)
@@ -79,10 +84,6 @@ class Device:
         self._end_s: float | None = 0.0
         """When those on the accelerator are, if all of them have landed."""
         self._num_backward: dict[int, int] = {}
-        self._load_costs = {
-            layer: [costs.load(policy.piece_bytes, is_expert=is_expert) for is_expert in (False, True)]
-            for layer, costs in self._costs.items()
-        }
         self._dense_keys = {layer: unit_key(layer, DENSE) for layer in self._costs}
         self._unstepped = {layer for layer, _ in backlog}
         """Layers whose weights are still those of the step before."""
@@ -124,7 +125,7 @@ class Device:
 
     def _queue(self, phase: Phase, keys: list[UnitKey]) -> None:
         known, unstepped = self.loader.known, self._unstepped
-        missing = [key for key in keys if key not in known]
+        missing = [*filterfalse(known.__contains__, keys)]
         if unstepped:
             missing = [key for key in missing if key.layer not in unstepped]
         self.loader.queues.replace(phase, missing)
@@ -394,9 +395,6 @@ class Device:
         del self._awaited[key]
         if not self._awaited:
             self._then()
-
-    def _load_cost(self, key: UnitKey) -> tuple[float, int, float]:
-        return self._load_costs[key.layer][key.expert >= 0]
 
     def _all_keys(self) -> list[UnitKey]:
         layers = {layer for run in self._runs for layer in run.layers}

@@ -9,9 +9,9 @@ of them, as soon as the piece that is under way has landed: a unit's whole weigh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from isthmus.planning.loading import LoadQueues, unit_key
@@ -129,7 +129,7 @@ class CopyEngine(Flow):
         end_s = copy.end_of_piece(done_s)
         if end_s < copy.seconds * (1 - 1e-9):
             self._queues[copy.urgency].appendleft(copy.cut(end_s))
-            self._schedule(now_s, max(0.0, end_s - done_s))
+            self._schedule(max(0.0, end_s - done_s))
 
     def _begin(self, copy: Copy) -> None:
         """Carries ``copy``; nothing was under way."""
@@ -139,7 +139,8 @@ class CopyEngine(Flow):
 
     def _landed(self) -> None:
         now_s = self._events.now_s
-        if not self._has_landed(now_s):
+        if now_s != self._asked_s or now_s < self._due_s:
+            self._ask_again(now_s)
             return
         lane, copy = self.lane, self._current
         assert copy is not None
@@ -153,11 +154,15 @@ class CopyEngine(Flow):
         ahead, weights, later = self._queues
         queue = ahead or weights or later
         if queue:
+            # At the rate of the one before: whoever joins or leaves the media retimes what is under way.
             following = self._current = queue.popleft()
-            self._began_s = now_s
-            self._follow(now_s, following.seconds)
+            self._began_s = self._since_s = now_s
+            self._left_s = seconds = following.seconds
+            self._due_s = self._asked_s = due_s = now_s + seconds / self._rate
+            self._events.at(due_s, self._landed)
         else:
             self._current = None
+            self._asked_s = inf
             self._leave()
         if copy.then is not None:
             copy.then(*copy.arguments)
@@ -169,7 +174,7 @@ class Loader(CopyEngine):
 
     _refills = True
     __slots__ = (
-        "_cost",
+        "_costs",
         "_experts",
         "_launched",
         "_on_landed",
@@ -187,12 +192,13 @@ class Loader(CopyEngine):
         lane: Lane,
         media: tuple[Medium, ...],
         window: int,
-        cost: Callable[[UnitKey], tuple[float, int, float]],
+        costs: Mapping[int, Sequence[tuple[float, int, float]]],
         on_landed: Callable[[UnitKey], None],
         awaited: Collection[UnitKey],
     ) -> None:
-        """``window``: copies of weights that are launched at a time. ``cost(key)``: (seconds at full rate, bytes,
-        seconds of a piece or 0) of a unit's weights. ``on_landed(key)`` is called when one of ``awaited`` is there."""
+        """``window``: copies of weights that are launched at a time. ``costs``: (seconds at full rate, bytes, seconds
+        of a piece or 0) of a layer's dense part and of an expert. ``on_landed(key)`` is called when one of ``awaited``
+        is there."""
         super().__init__(events, lane, media)
         self.queues = LoadQueues()
         self._window = window
@@ -204,42 +210,39 @@ class Loader(CopyEngine):
         """Units that were still wanted when they had landed."""
         self._experts: dict[int, list[int]] = {}
         """By layer of which something is there or on its way."""
-        self._cost = cost
+        self._costs = costs
         self._on_landed = on_landed
         self.awaited = awaited
 
     def refill(self) -> None:
         """Launches copies of weights up to the window."""
-        launched = self._launched
         is_idle = self._current is None
-        while len(launched) + (not is_idle) < self._window:
-            if not self._pull():
-                break
-        if is_idle and launched:
-            self._begin(launched.popleft())
+        self._launch(self._window - (not is_idle))
+        if is_idle and self._launched:
+            self._begin(self._launched.popleft())
 
     def _pull_ahead(self) -> None:
-        launched = self._launched
-        while len(launched) < self._window and self._pull():
-            pass
+        self._launch(self._window)
 
-    def _pull(self) -> bool:
-        """Launches one more copy of weights, if any is wanted."""
-        key = self.queues.take_missing(self.known)
-        if key is None:
-            return False
-        self.known[key] = None
-        layer, expert = key
-        experts = self._experts.setdefault(layer, [])
-        if expert >= 0:
-            experts.append(expert)
-        kind = "load_expert" if expert >= 0 else "load_dense"
-        name = "" if self.lane.spans is None else f"load L{layer}" + f" E{expert}" * (expert >= 0)
-        seconds, num_bytes, piece_s = self._cost(key)
-        self._launched.append(
-            Copy(seconds, self._arrived, (key,), kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
-        )
-        return True
+    def _launch(self, most: int) -> None:
+        """Launches copies of weights, if any are wanted, until ``most`` wait to be carried."""
+        launched, known = self._launched, self.known
+        while len(launched) < most:
+            key = self.queues.take_missing(known)
+            if key is None:
+                return
+            known[key] = None
+            layer, expert = key
+            is_expert = expert >= 0
+            experts = self._experts.setdefault(layer, [])
+            if is_expert:
+                experts.append(expert)
+            kind = "load_expert" if is_expert else "load_dense"
+            name = "" if self.lane.spans is None else f"load L{layer}" + f" E{expert}" * is_expert
+            seconds, num_bytes, piece_s = self._costs[layer][is_expert]
+            launched.append(
+                Copy(seconds, self._arrived, (key,), kind, name, num_bytes, 0, Urgency.WEIGHTS, piece_s, piece_s)
+            )
 
     def _arrived(self, key: UnitKey) -> None:
         if key in self.known and key not in self.there:

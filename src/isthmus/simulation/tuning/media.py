@@ -59,13 +59,11 @@ class Flow:
 
     def retime(self) -> None:
         """The media's shares have changed."""
-        now_s = self._events.now_s
-        left_s = self._left_s - (now_s - self._since_s) * self._rate
-        self._schedule(now_s, left_s if left_s > 0.0 else 0.0)
+        self._schedule(max(0.0, self._left_s - (self._events.now_s - self._since_s) * self._rate))
 
-    def _schedule(self, now_s: float, left_s: float) -> None:
+    def _schedule(self, left_s: float) -> None:
         """What is under way lands after ``left_s`` seconds at the full rate."""
-        rate = 1.0
+        now_s, rate = self._events.now_s, 1.0
         for medium in self._media:
             if medium.share < rate:
                 rate = medium.share
@@ -82,7 +80,7 @@ class Flow:
             if active:
                 medium.divide(len(active) + 1)
             active[self] = None
-        self._schedule(self._events.now_s, seconds)
+        self._schedule(seconds)
 
     def _leave(self) -> None:
         """Nothing more is under way."""
@@ -92,25 +90,14 @@ class Flow:
             if active:
                 medium.divide(len(active))
 
-    def _follow(self, now_s: float, seconds: float) -> None:
-        """Begins what comes next at the rate of the one before: whoever joins or leaves the media retimes it."""
-        self._since_s, self._left_s = now_s, seconds
-        self._due_s = self._asked_s = due_s = now_s + seconds / self._rate
-        self._events.at(due_s, self._landed)
-
-    def _has_landed(self, now_s: float) -> bool:
-        """Whether the event counts and what is under way has landed; if it is late, another is asked for."""
-        if now_s != self._asked_s:
-            return False
-        if self._due_s > now_s:
+    def _ask_again(self, now_s: float) -> None:
+        """Nothing has landed at the event: it is void, or came too early."""
+        if now_s == self._asked_s:
             self._asked_s = self._due_s
             self._events.at(self._due_s, self._landed)
-            return False
-        self._asked_s = inf
-        return True
 
     def _landed(self) -> None:
-        """The event: what follows if what is under way ``_has_landed``."""
+        """The event: what follows if it is the one that was asked for, and due."""
         raise NotImplementedError
 
 
@@ -137,12 +124,14 @@ class Relay(Flow):
 
     def _landed(self) -> None:
         now_s = self._events.now_s
-        if not self._has_landed(now_s):
+        if now_s != self._asked_s or now_s < self._due_s:
+            self._ask_again(now_s)
             return
         then, arguments = self._then, self._arguments
+        self._asked_s = inf
         if self._waiting:
             seconds, self._then, self._arguments = self._waiting.popleft()
-            self._follow(now_s, seconds)
+            self._schedule(seconds)
         else:
             self._is_busy = False
             self._leave()

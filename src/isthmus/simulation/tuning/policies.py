@@ -170,8 +170,8 @@ class Aptmoe(StepPolicy):
     def _backward_queue(self, run: Run) -> list[UnitKey]:
         """What was decided, the most popular rank of all layers first."""
         chosen = {layer: self.chosen(layer, True) for layer in run.layers if layer in self.work.counts}
-        ranked = {layer: self.work.tables[layer].by_work for layer in chosen}
-        return [key for key in in_turn(ranked) if key.expert in chosen[key.layer]]
+        ranked = in_turn({layer: self.work.tables[layer].by_work for layer in chosen})
+        return [key for key in ranked if key[1] in chosen[key[0]]]
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         """All experts, by history."""
@@ -284,7 +284,7 @@ class Affinity(RuntimeAptmoe):
         if not self._mix.least_worth:
             return ranked
         worthy = {layer: self._worth(layer) for layer in run.layers if layer in self.expected}
-        return [key for key in ranked if key.expert in worthy[key.layer]]
+        return [key for key in ranked if key[1] in worthy[key[0]]]
 
     def _worth(self, layer: int) -> frozenset[int]:
         """Experts that are worth a load, as far as history knows."""
