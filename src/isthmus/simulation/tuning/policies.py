@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -158,7 +159,7 @@ class Aptmoe(StepPolicy):
         held = self.held(runs, at)
         if not runs[at].is_backward and at:
             held = held[1:]  # what is left of this stage's queue is dropped
-        return [key for run in held for key in self._run_queue(run)]
+        return [*chain.from_iterable(map(self._run_queue, held))]
 
     def _run_queue(self, run: Run) -> list[UnitKey]:
         at = (run.stage, run.is_backward)
@@ -243,6 +244,8 @@ class Affinity(RuntimeAptmoe):
         super().__init__(work, expected)
         self._mix = mix
         self.uses_what_is_there = mix.uses_what_is_there
+        stage_bytes = self.work.costs.stage_bytes
+        self._bytes = [stage_bytes(stage.first_layer, stage.last_layer) for stage in work.stages]
         self._fits = [self._fitting_bytes(device) for device in range(len(work.order))]
         self._held: dict[tuple[int, int], list[Run]] = {}
         self._worthy: dict[int, frozenset[int]] = {}
@@ -251,12 +254,9 @@ class Affinity(RuntimeAptmoe):
         """Of weights, beside activations and the gradients of a stage."""
         costs, runs = self.work.costs, self.work.runs[device]
         forward = [run for run in runs if not run.is_backward]
-        widest = max(self._bytes(run) for run in forward)
+        widest = max(self._bytes[run.stage] for run in forward)
         kept = costs.activation_bytes(sum(len(run.layers) for run in forward))
         return costs.seats[device].host.accelerator.memory_bytes - kept - widest
-
-    def _bytes(self, run: Run) -> int:
-        return self.work.costs.stage_bytes(min(run.layers), max(run.layers))
 
     def held(self, runs: Sequence[Run], at: int) -> list[Run]:
         """As many stages as fit, those that are needed first."""
@@ -266,7 +266,7 @@ class Affinity(RuntimeAptmoe):
             found: dict[int, Run] = {}
             for run in runs[at:]:
                 if run.stage not in found:
-                    left -= self._bytes(run)
+                    left -= self._bytes[run.stage]
                     if left < 0 and len(found) >= 2:
                         break
                     found[run.stage] = run
