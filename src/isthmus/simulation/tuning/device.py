@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from itertools import filterfalse
 
 from isthmus.planning.loading import Phase, unit_key
 from isthmus.simulation.tuning.costs import Seat, num_pieces
 from isthmus.simulation.tuning.events import CpuPool, Events, Record
-from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Urgency
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Urgency
 from isthmus.simulation.tuning.media import Links, Relay
 from isthmus.simulation.tuning.policies import StepPolicy
+from isthmus.simulation.tuning.weights import Weights
 from isthmus.simulation.tuning.work import BACKWARD, Backlog, Division, Run, StepWork
-from isthmus.spec.model import DENSE, UnitKey
+from isthmus.spec.model import DENSE
 
 Leave = Callable[[int, bool, int], None]
 NORM_SHARE = 1 / 7
@@ -28,6 +28,45 @@ NORM_SHARE = 1 / 7
 
 class Device:
     """Runs its stages one after the other."""
+
+    __slots__ = (
+        "_accelerator",
+        "_arrived",
+        "_at",
+        "_began_s",
+        "_costs",
+        "_dense_keys",
+        "_division",
+        "_divisions",
+        "_end_norm",
+        "_end_s",
+        "_events",
+        "_is_loading",
+        "_is_on_cpu",
+        "_is_open",
+        "_layer",
+        "_leave",
+        "_micro_batch",
+        "_num_backward",
+        "_num_left",
+        "_num_there",
+        "_policy",
+        "_position",
+        "_run",
+        "_runs",
+        "_weights",
+        "_work",
+        "copy_s",
+        "cpu",
+        "cpu_rows",
+        "loader",
+        "num_rows",
+        "receiver",
+        "record",
+        "seat",
+        "sender",
+        "unloader",
+    )
 
     def __init__(
         self,
@@ -53,24 +92,17 @@ class Device:
         self._costs = {layer: work.layer_costs(layer) for run in self._runs for layer in run.layers}
         self._accelerator = record.lane("accelerator")
         self.cpu = CpuPool(events, record)
-        self._awaited: dict[UnitKey, None] = {}
-        """What has to land before ``_then()`` goes on: a stage, or what the open micro-batch needs."""
-        window, lane = work.costs.job.copy_window, record.lane("h2d")
-        loads = {
-            layer: [costs.load(policy.piece_bytes, is_expert=is_expert) for is_expert in (False, True)]
-            for layer, costs in self._costs.items()
-        }
-        self.loader = Loader(events, lane, links.h2d, window, loads, self._landed, self._awaited)
+        unstepped = [layer for layer, _ in backlog]
+        self._weights = Weights(work, policy, self._runs, events, record.lane("h2d"), links.h2d, unstepped)
+        self.loader = self._weights.loader
         self.unloader = CopyEngine(events, record.lane("d2h"), links.d2h)
         # Between accelerators; in no lane that is shown.
         self.receiver, self.sender = Relay(events, links.h2d), Relay(events, links.d2h)
         self._at = -1
-        self._stage_keys: list[UnitKey] = []
         self._arrived: list[deque[int]] = [deque() for _ in self._runs]
         """Micro-batches, by run."""
         self._num_left = 0
         self._is_loading = self._is_open = False
-        self._then: Callable[[], None] = self._open
         self._divisions: dict[tuple[int, bool], Division] = {}
         self._num_there: dict[tuple[int, bool], int] = {}
         self._run: Run
@@ -85,15 +117,6 @@ class Device:
         """When those on the accelerator are, if all of them have landed."""
         self._num_backward: dict[int, int] = {}
         self._dense_keys = {layer: unit_key(layer, DENSE) for layer in self._costs}
-        self._unstepped = {layer for layer, _ in backlog}
-        """Layers whose weights are still those of the step before."""
-        self._take_over(backlog)
-
-    def _take_over(self, backlog: Backlog) -> None:
-        """What is there before the step begins, and what the step before has left to do."""
-        if self._policy.is_resident:
-            self.loader.there = dict.fromkeys(self._all_keys(), 0.0)
-            self.loader.known = dict.fromkeys(self.loader.there)
         for layer, seconds in backlog:
             self._step(layer, seconds)
 
@@ -105,30 +128,13 @@ class Device:
         self._num_left = 0
         self._divisions.clear()
         self._num_there.clear()
+        self._weights.enter(at)
         if at >= len(self._runs):
             return
-        run = self._runs[at]
-        if not self._policy.is_resident:
-            self.loader.forget({layer for other in self._policy.held(self._runs, at) for layer in other.layers})
-            self.loader.queues.clear()
-            # Without the dense part nothing begins, whatever was dropped.
-            self._queue(Phase.EXPERT, [unit_key(layer, DENSE) for layer in run.layers])
-            self._stage_keys = self._policy.stage_queue(self._runs, at)
-            self._queue(Phase.STAGE, self._stage_keys)
-            self.loader.refill()
-            if self._policy.waits_for_stage:
-                missing = [key for key in self._policy.run_keys(run) if key not in self.loader.there]
-                if missing:
-                    self._is_loading = True
-                    self._wait(missing, self._loaded)
+        if self._policy.waits_for_stage and (missing := self._weights.missing()):
+            self._is_loading = True
+            self._weights.wait(missing, self._loaded)
         self._open()
-
-    def _queue(self, phase: Phase, keys: list[UnitKey]) -> None:
-        known, unstepped = self.loader.known, self._unstepped
-        missing = [*filterfalse(known.__contains__, keys)]
-        if unstepped:
-            missing = [key for key in missing if key.layer not in unstepped]
-        self.loader.queues.replace(phase, missing)
 
     def _loaded(self) -> None:
         self._is_loading = False
@@ -146,7 +152,7 @@ class Device:
 
     def check_done(self) -> None:
         """Everything was computed, nothing is left behind: a schedule that stops is a bug, not a result."""
-        left = (self._at < len(self._runs), self._is_open, self._awaited, self._unstepped)
+        left = (self._at < len(self._runs), self._is_open, self._weights.awaited, self._weights.unstepped)
         if any(left):
             raise RuntimeError(f"device {self.seat.device} stopped before its end: {left}")
 
@@ -188,7 +194,7 @@ class Device:
         if self._dense_keys[self._layer] in self.loader.there:
             self._compute_dense()
         else:
-            self._wait([self._dense_keys[self._layer]], self._compute_dense)
+            self._weights.wait([self._dense_keys[self._layer]], self._compute_dense)
 
     def _compute_dense(self) -> None:
         costs, is_backward = self._costs[self._layer], self._run.is_backward
@@ -275,21 +281,7 @@ class Device:
             self._step(layer, seconds)
 
     def _step(self, layer: int, seconds: float) -> None:
-        self.cpu.step(layer, seconds, lambda: self._stepped(layer))
-
-    def _stepped(self, layer: int) -> None:
-        """New weights may be loaded."""
-        if layer not in self._unstepped:
-            return
-        self._unstepped.discard(layer)
-        queues = self.loader.queues
-        for key in [key for key in reversed(self._awaited) if key.layer == layer]:
-            queues.demand(key)
-        if 0 <= self._at < len(self._runs):
-            if layer in self._runs[self._at].layers:
-                queues.demand(unit_key(layer, DENSE))
-            self._queue(Phase.STAGE, self._stage_keys)
-            self.loader.refill()
+        self.cpu.step(layer, seconds, lambda: self._weights.stepped(layer))
 
     def _is_last_backward(self, layer: int, *, count: bool) -> bool:
         number = self._num_backward.get(layer, 0) + 1
@@ -314,11 +306,12 @@ class Device:
         division = Division(layer, self._work.tables[layer], on, is_backward)
         self._divisions[key], self._num_there[key] = division, len(there)
         if urgent or again:
-            self._queue(Phase.EXPERT, self._work.expert_keys(layer, urgent))
+            self._weights.want(Phase.EXPERT, self._work.expert_keys(layer, urgent))
             if policy.looks_ahead and not is_backward:
                 following = self._run.layers[self._position + 1 : self._position + 2]
                 ahead = [at for at in following if at in self._work.tables]
-                self._queue(Phase.LAYER, [unit_key(at, expert) for at in ahead for expert in policy.predict(at)])
+                predicted = [unit_key(at, expert) for at in ahead for expert in policy.predict(at)]
+                self._weights.want(Phase.LAYER, predicted)
             self.loader.refill()
         return division
 
@@ -345,7 +338,7 @@ class Device:
             self._end_loaded(self._occupy(division.accelerator_s))
             return
         self._began_s, self._end_s = self._events.now_s, None
-        self._wait(missing, self._compute_landed)
+        self._weights.wait(missing, self._compute_landed)
 
     def _compute_landed(self) -> None:
         """All of the accelerator's experts are there; those that landed first were computed meanwhile."""
@@ -376,29 +369,3 @@ class Device:
     def _name(self) -> str:
         """Of a span; where nobody wants to see any, none."""
         return "" if self.record.spans is None else f"L{self._layer} mb{self._micro_batch}"
-
-    # --- weights -----------------------------------------------------------------------------------------------------
-
-    def _wait(self, keys: list[UnitKey], then: Callable[[], None]) -> None:
-        """``then()`` once all of ``keys`` have landed. What is neither there nor on its way is loaded ahead of all."""
-        assert not self._awaited
-        self._then = then
-        loader = self.loader
-        for key in reversed(keys):
-            self._awaited[key] = None
-            if key not in loader.known and key.layer not in self._unstepped:
-                loader.queues.demand(key)
-        loader.refill()
-
-    def _landed(self, key: UnitKey) -> None:
-        """One of those that are awaited."""
-        del self._awaited[key]
-        if not self._awaited:
-            self._then()
-
-    def _all_keys(self) -> list[UnitKey]:
-        layers = {layer for run in self._runs for layer in run.layers}
-        keys = [unit_key(layer, DENSE) for layer in layers]
-        for layer in layers & self._work.tables.keys():
-            keys += self._work.expert_keys(layer, range(self._policy.num_experts(layer)))
-        return keys
