@@ -302,7 +302,7 @@ class Device:
         there = self.loader.experts_of(layer)
         if known is not None and self._num_there[key] == len(there):
             return known
-        on, urgent = policy.divide(layer, is_backward, there)
+        on, urgent = policy.divide(layer, is_backward, [key.expert for key in there])
         division = Division(layer, self._work.tables[layer], on, is_backward)
         self._divisions[key], self._num_there[key] = division, len(there)
         if urgent or again:

@@ -208,7 +208,7 @@ class Loader(CopyEngine):
         """Units that are there or on their way."""
         self.num_landed = 0
         """Units that were still wanted when they had landed."""
-        self._experts: dict[int, list[int]] = {}
+        self._experts: dict[int, list[UnitKey]] = {}
         """By layer of which something is there or on its way."""
         self._costs = costs
         self._on_landed = on_landed
@@ -236,7 +236,7 @@ class Loader(CopyEngine):
             is_expert = expert >= 0
             experts = self._experts.setdefault(layer, [])
             if is_expert:
-                experts.append(expert)
+                experts.append(key)
             kind = "load_expert" if is_expert else "load_dense"
             name = "" if self.lane.spans is None else f"load L{layer}" + f" E{expert}" * is_expert
             seconds, num_bytes, piece_s = self._costs[layer][is_expert]
@@ -251,7 +251,7 @@ class Loader(CopyEngine):
             if key in self.awaited:
                 self._on_landed(key)
 
-    def experts_of(self, layer: int) -> list[int]:
+    def experts_of(self, layer: int) -> list[UnitKey]:
         """That are there or on their way."""
         return self._experts.get(layer, [])
 
@@ -259,7 +259,6 @@ class Loader(CopyEngine):
         """Everything of other layers leaves the accelerator; what is on its way is of no use when it lands."""
         there, known = self.there, self.known
         for layer in [layer for layer in self._experts if layer not in layers]:
-            for expert in (DENSE, *self._experts.pop(layer)):
-                key = unit_key(layer, expert)
+            for key in (unit_key(layer, DENSE), *self._experts.pop(layer)):
                 there.pop(key, None)
                 known.pop(key, None)

@@ -70,7 +70,8 @@ class Weights:
         """What the phase's queue is to have, as far as it is missing."""
         missing = [*filterfalse(self.loader.known.__contains__, keys)]
         if self.unstepped:
-            missing = [key for key in missing if key.layer not in self.unstepped]
+            unstepped = self.unstepped
+            missing = [key for key in missing if key[0] not in unstepped]
         self.loader.queues.replace(phase, missing)
 
     def wait(self, keys: list[UnitKey], then: Callable[[], None]) -> None:
