@@ -6,7 +6,7 @@ Runtime and simulator share this: a loader decides only when there is room for o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache
 from itertools import zip_longest
@@ -44,12 +44,15 @@ class LoadQueues:
     def __bool__(self) -> bool:
         return any(self._queues.values())
 
-    def replace(self, phase: Phase, keys: Sequence[UnitKey]) -> int:
-        """Replaces what is still waiting, most urgent first. Returns how many entries are gone."""
-        kept = OrderedDict.fromkeys(keys)
-        num_dropped = len(self._queues[phase].keys() - kept.keys())
-        self._queues[phase] = kept
-        return num_dropped
+    def put(self, phase: Phase, keys: Iterable[UnitKey]) -> None:
+        """Replaces what is still waiting, most urgent first."""
+        self._queues[phase] = OrderedDict.fromkeys(keys)
+
+    def replace(self, phase: Phase, keys: Iterable[UnitKey]) -> int:
+        """Likewise. Returns how many entries are gone."""
+        before = self._queues[phase]
+        self.put(phase, keys)
+        return len(before.keys() - self._queues[phase].keys())
 
     def clear(self, phase: Phase | None = None) -> int:
         """Drops what is waiting (None: in every phase). Returns how many entries are gone."""

@@ -231,6 +231,24 @@ def test_the_same_step_has_the_same_schedule(work: StepWork, policy: Make) -> No
     assert play(work, policy, keeps_spans=True) == play(work, policy, keeps_spans=True)
 
 
+MIXES = st.builds(
+    Mix,
+    cpu_weight=st.sampled_from((1.0, 1.4)),
+    link_price=st.sampled_from((None, 1.0)),
+    least_worth=st.sampled_from((0.0, 1.0)),
+    uses_what_is_there=st.booleans(),
+)
+
+
+@settings(max_examples=25)
+@given(works(), MIXES, MIXES)
+def test_mixes_that_decide_the_same_have_the_same_schedule(work: StepWork, one: Mix, other: Mix) -> None:
+    policies = [Affinity(work, work.counts, mix) for mix in (one, other)]
+    if policies[0].decisions() == policies[1].decisions():
+        results = [simulate_step(work, policy, keeps_spans=True) for policy in policies]
+        assert results[0] == results[1]
+
+
 @settings(max_examples=15)
 @given(works())
 def test_ours_is_never_slower_than_mobius_or_the_rule_in_our_runtime(work: StepWork) -> None:

@@ -140,10 +140,6 @@ class Device:
         self._is_loading = False
         self._open()
 
-    def run_of(self, stage: int, is_backward: bool) -> int:
-        """Number of the run of this stage and pass."""
-        return next(at for at, run in enumerate(self._runs) if (run.stage, run.is_backward) == (stage, is_backward))
-
     def arrive(self, run: int, micro_batch: int) -> None:
         """A micro-batch is here for the run of this number."""
         self._arrived[run].append(micro_batch)

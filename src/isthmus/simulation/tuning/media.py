@@ -59,7 +59,8 @@ class Flow:
 
     def retime(self) -> None:
         """The media's shares have changed."""
-        self._schedule(max(0.0, self._left_s - (self._events.now_s - self._since_s) * self._rate))
+        left_s = self._left_s - (self._events.now_s - self._since_s) * self._rate
+        self._schedule(left_s if left_s > 0.0 else 0.0)
 
     def _schedule(self, left_s: float) -> None:
         """What is under way lands after ``left_s`` seconds at the full rate."""

@@ -157,7 +157,7 @@ class Pipeline:
         if is_turn:
             after = stage
         source, target = (self.devices[self.work.device_of[number]] for number in (stage, after))
-        run = target.run_of(after, is_backward or is_turn)
+        run = self.work.number_of_run[after, is_backward or is_turn]
         if source is target:
             return Hop(source, target, run)
         layer = self.work.layer_costs(self.work.stages[stage].first_layer)

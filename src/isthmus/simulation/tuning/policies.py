@@ -21,7 +21,7 @@ import numpy as np
 from isthmus.planning.alike import AlikeLayers, cheapest_of_each, equation_one_of_each
 from isthmus.planning.loading import in_turn, unit_key
 from isthmus.planning.popularity import blend_history
-from isthmus.simulation.tuning.work import Run, StepWork
+from isthmus.simulation.tuning.work import BACKWARD, FORWARD, Run, StepWork
 from isthmus.spec.model import DENSE, UnitKey
 
 PIECE_BYTES = 16 << 20
@@ -37,7 +37,7 @@ class History:
 
     def learn(self, counts: Counts) -> None:
         for layer, counts_E in counts.items():
-            self._shares[layer] = blend_history(self._shares.get(layer), [round(count) for count in counts_E])
+            self._shares[layer] = blend_history(self._shares.get(layer), [*map(round, counts_E)])
 
     def expected(self, counts: Counts) -> dict[int, list[float]]:
         """What history expects of a step with as many tokens as ``counts``."""
@@ -249,6 +249,17 @@ class Affinity(RuntimeAptmoe):
         self._fits = [self._fitting_bytes(device) for device in range(len(work.order))]
         self._held: dict[tuple[int, int], list[Run]] = {}
         self._worthy: dict[int, frozenset[int]] = {}
+
+    def decisions(self) -> tuple[object, ...]:
+        """All that its mix decides: with the same of them a step has the same schedule."""
+        layers, runs = list(self.work.tables), [run for of_device in self.work.runs for run in of_device]
+        looks_on = any(len(run.layers) > 1 for run in runs)
+        return (
+            self.uses_what_is_there,
+            [self.chosen(layer, is_backward) for is_backward in (FORWARD, BACKWARD) for layer in layers],
+            [self.predict(layer) for layer in layers if looks_on],
+            [self._run_queue(run) for run in runs],
+        )
 
     def _fitting_bytes(self, device: int) -> int:
         """Of weights, beside activations and the gradients of a stage."""

@@ -68,11 +68,11 @@ class Weights:
 
     def want(self, phase: Phase, keys: Iterable[UnitKey]) -> None:
         """What the phase's queue is to have, as far as it is missing."""
-        missing = [*filterfalse(self.loader.known.__contains__, keys)]
-        if self.unstepped:
-            unstepped = self.unstepped
+        missing = filterfalse(self.loader.known.__contains__, keys)
+        unstepped = self.unstepped
+        if unstepped:
             missing = [key for key in missing if key[0] not in unstepped]
-        self.loader.queues.replace(phase, missing)
+        self.loader.queues.put(phase, missing)
 
     def wait(self, keys: list[UnitKey], then: Callable[[], None]) -> None:
         """``then()`` once all of ``keys`` have landed. What is neither there nor on its way is loaded ahead of all."""

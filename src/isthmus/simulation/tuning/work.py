@@ -135,6 +135,10 @@ class StepWork:
         self.num_micro_batches = costs.job.num_micro_batches
         self.device_of = [order[number % len(order)] for number in range(len(stages))]
         self.runs = runs_of(stages, self.device_of, len(order))
+        self.number_of_run = {
+            (run.stage, run.is_backward): number for runs in self.runs for number, run in enumerate(runs)
+        }
+        """Among its device's runs, by stage and pass."""
         self.costs_of = {
             layer: costs.layer(self.device_of[number], layer)
             for number, stage in enumerate(stages)
