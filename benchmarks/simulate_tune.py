@@ -82,19 +82,23 @@ def print_figures(cells: dict[Cell, CellSeconds]) -> None:
 
 def print_ours(cells: dict[Cell, CellSeconds]) -> None:
     """rule*: the published rule at the number of stages that suits it best. rule†: likewise in our runtime, which
-    copies in pieces and whose optimizer overlaps the next step."""
-    names = ("bound, s", "gpipe-offload", "mobius", "rule", "rule*", "rule†", "ours")
-    ratios = ("ours ÷ rule", "÷ rule*", "÷ rule†", "÷ mobius", "of bound")
+    copies in pieces and whose optimizer overlaps the next step. Bounds: of any step that loads its weights, and of any
+    that waits for the norm of all gradients. Shares of them: the first times the bubble factor; the second as it is,
+    and with the pipeline's filling and draining."""
+    names = ("bound, s", "norm's", "gpipe-offload", "mobius", "rule", "rule*", "rule†", "ours")
+    ratios = ("ours ÷ rule", "÷ rule*", "÷ rule†", "÷ mobius", "of bound × bubbles", "of norm's", "filled")
     print(f"\n| configuration | {' | '.join((*names, *ratios))} | ours takes |")
     print(f"|---|{'---:|' * (len(names) + len(ratios))}---|")
     rows = []
     for cell, s in cells.items():
         others = (s.aptmoe_s, s.best_aptmoe_s, s.runtime_aptmoe_s, s.mobius_s)
-        rows.append([*(other / s.affinity_s for other in others), s.bound_s / s.affinity_s, s.bubble_factor])
-        times = (s.bound_s, s.gpipe_offload_s, s.mobius_s, s.aptmoe_s, s.best_aptmoe_s, s.runtime_aptmoe_s)
-        printed = [f"{value:.2f}" for value in (*times, s.affinity_s, *rows[-1][:4])]
-        print(f"| {cell.name} | {' | '.join(printed)} | {rows[-1][4] * rows[-1][5]:.0%} | {s.plan} |")
-    rule, best, runtime, mobius, share, bubble = np.array(rows).T
+        bounds = (s.bound_s * s.bubble_factor, s.norm_bound_s, s.filled_bound_s, s.bound_s)
+        rows.append([value / s.affinity_s for value in (*others, *bounds)])
+        times = (s.bound_s, s.norm_bound_s, s.gpipe_offload_s, s.mobius_s, s.aptmoe_s, s.best_aptmoe_s)
+        printed = [f"{value:.2f}" for value in (*times, s.runtime_aptmoe_s, s.affinity_s, *rows[-1][:4])]
+        printed += [f"{share:.0%}" for share in rows[-1][4:7]]
+        print(f"| {cell.name} | {' | '.join(printed)} | {s.plan} |")
+    rule, best, runtime, mobius, with_bubbles, of_norm, filled, share = np.array(rows).T
     figures = [figure for figure in FIGURES if figure.cell in cells]
     logs = np.log([simulated_ratio(figure, cells) / figure.published for figure in figures])
     summary = {
@@ -105,8 +109,11 @@ def print_ours(cells: dict[Cell, CellSeconds]) -> None:
         "ours_by_rule_at_its_best_stages_geometric_mean": geometric_mean(best),
         "ours_by_rule_in_our_runtime_geometric_mean": geometric_mean(runtime),
         "ours_by_mobius_least": float(mobius.min()),
-        "bound_share_with_bubble_mean": float((share * bubble).mean()),
+        "bound_share_with_bubble_mean": float(with_bubbles.mean()),
         "bound_share_mean": float(share.mean()),
+        "norm_bound_share_mean": float(of_norm.mean()),
+        "norm_bound_share_geometric_mean": geometric_mean(of_norm),
+        "norm_bound_share_filled_mean": float(filled.mean()),
     }
     print(json.dumps({name: round(value, 4) for name, value in summary.items()}))
 

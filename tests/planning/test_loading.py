@@ -60,6 +60,35 @@ def test_replacing_and_clearing_count_what_is_dropped() -> None:
     assert queues.clear(Phase.LAYER) == 0 and queues.clear() == 2 and not queues
 
 
+KEYS = st.lists(st.sampled_from([UnitKey(layer, expert) for layer in range(2) for expert in range(3)]))
+
+
+@given(st.dictionaries(st.sampled_from(Phase), KEYS), KEYS)
+def test_what_is_missing_is_taken_as_if_each_were_asked_for(
+    waiting: dict[Phase, list[UnitKey]], there: list[UnitKey]
+) -> None:
+    asked, told = LoadQueues(), LoadQueues()
+    for phase, keys in waiting.items():
+        asked.replace(phase, keys)
+        told.replace(phase, keys)
+    known, taken_keys = set(there), []
+
+    def ask(phase: Phase, key: UnitKey) -> Verdict:
+        if key in known:
+            return Verdict.SKIP
+        known.add(key)
+        taken_keys.append(key)
+        return Verdict.TAKE
+
+    while asked.take(ask):
+        pass
+    known = set(there)
+    for wanted in [*taken_keys, None]:
+        assert told.take_missing(known) == wanted
+        known |= {wanted} if wanted else set()
+    assert not told
+
+
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=4))
 def test_ranks_go_through_all_layers_and_name_every_expert_once(counts: list[list[int]]) -> None:
     order = by_rank(dict(enumerate(counts)))

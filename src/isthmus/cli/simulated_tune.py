@@ -157,8 +157,9 @@ def row_of(outcome: Outcome, batch: int) -> SimulateTuneRow:
 
 _COLUMNS = ("policy", "step", "seq/s", "bound", "accel", "CPU", "H2D", "D2H", "Adam", "pairs", "loaded")
 _LEGEND = (
-    "bound: share of the bound; accel, CPU (experts), H2D, D2H, Adam: share of the step that each is busy; pairs: "
-    "(token, expert) pairs computed on CPUs; loaded: by all accelerators"
+    "bound: share of the bound (affinity's: of that of steps that wait for the norm of all gradients); accel, CPU "
+    "(experts), H2D, D2H, Adam: share of the step that each is busy; pairs: (token, expert) pairs computed on CPUs; "
+    "loaded: by all accelerators"
 )
 
 

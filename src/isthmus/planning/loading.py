@@ -6,9 +6,10 @@ Runtime and simulator share this: a loader decides only when there is room for o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache
+from itertools import zip_longest
 
 from isthmus.spec.model import UnitKey
 
@@ -43,12 +44,15 @@ class LoadQueues:
     def __bool__(self) -> bool:
         return any(self._queues.values())
 
-    def replace(self, phase: Phase, keys: Sequence[UnitKey]) -> int:
-        """Replaces what is still waiting, most urgent first. Returns how many entries are gone."""
-        kept = OrderedDict.fromkeys(keys)
-        num_dropped = len(self._queues[phase].keys() - kept.keys())
-        self._queues[phase] = kept
-        return num_dropped
+    def put(self, phase: Phase, keys: Iterable[UnitKey]) -> None:
+        """Replaces what is still waiting, most urgent first."""
+        self._queues[phase] = OrderedDict.fromkeys(keys)
+
+    def replace(self, phase: Phase, keys: Iterable[UnitKey]) -> int:
+        """Likewise. Returns how many entries are gone."""
+        before = self._queues[phase]
+        self.put(phase, keys)
+        return len(before.keys() - self._queues[phase].keys())
 
     def clear(self, phase: Phase | None = None) -> int:
         """Drops what is waiting (None: in every phase). Returns how many entries are gone."""
@@ -83,6 +87,15 @@ class LoadQueues:
                     return True
         return False
 
+    def take_missing(self, known: Container[UnitKey]) -> UnitKey | None:
+        """What ``take`` takes where there is room for everything and only what is not ``known`` is wanted."""
+        for queue in self._queues.values():
+            while queue:
+                key, _ = queue.popitem(last=False)
+                if key not in known:
+                    return key
+        return None
+
 
 @cache
 def unit_key(layer: int, expert: int) -> UnitKey:
@@ -90,16 +103,28 @@ def unit_key(layer: int, expert: int) -> UnitKey:
     return UnitKey(layer, expert)
 
 
+@cache
+def expert_keys(layer: int, num_experts: int) -> tuple[UnitKey, ...]:
+    """Of all experts of a layer."""
+    return tuple(unit_key(layer, expert) for expert in range(num_experts))
+
+
 def by_rank(counts_LE: Mapping[int, Sequence[float]]) -> list[UnitKey]:
     """Experts of all layers of a stage, the most popular rank of each layer first (APTMoE, section 4.2).
 
     ``counts_LE``: tokens or shares of every expert by layer, the layers in the order of the pass.
     """
-    ranked = {
-        layer: sorted(range(len(counts_E)), key=[-count for count in counts_E].__getitem__)
-        for layer, counts_E in counts_LE.items()
-    }
-    deepest = max((len(order) for order in ranked.values()), default=0)
-    return [
-        unit_key(layer, order[rank]) for rank in range(deepest) for layer, order in ranked.items() if rank < len(order)
-    ]
+    return in_turn(
+        {
+            layer: sorted(range(len(counts_E)), key=[-count for count in counts_E].__getitem__)
+            for layer, counts_E in counts_LE.items()
+        }
+    )
+
+
+def in_turn(ranked_LE: Mapping[int, Sequence[int]]) -> list[UnitKey]:
+    """The first expert of each layer, then the second of each, and so on; all experts of a layer are there."""
+    rows = [[*map(expert_keys(layer, len(order)).__getitem__, order)] for layer, order in ranked_LE.items()]
+    if len(rows) == 1:
+        return rows[0]
+    return [key for rank in zip_longest(*rows) for key in rank if key is not None]

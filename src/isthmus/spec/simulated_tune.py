@@ -21,7 +21,8 @@ class SimulateTuneRow:
     """All policies have the report's, but ours, which chooses."""
     bound_s: float = 0.0
     """What the busiest device needs if none of its resources ever pauses (no step that loads its weights is faster),
-    times ``bubble_factor``."""
+    times ``bubble_factor``. Of policies that wait for the norm of all gradients, as our runtime does (``affinity``), it
+    is the bound of such steps."""
     bubble_factor: float = 1.0
     """What a pipeline's beginning and end add."""
     bound_share: float = 0.0

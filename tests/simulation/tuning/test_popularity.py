@@ -71,6 +71,13 @@ def test_a_trace_is_replayed_in_its_shares_and_starts_again() -> None:
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=9), st.integers(0, 1000))
+def test_layers_are_rounded_together_as_each_alone(weights: list[float], total: int) -> None:
+    shares_LE = np.stack([np.array(weights), np.array(weights)[::-1]]) / sum(weights)
+    together_LE = whole_counts(shares_LE, total)
+    assert (together_LE == np.stack([whole_counts(shares_E, total) for shares_E in shares_LE])).all()
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=9), st.integers(0, 1000))
 def test_whole_counts_are_whole_and_all_there(weights: list[float], total: int) -> None:
     shares = np.array(weights) / sum(weights)
     counts = whole_counts(shares, total)

@@ -6,18 +6,39 @@ import pytest
 
 from isthmus.planning.loading import Phase, unit_key
 from isthmus.simulation.tuning.events import CpuPool, Events, Lane, Record, Server
-from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Medium, Urgency
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Loader, Urgency
+from isthmus.simulation.tuning.media import Medium, Relay
+
+LOADS = {layer: [(1.0, 1, 0.0)] * 2 for layer in range(2)}
 
 
 def test_copies_share_a_medium_and_go_on_alone() -> None:
     """One begins at 0 s, another at 0.5 s, each of 1 s alone: the first ends at 1.5 s, the second at 2 s."""
     events, medium, ended = Events(), Medium(1.0), []
-    engines = [CopyEngine(events, Lane("h2d", None), (medium,), 2) for _ in range(2)]
+    engines = [CopyEngine(events, Lane("h2d", None), (medium,)) for _ in range(2)]
     for number, start_s in enumerate((0.0, 0.5)):
         copy = Copy(1.0, lambda number: ended.append((number, events.now_s)), (number,))
         events.at(start_s, engines[number].send, copy)
     events.run()
     assert ended == [(0, pytest.approx(1.5)), (1, pytest.approx(2.0))]
+
+
+def test_what_is_slowed_and_hastened_again_lands_when_all_of_it_has_gone() -> None:
+    """5 s of a copy beside what relays send: 1 s from 0.5 s on, which takes 2, and 2 s from 3 s on, which wait for one
+    another: it is not done when it was first expected, at 5 s."""
+    events, medium, ended = Events(), Medium(1.0), []
+
+    def end(what: str) -> None:
+        ended.append((what, events.now_s))
+
+    engine, relay = CopyEngine(events, Lane("h2d", None), (medium,)), Relay(events, (medium,))
+    events.at(0.0, engine.send, Copy(5.0, end, ("copy",)))
+    events.at(0.5, relay.send, 1.0, end, "first")
+    for name in ("second", "third"):
+        events.at(3.0, relay.send, 1.0, end, name)
+    events.run()
+    # The copy has had 0.5 + 1 + 0.5 s at 3 s, and a half of every second then, until the relay is done.
+    assert ended == [("first", 2.5), ("second", 5.0), ("third", 7.0), ("copy", 8.0)]
 
 
 def test_an_expert_interrupts_the_optimizer_which_goes_on_where_it_was() -> None:
@@ -48,7 +69,7 @@ def test_what_is_urgent_waits_for_a_piece_only(piece_s: float, gradients_s: floa
     """Gradients of 4 s, of which the first piece takes 2 s, tokens of 1 s after 2.5 s."""
     events, landed = Events(), {}
     record = Record(True)
-    engine = CopyEngine(events, record.lane("d2h"), (), 2)
+    engine = CopyEngine(events, record.lane("d2h"), ())
     gradients = Copy(
         4.0,
         lambda: landed.update(gradients=events.now_s),
@@ -77,10 +98,11 @@ def test_the_next_forwards_first_layer_is_stepped_first() -> None:
 
 def test_an_urgent_expert_waits_for_the_window_only() -> None:
     events, landed = Events(), []
-    loader = Loader(events, Lane("h2d", None), (), 2, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key.expert))
+    keys = [unit_key(0, expert) for expert in range(5)]
+    loader = Loader(events, Lane("h2d", None), (), 2, LOADS, lambda key: landed.append(key.expert), keys)
 
     def begin() -> None:
-        loader.queues.replace(Phase.STAGE, [unit_key(0, expert) for expert in range(5)])
+        loader.queues.replace(Phase.STAGE, keys)
         loader.refill()
 
     def hurry() -> None:
@@ -95,9 +117,10 @@ def test_an_urgent_expert_waits_for_the_window_only() -> None:
 
 def test_what_left_the_accelerator_while_it_was_on_its_way_is_not_there() -> None:
     events, landed = Events(), []
-    loader = Loader(events, Lane("h2d", None), (), 1, lambda key: (1.0, 1, 0.0), lambda key: landed.append(key))
-    loader.queues.replace(Phase.STAGE, [unit_key(0, 0), unit_key(1, 0)])
+    keys = [unit_key(0, 0), unit_key(1, 0)]
+    loader = Loader(events, Lane("h2d", None), (), 1, LOADS, landed.append, keys)
+    loader.queues.replace(Phase.STAGE, keys)
     loader.refill()
     events.at(0.5, loader.forget, {1})
     events.run()
-    assert landed == [unit_key(1, 0)] and list(loader.there) == landed
+    assert landed == [unit_key(1, 0)] and list(loader.there) == landed and loader.num_landed == 1

@@ -50,7 +50,10 @@ class Choice:
 
 def steady_step(work: StepWork, make: Make) -> StepResult:
     """A step after others like it, popularity being as expected."""
-    policy = make(work, work.counts)
+    return _play(work, make(work, work.counts))
+
+
+def _play(work: StepWork, policy: StepPolicy) -> StepResult:
     if not policy.overlaps_steps:
         return simulate_step(work, policy)
     return simulate_step(work, policy, backlogs=[work.steps_after(device) for device in range(len(work.order))])
@@ -87,13 +90,20 @@ class _Search:
     def __init__(self, work: StepWork) -> None:
         self._work = work
         self._seen: set[Mix] = set()
+        self._decisions: list[tuple[object, ...]] = []
         self.num_tried = 0
         self.best = Choice(RuntimeMobius, work.stages, "none", float("inf"))
 
     def offer(self, make: Make, name: str, mix: Mix | None = None) -> bool:
         """Whether the candidate is better than the best so far."""
         self.num_tried += 1
-        result = steady_step(self._work, make)
+        policy = make(self._work, self._work.counts)
+        if isinstance(policy, Affinity):
+            decisions = policy.decisions()
+            if decisions in self._decisions:
+                return False  # its schedule has been compared already
+            self._decisions.append(decisions)
+        result = _play(self._work, policy)
         if result.seconds >= self.best.predicted_s * (1 - 1e-9):
             return False
         name = f"{len(self._work.stages)} stages, {name}"

@@ -13,11 +13,13 @@ from collections.abc import Callable
 
 from isthmus.planning.loading import Phase, unit_key
 from isthmus.simulation.tuning.costs import Seat, num_pieces
-from isthmus.simulation.tuning.events import CpuPool, Events, Lane, Record
-from isthmus.simulation.tuning.links import Copy, CopyEngine, Links, Loader, Urgency
+from isthmus.simulation.tuning.events import CpuPool, Events, Record
+from isthmus.simulation.tuning.links import Copy, CopyEngine, Urgency
+from isthmus.simulation.tuning.media import Links, Relay
 from isthmus.simulation.tuning.policies import StepPolicy
+from isthmus.simulation.tuning.weights import Weights
 from isthmus.simulation.tuning.work import BACKWARD, Backlog, Division, Run, StepWork
-from isthmus.spec.model import DENSE, UnitKey
+from isthmus.spec.model import DENSE
 
 Leave = Callable[[int, bool, int], None]
 NORM_SHARE = 1 / 7
@@ -26,6 +28,45 @@ NORM_SHARE = 1 / 7
 
 class Device:
     """Runs its stages one after the other."""
+
+    __slots__ = (
+        "_accelerator",
+        "_arrived",
+        "_at",
+        "_began_s",
+        "_costs",
+        "_dense_keys",
+        "_division",
+        "_divisions",
+        "_end_norm",
+        "_end_s",
+        "_events",
+        "_is_loading",
+        "_is_on_cpu",
+        "_is_open",
+        "_layer",
+        "_leave",
+        "_micro_batch",
+        "_num_backward",
+        "_num_left",
+        "_num_there",
+        "_policy",
+        "_position",
+        "_run",
+        "_runs",
+        "_weights",
+        "_work",
+        "copy_s",
+        "cpu",
+        "cpu_rows",
+        "loader",
+        "num_rows",
+        "receiver",
+        "record",
+        "seat",
+        "sender",
+        "unloader",
+    )
 
     def __init__(
         self,
@@ -45,27 +86,23 @@ class Device:
         self.record = record
         self.copy_s = seat.host.accelerator.copy_s
         self.cpu_rows = self.num_rows = 0.0
-        self.num_loads = 0
         self._work, self._policy, self._events, self._leave = work, policy, events, leave
         self._end_norm = end_norm
         self._runs = work.runs[seat.device]
         self._costs = {layer: work.layer_costs(layer) for run in self._runs for layer in run.layers}
         self._accelerator = record.lane("accelerator")
         self.cpu = CpuPool(events, record)
-        window = work.costs.job.copy_window
-        self.loader = Loader(events, record.lane("h2d"), links.h2d, window, self._load_cost, self._landed)
-        self.unloader = CopyEngine(events, record.lane("d2h"), links.d2h, window)
-        # Between accelerators: they take no copy engine, so they are in no lane that is shown.
-        self.receiver = CopyEngine(events, Lane("h2d", None), links.h2d, window)
-        self.sender = CopyEngine(events, Lane("d2h", None), links.d2h, window)
+        unstepped = [layer for layer, _ in backlog]
+        self._weights = Weights(work, policy, self._runs, events, record.lane("h2d"), links.h2d, unstepped)
+        self.loader = self._weights.loader
+        self.unloader = CopyEngine(events, record.lane("d2h"), links.d2h)
+        # Between accelerators; in no lane that is shown.
+        self.receiver, self.sender = Relay(events, links.h2d), Relay(events, links.d2h)
         self._at = -1
-        self._stage_keys: list[UnitKey] = []
-        self._arrived: dict[tuple[int, bool], deque[int]] = {}
+        self._arrived: list[deque[int]] = [deque() for _ in self._runs]
+        """Micro-batches, by run."""
         self._num_left = 0
         self._is_loading = self._is_open = False
-        self._awaited: dict[UnitKey, None] = {}
-        """What has to land before ``_then()`` goes on: a stage, or what the open micro-batch needs."""
-        self._then: Callable[[], None] = self._open
         self._divisions: dict[tuple[int, bool], Division] = {}
         self._num_there: dict[tuple[int, bool], int] = {}
         self._run: Run
@@ -79,18 +116,7 @@ class Device:
         self._end_s: float | None = 0.0
         """When those on the accelerator are, if all of them have landed."""
         self._num_backward: dict[int, int] = {}
-        self._load_costs = {
-            layer: [costs.load(policy.piece_bytes, is_expert=is_expert) for is_expert in (False, True)]
-            for layer, costs in self._costs.items()
-        }
-        self._unstepped = {layer for layer, _ in backlog}
-        """Layers whose weights are still those of the step before."""
-        self._take_over(backlog)
-
-    def _take_over(self, backlog: Backlog) -> None:
-        """What is there before the step begins, and what the step before has left to do."""
-        if self._policy.is_resident:
-            self.loader.there = dict.fromkeys(self._all_keys(), 0.0)
+        self._dense_keys = {layer: unit_key(layer, DENSE) for layer in self._costs}
         for layer, seconds in backlog:
             self._step(layer, seconds)
 
@@ -102,42 +128,27 @@ class Device:
         self._num_left = 0
         self._divisions.clear()
         self._num_there.clear()
+        self._weights.enter(at)
         if at >= len(self._runs):
             return
-        run = self._runs[at]
-        if not self._policy.is_resident:
-            self.loader.forget({layer for other in self._policy.held(self._runs, at) for layer in other.layers})
-            self.loader.queues.clear()
-            # Without the dense part nothing begins, whatever was dropped.
-            self._queue(Phase.EXPERT, [unit_key(layer, DENSE) for layer in run.layers])
-            self._stage_keys = self._policy.stage_queue(self._runs, at)
-            self._queue(Phase.STAGE, self._stage_keys)
-            self.loader.refill()
-            if self._policy.waits_for_stage:
-                missing = [key for key in self._policy.run_keys(run) if key not in self.loader.there]
-                if missing:
-                    self._is_loading = True
-                    self._wait(missing, self._loaded)
+        if self._policy.waits_for_stage and (missing := self._weights.missing()):
+            self._is_loading = True
+            self._weights.wait(missing, self._loaded)
         self._open()
-
-    def _queue(self, phase: Phase, keys: list[UnitKey]) -> None:
-        there, on_way, unstepped = self.loader.there, self.loader.on_way, self._unstepped
-        missing = [key for key in keys if key not in there and key not in on_way]
-        if unstepped:
-            missing = [key for key in missing if key.layer not in unstepped]
-        self.loader.queues.replace(phase, missing)
 
     def _loaded(self) -> None:
         self._is_loading = False
         self._open()
 
-    def arrive(self, stage: int, is_backward: bool, micro_batch: int) -> None:
-        self._arrived.setdefault((stage, is_backward), deque()).append(micro_batch)
-        self._open()
+    def arrive(self, run: int, micro_batch: int) -> None:
+        """A micro-batch is here for the run of this number."""
+        self._arrived[run].append(micro_batch)
+        if run == self._at:
+            self._open()
 
     def check_done(self) -> None:
         """Everything was computed, nothing is left behind: a schedule that stops is a bug, not a result."""
-        left = (self._at < len(self._runs), self._is_open, self._awaited, self._unstepped)
+        left = (self._at < len(self._runs), self._is_open, self._weights.awaited, self._weights.unstepped)
         if any(left):
             raise RuntimeError(f"device {self.seat.device} stopped before its end: {left}")
 
@@ -145,11 +156,10 @@ class Device:
         """The next micro-batch that is here begins the present run."""
         if self._is_open or self._is_loading or not 0 <= self._at < len(self._runs):
             return
-        run = self._runs[self._at]
-        arrived = self._arrived.get((run.stage, run.is_backward))
+        arrived = self._arrived[self._at]
         if arrived:
             self._is_open = True
-            self._run, self._micro_batch, self._position = run, arrived.popleft(), -1
+            self._run, self._micro_batch, self._position = self._runs[self._at], arrived.popleft(), -1
             self._next_layer()
 
     def _left(self) -> None:
@@ -165,31 +175,29 @@ class Device:
     # --- layers ------------------------------------------------------------------------------------------------------
 
     def _next_layer(self) -> None:
-        run = self._run
-        self._position += 1
-        if self._position == len(run.layers):
+        layers = self._run.layers
+        position = self._position = self._position + 1
+        if position == len(layers):
             self._left()
             return
-        self._layer = run.layers[self._position]
-        if run.is_backward:
+        self._layer = layers[position]
+        if self._run.is_backward:
             self._begin_experts()
         else:
             self._begin_dense()
 
     def _begin_dense(self) -> None:
-        key = unit_key(self._layer, DENSE)
-        if key in self.loader.there:
+        if self._dense_keys[self._layer] in self.loader.there:
             self._compute_dense()
         else:
-            self._wait([key], self._compute_dense)
+            self._weights.wait([self._dense_keys[self._layer]], self._compute_dense)
 
     def _compute_dense(self) -> None:
         costs, is_backward = self._costs[self._layer], self._run.is_backward
         seconds = costs.dense_s[is_backward]
         if is_backward and self._policy.is_resident and self._is_last_backward(self._layer, count=False):
             seconds += costs.resident_optimizer_s  # the optimizer runs where the weights are
-        name = "" if self.record.spans is None else f"L{self._layer}"
-        self._events.at(self._occupy(seconds, "dense", name), self._end_layer if is_backward else self._begin_experts)
+        self._events.at(self._occupy(seconds, "dense"), self._end_layer if is_backward else self._begin_experts)
 
     def _begin_experts(self) -> None:
         if self._layer not in self._work.tables:
@@ -269,21 +277,7 @@ class Device:
             self._step(layer, seconds)
 
     def _step(self, layer: int, seconds: float) -> None:
-        self.cpu.step(layer, seconds, lambda: self._stepped(layer))
-
-    def _stepped(self, layer: int) -> None:
-        """New weights may be loaded."""
-        if layer not in self._unstepped:
-            return
-        self._unstepped.discard(layer)
-        queues = self.loader.queues
-        for key in [key for key in reversed(self._awaited) if key.layer == layer]:
-            queues.demand(key)
-        if 0 <= self._at < len(self._runs):
-            if layer in self._runs[self._at].layers:
-                queues.demand(unit_key(layer, DENSE))
-            self._queue(Phase.STAGE, self._stage_keys)
-            self.loader.refill()
+        self.cpu.step(layer, seconds, lambda: self._weights.stepped(layer))
 
     def _is_last_backward(self, layer: int, *, count: bool) -> bool:
         number = self._num_backward.get(layer, 0) + 1
@@ -304,15 +298,16 @@ class Device:
         there = self.loader.experts_of(layer)
         if known is not None and self._num_there[key] == len(there):
             return known
-        on, urgent = policy.divide(layer, is_backward, there)
+        on, urgent = policy.divide(layer, is_backward, [key.expert for key in there])
         division = Division(layer, self._work.tables[layer], on, is_backward)
         self._divisions[key], self._num_there[key] = division, len(there)
         if urgent or again:
-            self._queue(Phase.EXPERT, self._work.expert_keys(layer, urgent))
+            self._weights.want(Phase.EXPERT, self._work.expert_keys(layer, urgent))
             if policy.looks_ahead and not is_backward:
                 following = self._run.layers[self._position + 1 : self._position + 2]
                 ahead = [at for at in following if at in self._work.tables]
-                self._queue(Phase.LAYER, [unit_key(at, expert) for at in ahead for expert in policy.predict(at)])
+                predicted = [unit_key(at, expert) for at in ahead for expert in policy.predict(at)]
+                self._weights.want(Phase.LAYER, predicted)
             self.loader.refill()
         return division
 
@@ -336,10 +331,10 @@ class Device:
         missing = [] if division.is_there else [key for key in division.keys if key not in there]
         division.is_there = not missing
         if not missing:
-            self._end_loaded(self._occupy(division.accelerator_s, self._kind(), self._name()))
+            self._end_loaded(self._occupy(division.accelerator_s))
             return
         self._began_s, self._end_s = self._events.now_s, None
-        self._wait(missing, self._compute_landed)
+        self._weights.wait(missing, self._compute_landed)
 
     def _compute_landed(self) -> None:
         """All of the accelerator's experts are there; those that landed first were computed meanwhile."""
@@ -353,11 +348,16 @@ class Device:
         self._accelerator.add(self._kind(), self._name(), start_s, end_s)
         self._end_loaded(max(end_s, self._events.now_s))
 
-    def _occupy(self, seconds: float, kind: str, name: str) -> float:
-        """The accelerator is busy until the moment that is returned."""
-        now_s = self._events.now_s
-        self._accelerator.add(kind, name, now_s, now_s + seconds)
-        return now_s + seconds
+    def _occupy(self, seconds: float, kind: str | None = None) -> float:
+        """The accelerator is busy until the moment that is returned; with experts if no ``kind`` says else."""
+        now_s, lane = self._events.now_s, self._accelerator
+        end_s = now_s + seconds
+        if lane.spans is None:
+            lane.busy_s = lane.busy_s + end_s - now_s
+        else:
+            name = self._name() if kind is None else f"L{self._layer}"
+            lane.add(kind or self._kind(), name, now_s, end_s)
+        return end_s
 
     def _kind(self) -> str:
         return "expert_backward" if self._run.is_backward else "expert_forward"
@@ -365,33 +365,3 @@ class Device:
     def _name(self) -> str:
         """Of a span; where nobody wants to see any, none."""
         return "" if self.record.spans is None else f"L{self._layer} mb{self._micro_batch}"
-
-    # --- weights -----------------------------------------------------------------------------------------------------
-
-    def _wait(self, keys: list[UnitKey], then: Callable[[], None]) -> None:
-        """``then()`` once all of ``keys`` have landed. What is neither there nor on its way is loaded ahead of all."""
-        assert not self._awaited
-        self._then = then
-        loader = self.loader
-        for key in reversed(keys):
-            self._awaited[key] = None
-            if key not in loader.on_way and key not in loader.there and key.layer not in self._unstepped:
-                loader.queues.demand(key)
-        loader.refill()
-
-    def _landed(self, key: UnitKey) -> None:
-        self.num_loads += 1
-        if key in self._awaited:
-            del self._awaited[key]
-            if not self._awaited:
-                self._then()
-
-    def _load_cost(self, key: UnitKey) -> tuple[float, int, float]:
-        return self._load_costs[key.layer][key.expert >= 0]
-
-    def _all_keys(self) -> list[UnitKey]:
-        layers = {layer for run in self._runs for layer in run.layers}
-        keys = [unit_key(layer, DENSE) for layer in layers]
-        for layer in layers & self._work.tables.keys():
-            keys += self._work.expert_keys(layer, range(self._policy.num_experts(layer)))
-        return keys

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
+from itertools import count
 from typing import Any
 
 from isthmus.spec.timeline import Span
@@ -17,18 +18,17 @@ from isthmus.spec.timeline import Span
 class Events:
     """What happens when. ``now_s``: seconds since the step began."""
 
-    __slots__ = ("_count", "_heap", "_is_stopped", "now_s")
+    __slots__ = ("_heap", "_is_stopped", "_order", "now_s")
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self._count = 0
+        self._order = count()
         self._is_stopped = False
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
 
     def at(self, time_s: float, action: Callable[..., None], *arguments: Any) -> None:
         """``action(*arguments)`` at ``time_s``, which is not before ``now_s``."""
-        self._count += 1
-        heappush(self._heap, (time_s, self._count, action, arguments))
+        heappush(self._heap, (time_s, next(self._order), action, arguments))
 
     def run(self) -> None:
         """Until nothing is left to happen, or somebody stops it."""

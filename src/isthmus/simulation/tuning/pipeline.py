@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from isthmus.simulation.tuning.costs import Seat
 from isthmus.simulation.tuning.device import Device
 from isthmus.simulation.tuning.events import Events, Record, Server
-from isthmus.simulation.tuning.links import Copy, Links, Medium
+from isthmus.simulation.tuning.media import Links, Medium
 from isthmus.simulation.tuning.policies import StepPolicy
-from isthmus.simulation.tuning.work import Backlog, StepWork
+from isthmus.simulation.tuning.work import BACKWARD, FORWARD, Backlog, StepWork
 from isthmus.spec.timeline import Timeline
 
 
@@ -63,10 +64,23 @@ def simulate_step(
         num_bytes=tuple(device.record.num_bytes for device in devices),
         cpu_rows=sum(device.cpu_rows for device in devices),
         num_rows=sum(device.num_rows for device in devices),
-        num_loads=sum(device.num_loads for device in devices),
+        num_loads=sum(device.loader.num_landed for device in devices),
         backlogs=left,
         timelines=tuple(timelines),
     )
+
+
+class Hop(NamedTuple):
+    """A micro-batch's way from one stage to the next, and what it takes at full rates."""
+
+    source: Device
+    target: Device
+    run: int
+    """Of the target's runs."""
+    sending_s: float = 0.0
+    network_s: float | None = None
+    """None: both are on one host."""
+    receiving_s: float = 0.0
 
 
 class Pipeline:
@@ -87,6 +101,11 @@ class Pipeline:
             )
             for seat, left in zip(costs.seats, backlogs or ((),) * len(costs.seats), strict=True)
         ]
+        self._hops = {
+            (stage, is_backward): self._hop(stage, is_backward)
+            for stage in range(len(work.stages))
+            for is_backward in (FORWARD, BACKWARD)
+        }
 
     def _links(self, seat: Seat) -> Links:
         host, card = seat.host, seat.host.accelerator
@@ -108,7 +127,7 @@ class Pipeline:
             device.enter(0)
         first = self.devices[self.work.device_of[0]]
         for number in range(self.work.num_micro_batches):
-            first.arrive(0, False, number)
+            first.arrive(0, number)
         self.events.run()
         for device in self.devices:
             device.check_done()
@@ -121,33 +140,49 @@ class Pipeline:
 
     def leave(self, stage: int, is_backward: bool, micro_batch: int) -> None:
         """A micro-batch has left a stage and goes to the one after it."""
+        hop = self._hops[stage, is_backward]
+        if hop is None:
+            return
+        if hop.source is hop.target:
+            hop.target.arrive(hop.run, micro_batch)
+        else:
+            hop.source.sender.send(hop.sending_s, self._sent, hop, micro_batch)
+
+    def _hop(self, stage: int, is_backward: bool) -> Hop | None:
+        """From ``stage`` to the one after it; None after the last."""
         after = stage - 1 if is_backward else stage + 1
         if after < 0:
-            return
-        if after == len(self.work.stages):
-            self.devices[self.work.device_of[stage]].arrive(stage, True, micro_batch)
-            return
+            return None
+        is_turn = after == len(self.work.stages)
+        if is_turn:
+            after = stage
         source, target = (self.devices[self.work.device_of[number]] for number in (stage, after))
+        run = self.work.number_of_run[after, is_backward or is_turn]
         if source is target:
-            target.arrive(after, is_backward, micro_batch)
-            return
+            return Hop(source, target, run)
         layer = self.work.layer_costs(self.work.stages[stage].first_layer)
         num_bytes = int(layer.num_tokens * layer.row_bytes)
-        seconds = source.copy_s + num_bytes / source.seat.host.accelerator.d2h_bytes_per_s
-        hand_over = (source, target, num_bytes, (after, is_backward, micro_batch))
-        source.sender.send(Copy(seconds, self._sent, hand_over))
+        host, other = source.seat.host, target.seat.host
+        network_s = None
+        if source.seat.host_number != target.seat.host_number:
+            network_s = host.network_s + num_bytes / min(host.network_bytes_per_s, other.network_bytes_per_s)
+        return Hop(
+            source,
+            target,
+            run,
+            source.copy_s + num_bytes / host.accelerator.d2h_bytes_per_s,
+            network_s,
+            target.copy_s + num_bytes / other.accelerator.h2d_bytes_per_s,
+        )
 
-    def _sent(self, source: Device, target: Device, num_bytes: int, arrival: tuple[int, bool, int]) -> None:
+    def _sent(self, hop: Hop, micro_batch: int) -> None:
         """A micro-batch is in the sending host's memory."""
-        host = source.seat.host
-        if source.seat.host_number == target.seat.host_number:
-            self._received(target, num_bytes, arrival)
-            return
-        rate = min(host.network_bytes_per_s, target.seat.host.network_bytes_per_s)
-        seconds = host.network_s + num_bytes / rate
-        self._networks[source.seat.host_number].serve(seconds, self._received, target, num_bytes, arrival)
+        if hop.network_s is None:
+            self._received(hop, micro_batch)
+        else:
+            network = self._networks[hop.source.seat.host_number]
+            network.serve(hop.network_s, self._received, hop, micro_batch)
 
-    def _received(self, target: Device, num_bytes: int, arrival: tuple[int, bool, int]) -> None:
+    def _received(self, hop: Hop, micro_batch: int) -> None:
         """Likewise in the receiving host's."""
-        seconds = target.copy_s + num_bytes / target.seat.host.accelerator.h2d_bytes_per_s
-        target.receiver.send(Copy(seconds, target.arrive, arrival))
+        hop.target.receiver.send(hop.receiving_s, hop.target.arrive, hop.run, micro_batch)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from isthmus.planning.alike import AlikeLayers, cheapest_of_each, equation_one_of_each
-from isthmus.planning.loading import by_rank, unit_key
+from isthmus.planning.loading import in_turn, unit_key
 from isthmus.planning.popularity import blend_history
-from isthmus.simulation.tuning.work import Run, StepWork
+from isthmus.simulation.tuning.work import BACKWARD, FORWARD, Run, StepWork
 from isthmus.spec.model import DENSE, UnitKey
 
 PIECE_BYTES = 16 << 20
@@ -36,7 +37,7 @@ class History:
 
     def learn(self, counts: Counts) -> None:
         for layer, counts_E in counts.items():
-            self._shares[layer] = blend_history(self._shares.get(layer), [round(count) for count in counts_E])
+            self._shares[layer] = blend_history(self._shares.get(layer), [*map(round, counts_E)])
 
     def expected(self, counts: Counts) -> dict[int, list[float]]:
         """What history expects of a step with as many tokens as ``counts``."""
@@ -132,6 +133,8 @@ class Aptmoe(StepPolicy):
         super().__init__(work, expected)
         self._chosen: dict[bool, dict[int, frozenset[int]]] = {}
         self._predicted: dict[int, list[int]] = {}
+        self._ranked: dict[int, list[int]] = {}
+        """Experts by history, the most popular first."""
         self._queues: dict[tuple[int, bool], list[UnitKey]] = {}
 
     def choose(self, layers: AlikeLayers, is_backward: bool) -> list[frozenset[int]]:
@@ -156,7 +159,7 @@ class Aptmoe(StepPolicy):
         held = self.held(runs, at)
         if not runs[at].is_backward and at:
             held = held[1:]  # what is left of this stage's queue is dropped
-        return [key for run in held for key in self._run_queue(run)]
+        return [*chain.from_iterable(map(self._run_queue, held))]
 
     def _run_queue(self, run: Run) -> list[UnitKey]:
         at = (run.stage, run.is_backward)
@@ -168,14 +171,16 @@ class Aptmoe(StepPolicy):
     def _backward_queue(self, run: Run) -> list[UnitKey]:
         """What was decided, the most popular rank of all layers first."""
         chosen = {layer: self.chosen(layer, True) for layer in run.layers if layer in self.work.counts}
-        return [key for key in self._by_rank(run, self.work.counts) if key.expert in chosen[key.layer]]
+        ranked = in_turn({layer: self.work.tables[layer].by_work for layer in chosen})
+        return [key for key in ranked if key[1] in chosen[key[0]]]
 
     def _forward_queue(self, run: Run) -> list[UnitKey]:
         """All experts, by history."""
-        return self._by_rank(run, self.expected)
-
-    def _by_rank(self, run: Run, counts: Counts) -> list[UnitKey]:
-        return by_rank({layer: counts[layer] for layer in run.layers if layer in counts})
+        if not self._ranked:
+            for _, layers in self.work.alike(self.expected):
+                order_LE = np.argsort(-np.array([self.expected[at] for at in layers]), axis=1, kind="stable")
+                self._ranked.update(zip(layers, order_LE.tolist(), strict=True))
+        return in_turn({layer: self._ranked[layer] for layer in run.layers if layer in self._ranked})
 
     def divide(self, layer: int, is_backward: bool, there: Sequence[int]) -> tuple[Iterable[int], Sequence[int]]:
         chosen, here = self.chosen(layer, is_backward), frozenset(there)
@@ -239,20 +244,30 @@ class Affinity(RuntimeAptmoe):
         super().__init__(work, expected)
         self._mix = mix
         self.uses_what_is_there = mix.uses_what_is_there
+        stage_bytes = self.work.costs.stage_bytes
+        self._bytes = [stage_bytes(stage.first_layer, stage.last_layer) for stage in work.stages]
         self._fits = [self._fitting_bytes(device) for device in range(len(work.order))]
         self._held: dict[tuple[int, int], list[Run]] = {}
         self._worthy: dict[int, frozenset[int]] = {}
+
+    def decisions(self) -> tuple[object, ...]:
+        """All that its mix decides: with the same of them a step has the same schedule."""
+        layers, runs = list(self.work.tables), [run for of_device in self.work.runs for run in of_device]
+        looks_on = any(len(run.layers) > 1 for run in runs)
+        return (
+            self.uses_what_is_there,
+            [self.chosen(layer, is_backward) for is_backward in (FORWARD, BACKWARD) for layer in layers],
+            [self.predict(layer) for layer in layers if looks_on],
+            [self._run_queue(run) for run in runs],
+        )
 
     def _fitting_bytes(self, device: int) -> int:
         """Of weights, beside activations and the gradients of a stage."""
         costs, runs = self.work.costs, self.work.runs[device]
         forward = [run for run in runs if not run.is_backward]
-        widest = max(self._bytes(run) for run in forward)
+        widest = max(self._bytes[run.stage] for run in forward)
         kept = costs.activation_bytes(sum(len(run.layers) for run in forward))
         return costs.seats[device].host.accelerator.memory_bytes - kept - widest
-
-    def _bytes(self, run: Run) -> int:
-        return self.work.costs.stage_bytes(min(run.layers), max(run.layers))
 
     def held(self, runs: Sequence[Run], at: int) -> list[Run]:
         """As many stages as fit, those that are needed first."""
@@ -262,7 +277,7 @@ class Affinity(RuntimeAptmoe):
             found: dict[int, Run] = {}
             for run in runs[at:]:
                 if run.stage not in found:
-                    left -= self._bytes(run)
+                    left -= self._bytes[run.stage]
                     if left < 0 and len(found) >= 2:
                         break
                     found[run.stage] = run
@@ -280,7 +295,7 @@ class Affinity(RuntimeAptmoe):
         if not self._mix.least_worth:
             return ranked
         worthy = {layer: self._worth(layer) for layer in run.layers if layer in self.expected}
-        return [key for key in ranked if key.expert in worthy[key.layer]]
+        return [key for key in ranked if key[1] in worthy[key[0]]]
 
     def _worth(self, layer: int) -> frozenset[int]:
         """Experts that are worth a load, as far as history knows."""

@@ -5,7 +5,7 @@ Legend: ``L`` MoE layers, ``E`` experts of a layer, ``k`` choices a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +77,22 @@ class DrawnPopularity:
         """Tokens (E,) of every MoE layer's experts, all k choices together, step after step without end."""
         shares = {layer: self._random.permutation(ranked) for layer, ranked in self._ranked.items()}
         while True:
-            yield {layer: whole_counts(share, self._pairs(layer, num_tokens)) for layer, share in shares.items()}
+            yield self._counts(shares, num_tokens)
             if self._drift:
                 for share in shares.values():
                     moving = np.flatnonzero(self._random.random(len(share)) < self._drift)
                     share[moving] = share[self._random.permutation(moving)]
+
+    def _counts(self, shares: Mapping[int, Floats], num_tokens: int) -> dict[int, Floats]:
+        """Layers with as many experts and choices are rounded together."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for layer, share in shares.items():
+            alike.setdefault((len(share), self._pairs(layer, num_tokens)), []).append(layer)
+        found: dict[int, Floats] = {}
+        for (_, num_pairs), layers in alike.items():
+            counts_LE = whole_counts(np.stack([shares[layer] for layer in layers]), num_pairs)
+            found.update(zip(layers, counts_LE, strict=True))
+        return {layer: found[layer] for layer in shares}
 
     def _pairs(self, layer: int, num_tokens: int) -> int:
         expert = self._spec.layers[layer]
@@ -112,13 +123,14 @@ class TracedPopularity:
 
 
 def whole_counts(shares_E: Sequence[float] | Floats, num_pairs: int) -> Floats:
-    """Whole tokens (E,) in these shares that sum to ``num_pairs``: the largest remainders are rounded up."""
-    exact = np.asarray(shares_E, dtype=np.float64) * num_pairs
-    counts = np.floor(exact)
-    missing = round(num_pairs - counts.sum())
-    if missing > 0:
-        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-    return counts
+    """Whole tokens (…, E) in these shares that sum to ``num_pairs``: the largest remainders are rounded up."""
+    exact_E = np.asarray(shares_E, dtype=np.float64) * num_pairs
+    counts_E = np.floor(exact_E)
+    missing = np.rint(num_pairs - counts_E.sum(axis=-1, keepdims=True))
+    order_E = np.argsort(counts_E - exact_E, axis=-1, kind="stable")
+    is_up_E = np.zeros_like(counts_E)
+    np.put_along_axis(is_up_E, order_E, (np.arange(counts_E.shape[-1]) < missing).astype(np.float64), axis=-1)
+    return counts_E + is_up_E
 
 
 def find_popularity(

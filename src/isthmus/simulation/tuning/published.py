@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
+from isthmus.simulation.tuning.bound import bubble_factor, norm_bound_s, step_bound_s
 from isthmus.simulation.tuning.candidates import choose, steady_step
 from isthmus.simulation.tuning.costs import Costs, TuneJob
 from isthmus.simulation.tuning.mapping import other_mappings, stages_for
@@ -62,6 +62,10 @@ class CellSeconds:
     bound_s: float
     """Without the pipeline's bubble factor."""
     bubble_factor: float
+    norm_bound_s: float
+    """Of steps that wait for the norm of all gradients, as ours and ``runtime_aptmoe_s`` do."""
+    filled_bound_s: float
+    """Likewise, with the pipeline's filling and draining."""
     plan: str
 
 
@@ -126,6 +130,8 @@ def simulate_cell(cell: Cell, cluster: TuneCluster) -> CellSeconds:
         affinity_s=choice.predicted_s,
         bound_s=step_bound_s(ours),
         bubble_factor=bubble_factor(job.num_micro_batches, len(choice.stages), len(order)),
+        norm_bound_s=norm_bound_s(ours),
+        filled_bound_s=norm_bound_s(ours, fills=True),
         plan=choice.name,
     )
 

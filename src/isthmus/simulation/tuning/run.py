@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from isthmus.planning.popularity import skewness
-from isthmus.simulation.tuning.bound import bubble_factor, step_bound_s
+from isthmus.simulation.tuning.bound import bubble_factor, norm_bound_s, step_bound_s
 from isthmus.simulation.tuning.candidates import Choice, choose
 from isthmus.simulation.tuning.costs import Costs
 from isthmus.simulation.tuning.mapping import (
@@ -67,7 +67,7 @@ class Outcome:
     note: str = ""
     stages: tuple[Stage, ...] = ()
     bound_s: float = 0.0
-    """Of the last step, without the bubble factor."""
+    """Of the last step, without the bubble factor: of steps that wait for the norm, if the policy's do."""
     bubble_factor: float = 1.0
 
     @property
@@ -108,7 +108,7 @@ def simulate_tuning(
     stages = (own_stages if only_ours else stages_for)(costs, costs.job.num_stages)
     order = costs.order
     outcomes: dict[str, Outcome] = {}
-    bounds_s: dict[Sequence[Stage], float] = {}
+    bounds: dict[tuple[Sequence[Stage], bool], tuple[float, float]] = {}
     work: StepWork | None = None
     for policy in policies:
         outcome = outcomes[policy] = Outcome(policy=policy)
@@ -124,10 +124,10 @@ def simulate_tuning(
             tell(policy, number + 1)
         work = runner.work
         outcome.last, outcome.note, outcome.stages = runner.last, runner.note, tuple(work.stages)
-        if work.stages not in bounds_s:  # counts are the same for all
-            bounds_s[work.stages] = step_bound_s(work)
-        outcome.bound_s = bounds_s[work.stages]
-        outcome.bubble_factor = bubble_factor(costs.job.num_micro_batches, len(work.stages), len(order))
+        key = (work.stages, runner.waits_for_norm)
+        if key not in bounds:  # counts are the same for all
+            bounds[key] = _bound(runner.waits_for_norm, work)
+        outcome.bound_s, outcome.bubble_factor = bounds[key]
     if work is None:
         steps = popularity().steps(costs.job.num_tokens)
         work = StepWork(costs, stages, order, {layer: c.tolist() for layer, c in next(steps).items()})
@@ -138,12 +138,21 @@ def simulate_tuning(
     )
 
 
+def _bound(waits_for_norm: bool, work: StepWork) -> tuple[float, float]:
+    """(seconds, what the pipeline's beginning and end make of them)."""
+    if waits_for_norm:
+        bound_s = norm_bound_s(work)
+        return bound_s, norm_bound_s(work, fills=True) / bound_s
+    return step_bound_s(work), bubble_factor(work.num_micro_batches, len(work.stages), len(work.order))
+
+
 class _Runner:
     """One policy, step after step. A step that is like the one before is not played through again."""
 
     def __init__(self, costs: Costs, stages: Sequence[Stage], order: Sequence[int], policy: str) -> None:
         self.last: StepResult | None = None
         self.note = ""
+        self.waits_for_norm = False
         self._costs, self._stages, self._order, self._policy = costs, stages, order, policy
         self.work = StepWork(costs, stages, order, {})
         self._history = History()
@@ -187,6 +196,7 @@ class _Runner:
             policy = choice.make(self.work, expected)
         else:
             policy = FIXED[self._policy](self.work, expected)
+        self.waits_for_norm = policy.overlaps_steps
         self.last = simulate_step(self.work, policy, backlogs=self._backlogs, keeps_spans=keeps_spans)
         self._seconds = self.last.seconds
         self._backlogs = self.last.backlogs if policy.overlaps_steps else ()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isthmus.planning.loading import unit_key
+from isthmus.planning.loading import expert_keys, unit_key
 from isthmus.simulation.tuning.costs import Costs, LayerCosts
 from isthmus.spec.model import UnitKey
 from isthmus.spec.plan import Stage
@@ -56,14 +56,14 @@ class Division:
         costs = tables.costs
         chosen = frozenset(on)
         self.on = [e for e in tables.used if e in chosen]
-        self.keys = [unit_key(layer, e) for e in self.on]
-        self.work = [work[e] for e in self.on]
+        self.keys = [*map(expert_keys(layer, len(tokens)).__getitem__, self.on)]
+        self.work = [*map(work.__getitem__, self.on)]
         self.is_there = False
         """All of ``keys`` have landed; set when it is found."""
         self.accelerator_s = sum(self.work)
         others = [e for e in tables.used if e not in chosen]
-        self.cpu_s = sum([cpu[e] for e in others])
-        self.cpu_rows = rows = sum([tokens[e] for e in others])
+        self.cpu_s = sum(map(cpu.__getitem__, others))
+        self.cpu_rows = rows = sum(map(tokens.__getitem__, others))
         self.num_rows = tables.num_rows
         self.num_cpu_tokens = round(rows)
         down = rows * (2 if is_backward else 1)
@@ -135,6 +135,10 @@ class StepWork:
         self.num_micro_batches = costs.job.num_micro_batches
         self.device_of = [order[number % len(order)] for number in range(len(stages))]
         self.runs = runs_of(stages, self.device_of, len(order))
+        self.number_of_run = {
+            (run.stage, run.is_backward): number for runs in self.runs for number, run in enumerate(runs)
+        }
+        """Among its device's runs, by stage and pass."""
         self.costs_of = {
             layer: costs.layer(self.device_of[number], layer)
             for number, stage in enumerate(stages)
