@@ -58,8 +58,9 @@ def own_cores(cores: list[int], place: int, num_processes: int) -> list[int]:
 
 
 def pin(cores: Sequence[int]) -> None:
-    """All threads that this process has run on ``cores`` from here on, and those that it will start: gloo has some by
-    now, and ``sched_setaffinity(0, …)`` means the calling one alone. One that runs elsewhere takes a quota along."""
+    """All threads that this process has run on ``cores`` from here on, as do those that it will start: gloo has some by
+    now, and ``sched_setaffinity(0, …)`` means the calling one alone. What a quota gives to one that runs on another
+    core is lost to the rest of its period."""
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread), cores)
