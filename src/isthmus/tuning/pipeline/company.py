@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +42,7 @@ def share_cores(links: Links) -> int:
     here = [rank for rank, (host, _) in enumerate(told) if host == mine[0]]
     num_cores, cores = num_cpus_usable(), mine[1]
     if all(told[rank][1] == cores for rank in here):
-        os.sched_setaffinity(0, own_cores(cores, here.index(links.rank), len(here)))
+        pin(own_cores(cores, here.index(links.rank), len(here)))
         num_cores = max(1, num_cores // len(here))
     asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
     return min(num_cores, asked) if asked > 1 else num_cores
@@ -53,6 +53,15 @@ def own_cores(cores: list[int], place: int, num_processes: int) -> list[int]:
     than cores one that it shares with its neighbours. No core has two processes more than another."""
     first, last = (len(cores) * at // num_processes for at in (place, place + 1))
     return cores[first:last] or [cores[first]]
+
+
+def pin(cores: Sequence[int]) -> None:
+    """All threads that this process has run on ``cores`` from here on, as do those that it will start: gloo has some by
+    now, and ``sched_setaffinity(0, …)`` means the calling one alone. What a quota gives to one that runs on another
+    core is lost to the rest of its period."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), cores)
 
 
 @contextmanager
