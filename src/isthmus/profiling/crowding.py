@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -19,14 +20,26 @@ REPEATS = 12
 BUDGET_S = 1.0
 
 
+class Interruption(Protocol):
+    """Something else that comes before or in the middle of what is measured, in the pass that is named."""
+
+    spent_s: float
+    """What it has taken so far: nobody's whose seconds are measured."""
+
+    def __call__(self, *, is_backward: bool = False) -> None: ...
+
+
 class Forgetting:
-    """Leaves nothing of use in the caches."""
+    """An ``Interruption`` that leaves nothing of use in the caches."""
 
     def __init__(self) -> None:
         self._memory = torch.ones(FORGOTTEN_BYTES, dtype=torch.uint8)
+        self.spent_s = 0.0
 
-    def __call__(self) -> None:
+    def __call__(self, *, is_backward: bool = False) -> None:
+        start_s = time.perf_counter()
         self._memory.add_(1)
+        self.spent_s += time.perf_counter() - start_s
 
 
 @contextmanager
@@ -54,16 +67,17 @@ def busy(task: Callable[[], object], *, num_threads: int) -> Iterator[None]:
         raise error[0]
 
 
-def usual_s(task: Callable[[], object], forget: Callable[[], None]) -> float:
-    """The median of some runs, each with caches that hold something else. Blocks for a second."""
+def usual_s(task: Callable[[], object], interrupt: Interruption) -> float:
+    """The median of some runs, each after an interruption, which leaves something else in the caches; those that the
+    task itself makes do not count. Blocks for a second."""
     task()
     seconds: list[float] = []
     end_s = time.perf_counter() + BUDGET_S
     while len(seconds) < REPEATS and (len(seconds) < 3 or time.perf_counter() < end_s):
-        forget()
-        start_s = time.perf_counter()
+        interrupt()
+        start_s, before_s = time.perf_counter(), interrupt.spent_s
         task()
-        seconds.append(time.perf_counter() - start_s)
+        seconds.append(time.perf_counter() - start_s - (interrupt.spent_s - before_s))
     return statistics.median(seconds)
 
 
