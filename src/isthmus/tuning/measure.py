@@ -129,19 +129,7 @@ def measure_profile(
         accelerator_name=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.name,
         accelerator_memory_bytes=0,
     )
-    rates = [getattr(accelerator, name, 0.0) for name in ("h2d_bytes_per_s", "d2h_bytes_per_s", "latency_s")]
-    identity = {
-        "hardware": [hardware.cpu_name, num_cpu_threads, hardware.accelerator, hardware.accelerator_name, *rates],
-        "threads": torch.get_num_threads(),
-        "model": model.module.config.to_json_string(),
-        "dtype": model.dtype,
-        "tokens": [max_tokens, *example.inputs["input_ids"].shape],
-        "versions": VERSIONS,
-    }
-    if (quota := cpu_quota()) is not None:
-        identity["quota"] = quota
-    if len(model.held_layouts) < len(model.layouts):
-        identity["layers"] = sorted({key.layer for key in model.held_layouts})
+    identity = _identity(model, accelerator, example, hardware, max_tokens)
 
     def measure() -> Profile:
         work = Work(
@@ -166,6 +154,32 @@ def measure_profile(
     if one_of is None:
         keep(identity, found)
     return found
+
+
+def _identity(
+    model: MoeModel, accelerator: Accelerator, example: MicroBatch, hardware: Hardware, max_tokens: int
+) -> dict[str, object]:
+    """Whatever a profile depends on."""
+    rates = [getattr(accelerator, name, 0.0) for name in ("h2d_bytes_per_s", "d2h_bytes_per_s", "latency_s")]
+    identity: dict[str, object] = {
+        "hardware": [
+            hardware.cpu_name,
+            hardware.num_cpu_threads,
+            hardware.accelerator,
+            hardware.accelerator_name,
+            *rates,
+        ],
+        "threads": torch.get_num_threads(),
+        "model": model.module.config.to_json_string(),
+        "dtype": model.dtype,
+        "tokens": [max_tokens, *example.inputs["input_ids"].shape],
+        "versions": VERSIONS,
+    }
+    if (quota := cpu_quota()) is not None:
+        identity["quota"] = quota
+    if len(model.held_layouts) < len(model.layouts):
+        identity["layers"] = sorted({key.layer for key in model.held_layouts})
+    return identity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,34 +110,15 @@ def profile(
     emulation = parse_emulate(emulate or "")
     device = device_to_measure(accelerator, emulation)
     sizes = Sizes(dtype=dtype, seq_len=seq_len, micro_batch_size=micro_batch_size, micro_batches=micro_batches)
+    asked: dict[str, Any] = {"sizes": sizes, "num_processes": num_processes, "num_stages": num_stages}
+    num_cores = cores_of_each(num_processes)
     with device, TrainingProgress(1) as progress:
+        told: dict[str, Any] = {"refresh": refresh, "progress": progress.phase}
         if device.device.type == "cpu" and len(seats := _seats(num_processes)) > 1:
-            neighbours = [
-                Neighbour(
-                    model=str(model),
-                    accelerator=accelerator,
-                    emulate=emulate or "",
-                    sizes=sizes,
-                    num_processes=num_processes,
-                    num_stages=num_stages,
-                    cores=seat,
-                    num_cores=cores_of_each(num_processes) or 1,
-                )
-                for seat in seats
-            ]
-            measured = _beside_neighbours(neighbours, refresh=refresh, progress=progress.phase)
+            asked |= {"accelerator": accelerator, "emulate": emulate or "", "num_cores": num_cores or 1}
+            measured = _beside_neighbours([Neighbour(model=str(model), cores=seat, **asked) for seat in seats], **told)
         else:
-            measured = measure_blocks(
-                model,
-                device,
-                sizes,
-                emulation=emulation,
-                num_cores=cores_of_each(num_processes),
-                num_processes=num_processes,
-                num_stages=num_stages,
-                refresh=refresh,
-                progress=progress.phase,
-            )
+            measured = measure_blocks(model, device, emulation=emulation, num_cores=num_cores, **asked, **told)
     result = at_cpu_speed(measured, cpu_speed)
     show(result, console or Console())
     if output is not None:
