@@ -84,6 +84,7 @@ CONFIGURATIONS = (
     Configuration("b2", "mixtral", 1, "", "", 256, 1, 4, "affinity", is_judged=False),
     Configuration("b3", "qwen3", 2, "2GiB", "1GB/s", 256, 1, 4, "affinity", is_judged=False),
     Configuration("b4", "mixtral", 4, "", "", 128, 2, 4, "affinity", is_judged=False),
+    Configuration("j11", "qwen3", 2, "", "", 256, 1, 8, "affinity", is_judged=False),
     # Judged.
     Configuration("j1", "qwen3", 1, "430MiB", "1GB/s", 256, 2, 4, "affinity"),
     Configuration("j2", "qwen3", 1, "430MiB", "1GB/s", 256, 2, 4, "paper"),
@@ -95,7 +96,6 @@ CONFIGURATIONS = (
     Configuration("j8", "qwen3", 2, "2GiB", "2GB/s", 128, 2, 8, "mobius"),
     Configuration("j9", "mixtral", 2, "400MiB", "500MB/s", 256, 1, 4, "affinity"),
     Configuration("j10", "mixtral", 2, "400MiB", "2GB/s", 256, 1, 4, "paper"),
-    Configuration("j11", "qwen3", 2, "", "", 256, 1, 8, "affinity"),
     Configuration("j12", "mixtral", 2, "", "", 512, 1, 2, "affinity"),
     Configuration("j13", "qwen3", 4, "440MiB", "1GB/s", 128, 2, 4, "affinity"),
     Configuration("j14", "qwen3", 4, "2GiB", "2GB/s", 256, 1, 4, "mobius"),
