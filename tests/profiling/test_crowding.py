@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from isthmus.profiling import crowding
@@ -52,6 +54,11 @@ def test_what_forgetting_takes_is_known() -> None:
     before_s = forget.spent_s
     forget(is_backward=True)
     assert forget.spent_s > before_s > 0
+
+
+def test_the_others_turns_on_a_core_do_not_count() -> None:
+    waiting = measure_slowdown(lambda: time.sleep(0.01), 0.01, lambda: None, takes_turns=True)
+    assert waiting.beside == waiting.alone >= 1.0
 
 
 def test_nothing_is_faster_than_its_fastest() -> None:

@@ -48,8 +48,9 @@ def test_one_of_two_is_measured_by_two_processes_once(
     (times,) = found.experts.values()
     assert times.routing_forward is not None and times.routing_backward is not None
     assert min(found.dense_forward_s_per_token, found.optimizer_s_per_parameter, found.norm_s_per_parameter) > 0
-    # It is measured as it is in a step, and what shares a core takes turns.
-    assert found.dense_slowdown == Slowdown()
+    # It is measured as it is in a step, and only what a CPU worker leaves of the caches can slow it down.
+    assert found.dense_slowdown.alone == 1.0
+    assert "emulate" in options or found.dense_slowdown == Slowdown()
     assert (found.hardware.link is not None) == ("emulate" in options)
     kept = list((model.parent / "cache" / "profiles").iterdir())
     assert len(kept) == 1

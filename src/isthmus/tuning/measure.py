@@ -290,7 +290,7 @@ def _measure_link(model: MoeModel, accelerator: Accelerator, hardware: Hardware)
 
 def _measure_slowdowns(work: Work, run: Forward) -> tuple[Slowdown, Slowdown, Slowdown]:
     """(of the dense part, of experts on the accelerator, of those on the CPU), where a CPU computes all of them; else
-    none. Beside each other only where they have a core each: what taking turns costs is no slowdown."""
+    none. What a turn of the other takes, where the two have not a core each, is no slowdown."""
     model, accelerator, num_cpu_threads = work.model, work.accelerator, work.num_cpu_threads
     if accelerator.device.type != "cpu" or not model.spec.moe_layers:
         return Slowdown(), Slowdown(), Slowdown()
@@ -312,18 +312,15 @@ def _measure_slowdowns(work: Work, run: Forward) -> tuple[Slowdown, Slowdown, Sl
     def dense() -> None:
         run(model, work.example.inputs).backward()
 
-    has_other = accelerator.is_separate and work.has_core_for_worker
-    other = expert if has_other else None
+    other = expert if accelerator.is_separate else None
+    measured = partial(measure_slowdown, takes_turns=not work.has_core_for_worker)
     dense_s, expert_s = fastest_s(dense, repeats=5, budget_s=1.0), fastest_s(expert)
-    of_dense = measure_slowdown(dense, dense_s, other, num_threads=num_cpu_threads)
-    here = measure_slowdown(expert, expert_s, other, num_threads=num_cpu_threads)
+    of_dense = measured(dense, dense_s, other, num_threads=num_cpu_threads)
+    here = measured(expert, expert_s, other, num_threads=num_cpu_threads)
     if not accelerator.is_separate:
         return of_dense, here, here
     num_threads = torch.get_num_threads()
-    there = in_thread(
-        lambda: measure_slowdown(expert, expert_s, dense if has_other else None, num_threads=num_threads),
-        num_threads=num_cpu_threads,
-    )
+    there = in_thread(lambda: measured(expert, expert_s, dense, num_threads=num_threads), num_threads=num_cpu_threads)
     return of_dense, here, there
 
 
