@@ -40,7 +40,7 @@ MOST_CHANGE = 1.08
 """Of what products take that are timed meanwhile."""
 MAX_TRIES = 3
 NUM_ROUNDS, NUM_PRODUCTS, PROBE_TOKENS, PROBE_SHAPE = 5, 40, 128, (1024, 4096)
-"""Weights of 16 MiB. The best round counts: in some the two threads share a core and take 3.6 times as long."""
+"""Weights of 16 MiB. The best round counts: some take 3.6 times as long, probably with both threads on one core."""
 
 
 @dataclass(frozen=True)
