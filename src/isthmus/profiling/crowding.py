@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -19,14 +20,26 @@ REPEATS = 12
 BUDGET_S = 1.0
 
 
+class Interruption(Protocol):
+    """Something else that comes before or in the middle of what is measured, in the pass that is named."""
+
+    spent_s: float
+    """What it has taken so far: nobody's whose seconds are measured."""
+
+    def __call__(self, *, is_backward: bool = False) -> None: ...
+
+
 class Forgetting:
-    """Leaves nothing of use in the caches."""
+    """An ``Interruption`` that leaves nothing of use in the caches."""
 
     def __init__(self) -> None:
         self._memory = torch.ones(FORGOTTEN_BYTES, dtype=torch.uint8)
+        self.spent_s = 0.0
 
-    def __call__(self) -> None:
+    def __call__(self, *, is_backward: bool = False) -> None:
+        start_s = time.perf_counter()
         self._memory.add_(1)
+        self.spent_s += time.perf_counter() - start_s
 
 
 @contextmanager
@@ -54,28 +67,36 @@ def busy(task: Callable[[], object], *, num_threads: int) -> Iterator[None]:
         raise error[0]
 
 
-def usual_s(task: Callable[[], object], forget: Callable[[], None]) -> float:
-    """The median of some runs, each with caches that hold something else. Blocks for a second."""
+def usual_s(task: Callable[[], object], interrupt: Interruption, now_s: Callable[[], float] | None = None) -> float:
+    """The median of some runs, each after an interruption, which leaves something else in the caches; those that the
+    task itself makes do not count. Blocks for a second."""
+    now_s = now_s or time.perf_counter
     task()
     seconds: list[float] = []
     end_s = time.perf_counter() + BUDGET_S
     while len(seconds) < REPEATS and (len(seconds) < 3 or time.perf_counter() < end_s):
-        forget()
-        start_s = time.perf_counter()
+        interrupt()
+        start_s, before_s = now_s(), interrupt.spent_s
         task()
-        seconds.append(time.perf_counter() - start_s)
+        seconds.append(now_s() - start_s - (interrupt.spent_s - before_s))
     return statistics.median(seconds)
 
 
 def measure_slowdown(
-    task: Callable[[], object], fastest_s: float, other: Callable[[], object] | None, *, num_threads: int = 1
+    task: Callable[[], object],
+    fastest_s: float,
+    other: Callable[[], object] | None,
+    *,
+    num_threads: int = 1,
+    takes_turns: bool = False,
 ) -> Slowdown:
     """Of ``task``, which takes ``fastest_s`` by itself, beside ``other`` on ``num_threads`` threads (None: there is no
-    other thread). Never below 1."""
+    other thread). Where it ``takes_turns`` with that on a core, the other's turns do not count, but that it leaves the
+    caches otherwise. Never below 1."""
     forget = Forgetting()
     alone = max(1.0, usual_s(task, forget) / fastest_s)
     if other is None:
         return Slowdown(alone=alone, beside=alone)
     with busy(other, num_threads=num_threads):
-        beside = usual_s(task, forget) / fastest_s
+        beside = usual_s(task, forget, time.thread_time if takes_turns else None) / fastest_s
     return Slowdown(alone=alone, beside=max(alone, beside))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
+from isthmus.profiling.crowding import Interruption, usual_s
 from isthmus.profiling.timing import fastest_s
 
 
@@ -43,11 +44,13 @@ def measure_dense(
     num_tokens: int,
     synchronize: Callable[[], None] = lambda: None,
     run: Forward = loss_of,
+    interrupt: Interruption | None = None,
 ) -> tuple[float, float]:
     """(forward, backward) seconds per token and layer; embeddings, head and loss are spread over the layers.
 
-    ``inputs`` is a micro-batch with labels; the model's dense units must be bound. Blocks for about a second. Leaves
-    gradients in the parameters (zero them) and the model's experts function replaced (set it).
+    ``inputs`` is a micro-batch with labels; the model's dense units must be bound. At their fastest, or with
+    ``interrupt`` as they usually are: after it, and without what ``run`` spends in it. Blocks for about a second.
+    Leaves gradients in the parameters (zero them) and the model's experts function replaced (set it).
     """
 
     model.set_experts_function(no_experts)
@@ -62,8 +65,11 @@ def measure_dense(
         forward().backward()
         synchronize()
 
-    forward_s = fastest_s(forward, repeats=REPEATS, budget_s=1.0)
-    both_s = fastest_s(both, repeats=REPEATS, budget_s=2.0)
+    if interrupt is None:
+        forward_s = fastest_s(forward, repeats=REPEATS, budget_s=1.0)
+        both_s = fastest_s(both, repeats=REPEATS, budget_s=2.0)
+    else:
+        forward_s, both_s = usual_s(forward, interrupt), usual_s(both, interrupt)
     per = num_tokens * model.spec.num_held_layers
     return forward_s / per, max(both_s - forward_s, forward_s) / per
 

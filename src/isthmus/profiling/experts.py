@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from isthmus.models.expert_math import ExpertMath
+from isthmus.profiling.crowding import FORGOTTEN_BYTES
 from isthmus.profiling.timing import measure_curve, token_grid
 from isthmus.spec.model import ExpertSpec
 from isthmus.spec.profile import Curve
@@ -26,12 +28,13 @@ def measure_expert(
     synchronize: Callable[[], None] = lambda: None,
     activation_module: torch.nn.Module | None = None,
     saves: bool = False,
+    accumulates: bool = False,
 ) -> tuple[Curve, Curve]:
     """(forward, backward) curves of one expert, 1 to ``max_tokens`` tokens, on ``device`` from the calling thread.
     Blocks for seconds.
 
-    Backward includes the recomputation of the pre-activations, unless forward ``saves`` them. ``synchronize`` waits for
-    an asynchronous device.
+    Backward includes the recomputation of the pre-activations, unless forward ``saves`` them, and adds to weight
+    gradients where it ``accumulates``. ``synchronize`` waits for an asynchronous device.
     """
     math = ExpertMath(spec, activation_module)
     num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
@@ -62,7 +65,7 @@ def measure_expert(
         def run() -> None:
             at = next(turn)
             math.backward_many(
-                [weights[at]], [count], x_NH, scale_N, g_NH, kept, [gradient_views[at]], accumulate=[False]
+                [weights[at]], [count], x_NH, scale_N, g_NH, kept, [gradient_views[at]], accumulate=[accumulates]
             )
             synchronize()
 
@@ -75,21 +78,42 @@ def measure_expert(
 
 def one_expert(
     spec: ExpertSpec, dtype: torch.dtype, *, num_tokens: int, saves: bool, activation_module: torch.nn.Module | None
-) -> Callable[[], object]:
-    """Forward and backward of one expert of ``num_tokens`` rows on the CPU, each time another."""
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(forward, backward) of one expert of ``num_tokens`` rows on the CPU, each time another."""
     math = ExpertMath(spec, activation_module)
     num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
     flats = [torch.empty(spec.numel, dtype=dtype).normal_(std=0.02) for _ in range(num_copies)]
     weights = [math.views(flat) for flat in flats]
     gradients = [math.views(torch.zeros_like(flat)) for flat in flats]
     x_NH, g_NH = (torch.randn(num_tokens, spec.hidden_size).to(dtype) for _ in range(2))
-    scale_N = torch.rand(num_tokens).to(dtype)
+    scale_N, pre_NP = torch.rand(num_tokens).to(dtype), torch.randn(num_tokens, math.pre_size).to(dtype)
     turn = itertools.cycle(range(num_copies))
 
-    @torch.no_grad()
-    def run() -> None:
-        at = next(turn)
-        _, kept = math.forward_many([weights[at]], [num_tokens], x_NH, scale_N, save=saves)
+    def forward() -> None:
+        math.forward_many([weights[next(turn)]], [num_tokens], x_NH, scale_N, save=saves)
+
+    def backward() -> None:
+        at, kept = next(turn), [pre_NP.clone() if saves else None]
         math.backward_many([weights[at]], [num_tokens], x_NH, scale_N, g_NH, kept, [gradients[at]], accumulate=[False])
 
-    return run
+    return forward, backward
+
+
+class LayersExperts:
+    """An ``Interruption``: a layer's experts compute, as they do between any two dense parts where every micro-batch
+    has its turn, and leave the caches as they do then. As many of them as fill those."""
+
+    def __init__(
+        self, spec: ExpertSpec, dtype: torch.dtype, *, num_tokens: int, saves: bool, activation_module: torch.nn.Module
+    ) -> None:
+        """``num_tokens``: of the layer; its experts are equally popular."""
+        rows = max(1, num_tokens * spec.top_k // spec.num_experts)
+        self._passes = one_expert(spec, dtype, num_tokens=rows, saves=saves, activation_module=activation_module)
+        self._num_experts = min(spec.num_experts, -(-FORGOTTEN_BYTES // (spec.numel * dtype.itemsize)))
+        self.spent_s = 0.0
+
+    def __call__(self, *, is_backward: bool = False) -> None:
+        start_s = time.perf_counter()
+        for _ in range(self._num_experts):
+            self._passes[is_backward]()
+        self.spent_s += time.perf_counter() - start_s

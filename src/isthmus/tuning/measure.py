@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -18,14 +18,13 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import scale
 from isthmus.profiling.cache import cached_profile, keep
-from isthmus.profiling.crowding import measure_slowdown
+from isthmus.profiling.crowding import Forgetting, Interruption, measure_slowdown
 from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer, no_experts
-from isthmus.profiling.experts import measure_expert, one_expert
+from isthmus.profiling.experts import LayersExperts, measure_expert, one_expert
 from isthmus.profiling.limits import cpu_quota
 from isthmus.profiling.links import LinkTimes, measure_link
-from isthmus.profiling.routing import measure_routing
 from isthmus.profiling.timing import fastest_s, in_thread
-from isthmus.reporting.environment import cpu_name
+from isthmus.reporting.environment import cpu_name, num_cpus_usable
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.model import UnitKey, UnitLayout
 from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
@@ -35,9 +34,12 @@ from isthmus.tuning.optimizer import StoreOptimizer
 from isthmus.tuning.parameter_store import ParameterStore
 from isthmus.tuning.step_optimizer import EXPERTS_AT_ONCE
 from isthmus.tuning.taped import TapedForward
+from isthmus.tuning.wave_times import measure_routing
 
 COPIED_BYTES = 64 << 20
-IN_STEP = 1
+VERSIONS = tuple(version(name) for name in ("torch", "transformers", "isthmus"))
+"""With others things may take as long as never before."""
+IN_STEP = 2
 """Counts what is measured for predictions of steps: profiles that have less are measured again."""
 
 
@@ -47,7 +49,8 @@ class OneOfSeveral(NamedTuple):
     num_processes: int
     num_stages: int | None
     dense_s_per_token: Callable[[], tuple[float, float]]
-    """Measures (forward, backward) of one of its layers, without what lies outside every layer."""
+    """Measures (forward, backward) of one of its layers, without what lies outside every layer, as they usually are in
+    a step."""
 
 
 def at_cpu_speed(profile: Profile, speed: float) -> Profile:
@@ -126,57 +129,112 @@ def measure_profile(
         accelerator_name=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.name,
         accelerator_memory_bytes=0,
     )
+    identity = _identity(model, accelerator, example, hardware, max_tokens)
+
+    def measure() -> Profile:
+        work = Work(
+            model=model,
+            accelerator=accelerator,
+            example=example,
+            max_tokens=max_tokens,
+            num_cpu_threads=num_cpu_threads,
+            run=run,
+            in_turns=one_of is not None,
+        )
+        found = _measure(work, hardware, progress, in_step=in_step)
+        if one_of is None:
+            return found
+        progress("measuring the dense part of one of several", 1.0)
+        return _in_pipeline(found, model, one_of)
+
+    if not in_step:
+        return cached_profile(identity, measure, refresh=refresh)
+    of_step = {"in_step": IN_STEP, "one of": one_of and list(one_of[:2])}
+    found = cached_profile(identity | of_step, measure, refresh=refresh)
+    if one_of is None:
+        keep(identity, found)
+    return found
+
+
+def _identity(
+    model: MoeModel, accelerator: Accelerator, example: MicroBatch, hardware: Hardware, max_tokens: int
+) -> dict[str, object]:
+    """Whatever a profile depends on."""
     rates = [getattr(accelerator, name, 0.0) for name in ("h2d_bytes_per_s", "d2h_bytes_per_s", "latency_s")]
-    identity = {
-        "hardware": [hardware.cpu_name, num_cpu_threads, hardware.accelerator, hardware.accelerator_name, *rates],
+    identity: dict[str, object] = {
+        "hardware": [
+            hardware.cpu_name,
+            hardware.num_cpu_threads,
+            hardware.accelerator,
+            hardware.accelerator_name,
+            *rates,
+        ],
         "threads": torch.get_num_threads(),
         "model": model.module.config.to_json_string(),
         "dtype": model.dtype,
         "tokens": [max_tokens, *example.inputs["input_ids"].shape],
-        "versions": [version("torch"), version("transformers"), version("isthmus")],
+        "versions": VERSIONS,
     }
     if (quota := cpu_quota()) is not None:
         identity["quota"] = quota
     if len(model.held_layouts) < len(model.layouts):
         identity["layers"] = sorted({key.layer for key in model.held_layouts})
+    return identity
 
-    def measure() -> Profile:
-        return _measure(
-            model, accelerator, example, max_tokens, num_cpu_threads, hardware, run, progress, in_step=in_step
-        )
 
-    if not in_step:
-        return cached_profile(identity, measure, refresh=refresh)
-    found = cached_profile(identity | {"in_step": IN_STEP}, measure, refresh=refresh)
-    keep(identity, found)
-    if one_of is None:
-        return found
-    identity |= {"in_step": IN_STEP, "one of": list(one_of[:2])}
-    return cached_profile(identity, lambda: _in_pipeline(found, model, one_of), refresh=refresh)
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is measured of. ``in_turns``: micro-batches go through a layer one after the other, each with its experts,
+    as in a pipeline; else all together."""
+
+    model: MoeModel
+    accelerator: Accelerator
+    example: MicroBatch
+    max_tokens: int
+    num_cpu_threads: int
+    run: Forward
+    in_turns: bool
+
+    @property
+    def usual_tokens(self) -> int:
+        """Of a wave."""
+        return self.example.num_tokens if self.in_turns else self.max_tokens
+
+    @property
+    def has_core_for_worker(self) -> bool:
+        """Whether computing thread and CPU worker compute at once, not in turns."""
+        return num_cpus_usable() >= torch.get_num_threads() + self.num_cpu_threads
+
+
+def interruption(model: MoeModel, accelerator: Accelerator, example: MicroBatch) -> Interruption | None:
+    """What comes between two dense parts of a step where a CPU computes and there are experts; else None."""
+    if accelerator.device.type != "cpu" or not model.spec.moe_layers:
+        return None
+    layer = model.spec.moe_layers[0]
+    return LayersExperts(
+        model.moe_parts[layer].spec,
+        torch_dtype(model.dtype),
+        num_tokens=example.num_tokens,
+        saves=not accelerator.is_separate,
+        activation_module=model.experts[layer],
+    )
 
 
 def _in_pipeline(profile: Profile, model: MoeModel, one_of: OneOfSeveral) -> Profile:
+    """Experts come between any two dense parts, and caches are always cold. What is measured so is not slowed down once
+    more."""
     forward_s, backward_s = one_of.dense_s_per_token()
-    num_layers = model.spec.num_layers
+    num_layers, slowdown = model.spec.num_layers, profile.dense_slowdown
     return replace(
         profile,
+        dense_slowdown=Slowdown(alone=1.0, beside=slowdown.beside / slowdown.alone),
         dense_forward_s_per_token=forward_s + profile.outer_forward_s_per_token / num_layers,
         dense_backward_s_per_token=backward_s + profile.outer_backward_s_per_token / num_layers,
     )
 
 
-def _measure(
-    model: MoeModel,
-    accelerator: Accelerator,
-    example: MicroBatch,
-    max_tokens: int,
-    num_cpu_threads: int,
-    hardware: Hardware,
-    run: Forward,
-    progress: Callable[[str, float], None],
-    *,
-    in_step: bool,
-) -> Profile:
+def _measure(work: Work, hardware: Hardware, progress: Callable[[str, float], None], *, in_step: bool) -> Profile:
+    model, accelerator, example, run = work.model, work.accelerator, work.example, work.run
     progress("measuring the link", 0.0)
     times, hardware = _measure_link(model, accelerator, hardware)
     progress("measuring the dense part", 0.1)
@@ -187,13 +245,12 @@ def _measure(
     )
     outer_s, slowdowns = (0.0, 0.0), (Slowdown(), Slowdown(), Slowdown())
     if in_step:
+        progress("measuring what slows it down", 0.15)
         outer_s = measure_outer(
             model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
         )
-        slowdowns = _measure_slowdowns(model, accelerator, example, max_tokens, num_cpu_threads, run)
-    experts, optimizer_s, norm_s = _measure_experts(
-        model, accelerator, max_tokens, num_cpu_threads, progress, in_step=in_step
-    )
+        slowdowns = _measure_slowdowns(work, run)
+    experts, optimizer_s, norm_s = _measure_experts(work, progress, in_step=in_step)
     return Profile(
         hardware=hardware,
         dtype=model.dtype,
@@ -231,56 +288,48 @@ def _measure_link(model: MoeModel, accelerator: Accelerator, hardware: Hardware)
     return times, replace(hardware, link=rate)
 
 
-def _measure_slowdowns(
-    model: MoeModel,
-    accelerator: Accelerator,
-    example: MicroBatch,
-    max_tokens: int,
-    num_cpu_threads: int,
-    run: Forward,
-) -> tuple[Slowdown, Slowdown, Slowdown]:
+def _measure_slowdowns(work: Work, run: Forward) -> tuple[Slowdown, Slowdown, Slowdown]:
     """(of the dense part, of experts on the accelerator, of those on the CPU), where a CPU computes all of them; else
-    none."""
+    none. What a turn of the other takes, where the two have not a core each, is no slowdown."""
+    model, accelerator, num_cpu_threads = work.model, work.accelerator, work.num_cpu_threads
     if accelerator.device.type != "cpu" or not model.spec.moe_layers:
         return Slowdown(), Slowdown(), Slowdown()
     layer = model.spec.moe_layers[0]
     spec = model.moe_parts[layer].spec
-    expert = one_expert(
+    forward, backward = one_expert(
         spec,
         torch_dtype(model.dtype),
-        num_tokens=max(1, max_tokens * spec.top_k // spec.num_experts),
+        num_tokens=max(1, work.usual_tokens * spec.top_k // spec.num_experts),
         saves=not accelerator.is_separate,
         activation_module=model.experts[layer],
     )
     model.set_experts_function(no_experts)
 
+    def expert() -> None:
+        forward()
+        backward()
+
     def dense() -> None:
-        run(model, example.inputs).backward()
+        run(model, work.example.inputs).backward()
 
     other = expert if accelerator.is_separate else None
+    measured = partial(measure_slowdown, takes_turns=not work.has_core_for_worker)
     dense_s, expert_s = fastest_s(dense, repeats=5, budget_s=1.0), fastest_s(expert)
-    of_dense = measure_slowdown(dense, dense_s, other, num_threads=num_cpu_threads)
-    here = measure_slowdown(expert, expert_s, other, num_threads=num_cpu_threads)
+    of_dense = measured(dense, dense_s, other, num_threads=num_cpu_threads)
+    here = measured(expert, expert_s, other, num_threads=num_cpu_threads)
     if not accelerator.is_separate:
         return of_dense, here, here
     num_threads = torch.get_num_threads()
-    there = in_thread(
-        lambda: measure_slowdown(expert, expert_s, dense, num_threads=num_threads), num_threads=num_cpu_threads
-    )
+    there = in_thread(lambda: measured(expert, expert_s, dense, num_threads=num_threads), num_threads=num_cpu_threads)
     return of_dense, here, there
 
 
 def _measure_experts(
-    model: MoeModel,
-    accelerator: Accelerator,
-    max_tokens: int,
-    num_cpu_threads: int,
-    progress: Callable[[str, float], None],
-    *,
-    in_step: bool,
+    work: Work, progress: Callable[[str, float], None], *, in_step: bool
 ) -> tuple[dict[str, ExpertTimes], float, float]:
     """(curves by shape of expert; seconds per parameter of the slowest shape: the optimizer's, a norm's)."""
-    dtype = torch_dtype(model.dtype)
+    model, accelerator, max_tokens = work.model, work.accelerator, work.max_tokens
+    num_cpu_threads, dtype = work.num_cpu_threads, torch_dtype(model.dtype)
     shapes = {}
     for layer in model.spec.moe_layers:
         spec = model.moe_parts[layer].spec
@@ -296,6 +345,7 @@ def _measure_experts(
             max_tokens=max_tokens,
             activation_module=model.experts[layer],
             saves=not accelerator.is_separate,
+            accumulates=work.in_turns,  # all but the first
         )
         here = on_device(device=accelerator.device, synchronize=accelerator.synchronize)
         cpu = here
@@ -303,11 +353,14 @@ def _measure_experts(
             cpu = in_thread(partial(on_device, device=torch.device("cpu")), num_threads=num_cpu_threads)
         routing = None, None
         if in_step:
+            progress("measuring routing", 0.2 + 0.8 * (number + 0.8) / len(shapes))
             routing = measure_routing(
                 model.moe_parts[layer].spec,
+                model.experts[layer],
                 dtype,
                 device=accelerator.device,
                 max_tokens=max_tokens,
+                interrupt=interruption(model, accelerator, work.example) or Forgetting(),
                 synchronize=accelerator.synchronize,
             )
         experts[key] = ExpertTimes(
@@ -318,6 +371,7 @@ def _measure_experts(
             routing_forward=routing[0],
             routing_backward=routing[1],
         )
+        progress("measuring the optimizer", 0.2 + 0.8 * (number + 0.9) / len(shapes))
         layout = model.layouts[UnitKey(layer, 0)]
         measure = partial(optimizer_seconds_per_parameter, layout)
         step_s, one_norm_s = in_thread(measure, num_threads=num_cpu_threads)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +24,11 @@ from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import evaluate
 from isthmus.planning.stages import divide
+from isthmus.profiling.cache import cached_profile
 from isthmus.profiling.dense import measure_dense
-from isthmus.reporting.environment import num_cpus_usable
+from isthmus.profiling.limits import cpu_quota
+from isthmus.profiling.together import measure_together
+from isthmus.reporting.environment import cpu_name, num_cpus_usable
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.reporting.progress import TrainingProgress
 from isthmus.reporting.recorder import Recorder
@@ -31,13 +36,14 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
 from isthmus.spec.model import ExpertSpec, ModelSpec
 from isthmus.spec.profile import ExpertTimes, Profile
-from isthmus.spec.serialization import to_json
+from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.units import Emulation, parse_emulate
 from isthmus.training.heap import keep_freed_memory
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data import IGNORED, MicroBatch, keep_documents_apart
 from isthmus.tuning.data.batches import largest_micro_batch
-from isthmus.tuning.measure import OneOfSeveral, at_cpu_speed, measure_profile
+from isthmus.tuning.measure import IN_STEP, VERSIONS, OneOfSeveral, at_cpu_speed, interruption, measure_profile
+from isthmus.tuning.pipeline.company import own_cores
 from isthmus.tuning.pipeline.pipeline import Pipeline
 from isthmus.tuning.session import SessionOptions, accelerator_of, thread_split
 
@@ -60,6 +66,21 @@ class Sizes:
         return self.micro_batches * self.micro_batch_size * self.seq_len
 
 
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """One of several processes of this host that are measured beside each other, and its cores, of which it computes on
+    ``num_cores``. Names and meanings are those of ``profile``."""
+
+    model: str
+    accelerator: str
+    emulate: str
+    sizes: Sizes
+    num_processes: int
+    num_stages: int | None
+    cores: tuple[int, ...]
+    num_cores: int
+
+
 def profile(
     model: str | Path,
     *,
@@ -79,8 +100,9 @@ def profile(
     """The profile of ``model``'s blocks here, from the cache unless ``refresh``; printed, and written to ``output``.
 
     Parameters are those of ``isthmus profile``; ``num_processes`` share this host, and what is measured is one's part
-    with nothing to do for the others. Only the model's configuration is read: weights are random. Blocks for
-    seconds, with the accelerator to itself. Raises ``ValueError`` or ``OSError`` for input that cannot work.
+    with nothing to do for the others, where a CPU computes beside others that do the same. Only the model's
+    configuration is read: weights are random. Blocks for seconds, with the accelerator to itself. Raises ``ValueError``
+    or ``OSError`` for input that cannot work.
     """
     if not 0 < cpu_speed <= 1:
         raise IsthmusError(f"cpu_speed: got {cpu_speed}, wanted a fraction above 0 and at most 1, such as 0.25.")
@@ -88,23 +110,45 @@ def profile(
     emulation = parse_emulate(emulate or "")
     device = device_to_measure(accelerator, emulation)
     sizes = Sizes(dtype=dtype, seq_len=seq_len, micro_batch_size=micro_batch_size, micro_batches=micro_batches)
+    asked: dict[str, Any] = {"sizes": sizes, "num_processes": num_processes, "num_stages": num_stages}
+    num_cores = cores_of_each(num_processes)
     with device, TrainingProgress(1) as progress:
-        measured = measure_blocks(
-            model,
-            device,
-            sizes,
-            emulation=emulation,
-            num_cores=cores_of_each(num_processes),
-            num_processes=num_processes,
-            num_stages=num_stages,
-            refresh=refresh,
-            progress=progress.phase,
-        )
+        told: dict[str, Any] = {"refresh": refresh, "progress": progress.phase}
+        if device.device.type == "cpu" and len(seats := _seats(num_processes)) > 1:
+            asked |= {"accelerator": accelerator, "emulate": emulate or "", "num_cores": num_cores or 1}
+            measured = _beside_neighbours([Neighbour(model=str(model), cores=seat, **asked) for seat in seats], **told)
+        else:
+            measured = measure_blocks(model, device, emulation=emulation, num_cores=num_cores, **asked, **told)
     result = at_cpu_speed(measured, cpu_speed)
     show(result, console or Console())
     if output is not None:
         atomic_write(output, to_json(result))
     return result
+
+
+def _seats(num_processes: int) -> list[tuple[int, ...]]:
+    """The cores that processes of this host are pinned to, each only once: as many as can compute at once."""
+    cores = sorted(os.sched_getaffinity(0))
+    return list(dict.fromkeys(tuple(own_cores(cores, place, num_processes)) for place in range(num_processes)))
+
+
+def _beside_neighbours(
+    neighbours: Sequence[Neighbour], *, refresh: bool, progress: Callable[[str, float], None]
+) -> Profile:
+    """What the first of them measures while the others do the same; from the cache as ``measure_profile``."""
+    questions = [to_json(neighbour) for neighbour in neighbours]
+    identity: dict[str, object] = {
+        "cpu": cpu_name(),
+        "quota": cpu_quota(),
+        "model": load_config(neighbours[0].model).to_json_string(),
+        "neighbours": questions,
+        "in_step": IN_STEP,
+        "versions": VERSIONS,
+    }
+    command = [sys.executable, "-m", "isthmus.tuning.neighbours"]
+    return cached_profile(
+        identity, lambda: from_json(Profile, measure_together(command, questions, progress)), refresh=refresh
+    )
 
 
 def device_to_measure(accelerator: str, emulation: Emulation) -> Accelerator:
@@ -219,6 +263,7 @@ def _one_of_several(
 
     def measure() -> tuple[float, float]:
         blocks = _build(config, dtype, device)
+        between = interruption(blocks, device, example)
         place: Any = SimpleNamespace(rank=num_processes - 1, size=num_processes)
         pipeline = Pipeline(blocks, place, divide(blocks.spec, num_ranks=num_processes, num_stages=num_stages))
         _bind_random(blocks, device)
@@ -227,7 +272,8 @@ def _one_of_several(
             example.inputs,
             num_tokens=example.num_tokens,
             synchronize=device.synchronize,
-            run=pipeline.rehearse,
+            run=pipeline.rehearse_taped(between),
+            interrupt=between,
         )
 
     return OneOfSeveral(num_processes, num_stages, measure)

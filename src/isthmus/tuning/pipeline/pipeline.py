@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import MoeModel
 from isthmus.planning.stages import Division
+from isthmus.profiling.crowding import Interruption
+from isthmus.profiling.dense import Forward
 from isthmus.spec.plan import Stage
 from isthmus.tuning.pipeline.links import Form, Links
 from isthmus.tuning.pipeline.route import Route, fill_in, find_route
-from isthmus.tuning.pipeline.steering import Abandoned, Forward, Steering
+from isthmus.tuning.pipeline.steering import Abandoned, Steering
+from isthmus.tuning.pipeline.steering import Forward as LayerForward
 from isthmus.tuning.pipeline.wire import Wire
+from isthmus.tuning.tape import Tape
+from isthmus.tuning.taped import TapedLoss, no_taped_experts, run_taped_layer
 
 
 class Pipeline:
@@ -58,7 +64,7 @@ class Pipeline:
     def rehearse(self, model: MoeModel, inputs: dict[str, Tensor]) -> Tensor:
         """Runs this rank's parts alone, one after the other, without the other ranks: to be measured. Returns something
         whose backward goes through all of them."""
-        walk = _Rehearsal(self, self.route(inputs))
+        walk = _Rehearsal(self, self.route(inputs), None)
         with self.steering.using(walk):
             try:
                 return model.module(**inputs, **self.arguments).loss
@@ -72,19 +78,34 @@ class Pipeline:
                     ]
                 ).sum()
 
+    def rehearse_taped(self, between: Interruption | None) -> Forward:
+        """``rehearse`` with graphs cut where the engine cuts them. Experts are left out: ``between`` comes in their
+        place, in both passes."""
+
+        def run(model: MoeModel, inputs: dict[str, Tensor]) -> TapedLoss:
+            tape = Tape(recording=True)
+            walk = _Rehearsal(self, self.route(inputs), tape)
+            model.set_experts_function(no_taped_experts(tape, between))
+            with self.steering.using(walk), suppress(Abandoned):
+                tape.loss = model.module(**inputs, **self.arguments).loss
+            return TapedLoss(tape, between)
+
+        return run
+
 
 class _Rehearsal:
-    """A walk on which other ranks' parts hand on what they are given, at almost no cost."""
+    """A walk on which other ranks' parts hand on what they are given, at almost no cost. ``tape`` None: its graph is
+    not cut."""
 
-    def __init__(self, pipeline: Pipeline, route: Route) -> None:
-        self.pipeline, self.route = pipeline, route
+    def __init__(self, pipeline: Pipeline, route: Route, tape: Tape | None) -> None:
+        self.pipeline, self.route, self.tape = pipeline, route, tape
         self.last: Any = None
         self._num_outer = 0
 
-    def layer(self, number: int, forward: Forward, args: tuple, kwargs: dict) -> Any:
+    def layer(self, number: int, forward: LayerForward, args: tuple, kwargs: dict) -> Any:
         pipeline = self.pipeline
         if number in pipeline.layers:
-            self.last = forward(*args, **kwargs)
+            self.last = self._run(number, forward, args, kwargs)
             if pipeline.rank and number == pipeline.layers[-1]:
                 raise Abandoned
             return self.last
@@ -96,14 +117,19 @@ class _Rehearsal:
             )
         return _handed_on(layer.structure, args, kwargs)
 
-    def outer(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+    def _run(self, number: int, forward: LayerForward, args: tuple, kwargs: dict) -> Any:
+        if self.tape is None:
+            return forward(*args, **kwargs)
+        return run_taped_layer(self.tape, number, forward, args, kwargs, _device(args, kwargs))
+
+    def outer(self, module: nn.Module, forward: LayerForward, args: tuple, kwargs: dict) -> Any:
         if not self.pipeline.rank:
             return forward(*args, **kwargs)
         self._num_outer += 1
         return _handed_on(self.route.outer[self._num_outer - 1], args, kwargs)
 
     def logits(self, layer: int, logits: Tensor) -> Tensor:
-        return logits
+        return logits if self.tape is None else self.tape.cut_router_logits(logits)
 
 
 def _handed_on(structure: Any, args: tuple, kwargs: dict) -> Any:
