@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.profiling import together
 from isthmus.profiling.together import measure_together
 from isthmus.spec.errors import IsthmusError
 
@@ -24,6 +25,7 @@ def command(tmp_path: Path) -> list[str]:
         textwrap.dedent(
             f"""
             import os
+            import time
             from isthmus.profiling.together import Meeting
 
             with Meeting.join() as meeting:
@@ -33,6 +35,9 @@ def command(tmp_path: Path) -> list[str]:
                     meeting.wait(f"part {{part}}", part / {NUM_PARTS})
                     if part == failing:
                         raise SystemExit("no more memory")
+                    if failing == "hangs":
+                        print("waits for nothing", flush=True)
+                        time.sleep(100)
                     for what in ("begins", "ends"):
                         with open(file, "a") as notes:
                             notes.write(f"{{part}} {{name}} {{what}}\\n")
@@ -60,3 +65,10 @@ def test_what_one_says_before_it_ends_is_told(command: list[str], tmp_path: Path
         measure_together(command, questions)
     parts = [json.loads(line.split()[0]) for line in (tmp_path / "notes").read_text().splitlines()]
     assert parts.count(0) == 4 and 2 not in parts
+
+
+def test_one_that_hangs_is_ended(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "LONGEST_PART_S", 10.0)
+    questions = [[str(tmp_path / "notes"), name, "hangs" if name == "b" else None] for name in "ab"]
+    with pytest.raises(IsthmusError, match=r"has said nothing for 10 s: (.*\n)*waits for nothing"):
+        measure_together(command, questions)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 from isthmus.spec.errors import IsthmusError
 
 LAST_WORDS_BYTES = 2000
+LONGEST_PART_S = 300.0
+"""Whoever says nothing for longer hangs: parts take seconds."""
 _HERE, _FOUND = "here", "found"
 
 
@@ -60,7 +63,8 @@ def measure_together(
     """What the first of several processes found, all of which measured at the same time: ``command`` is started once
     for each of the ``questions`` (JSON), and makes a ``Meeting``. None of them finds or keeps a profile of others.
 
-    Blocks until all have ended. Raises ``IsthmusError`` with the last words of one that fails.
+    Blocks until all have ended. Raises ``IsthmusError`` with the last words of one that fails, or that says nothing for
+    ``LONGEST_PART_S``; the others are ended.
     """
     with contextlib.ExitStack() as stack:
         others = [stack.enter_context(_Other.started(command, question)) for question in questions]
@@ -110,12 +114,21 @@ class _Other:
 
     def hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        # It tells one line and waits for the answer, so none is left behind in a buffer.
+        if not select.select([self._process.stdout], [], [], LONGEST_PART_S)[0]:
+            raise IsthmusError(
+                f"profile: a process that measured beside others has said nothing for {LONGEST_PART_S:g} s: "
+                f"{self._last_words()}"
+            )
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
         self._process.wait()
-        self._errors.seek(0)
-        words = self._errors.read()[-LAST_WORDS_BYTES:].strip()
         raise IsthmusError(
-            f"profile: a process that measured beside others ended with {self._process.returncode}: {words}"
+            f"profile: a process that measured beside others ended with {self._process.returncode}: "
+            f"{self._last_words()}"
         )
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()[-LAST_WORDS_BYTES:].strip()
