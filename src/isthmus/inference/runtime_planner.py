@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from isthmus.planning.experience import Experience
 from isthmus.planning.inference import Weighed, forecast
@@ -28,6 +29,8 @@ _TELLING = 1.1
 """A slower link tells from an answer's seconds where it makes them longer by such a factor."""
 _GIVING_BACK = 1.3
 """Seconds of a request while freed memory is given back at once, by those while it is used again."""
+_MOST_WEIGHED = 256
+"""Requests on links as slow for which plans stay weighed."""
 _CURIOSITY = 1.5
 """By so many deviations a plan that is little known counts as faster than expected. With 1.5, 30 requests are answered
 faster than without ever trying, and any first few of them as fast (simulated: predictions that scatter by 12 %)."""
@@ -73,7 +76,7 @@ class RuntimePlanner:
         self._slowdowns = [1.0] * len(question.profile.links)
         """Of each device's link, when it was seen last."""
         self._seen_s = [clock()] * len(self._slowdowns)
-        self._weighed: dict[tuple[InferenceRequest, tuple[float, ...]], list[_Option]] = {}
+        self._weigh = lru_cache(maxsize=_MOST_WEIGHED)(self._options_on)
         self._experience = Experience()
 
     def observe(self, rates_NN: Sequence[Sequence[float]], answer: Answer | None = None) -> None:
@@ -150,13 +153,11 @@ class RuntimePlanner:
 
     def _options(self, request: InferenceRequest, factors: tuple[float, ...] | None = None) -> list[_Option]:
         """All plans, by their numbers, on links that are slower by ``factors``; None: as they are now."""
-        factors = self.slowdowns() if factors is None else factors
-        key = request, factors
-        if key not in self._weighed:
-            profile = slowed(self._question.profile, factors)
-            question = replace(self._question, request=request, profile=profile)
-            self._weighed[key] = [self._option(question, plan) for plan in self._plans]
-        return self._weighed[key]
+        return self._weigh(request, self.slowdowns() if factors is None else factors)
+
+    def _options_on(self, request: InferenceRequest, factors: tuple[float, ...]) -> list[_Option]:
+        question = replace(self._question, request=request, profile=slowed(self._question.profile, factors))
+        return [self._option(question, plan) for plan in self._plans]
 
     def _option(self, question: Question, plan: InferencePlan) -> _Option:
         [weighed] = forecast(question, plan)

@@ -23,7 +23,7 @@ from isthmus.inference.runtime_planner import Answer, RuntimePlanner
 from isthmus.models.shards import ShardReader
 from isthmus.planning.block_layout import team_of
 from isthmus.planning.pieces import Piece, cut, pieces_on
-from isthmus.planning.workload import check_strategy
+from isthmus.planning.workload import HEADER_VALUES, check_strategy
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import InferencePlan, InferenceRequest
@@ -32,10 +32,6 @@ from isthmus.training.heap import return_freed_memory, reuse_freed_memory
 from isthmus.transport.base import Group
 from isthmus.transport.endpoint import TransportStats
 from isthmus.transport.errors import TransportError
-
-_HEADER = 6
-"""Numbers that every request begins with: its task, its shape, the bytes of its settings, its plan, and whether freed
-memory is to be given back."""
 
 
 class Task(enum.IntEnum):
@@ -255,7 +251,7 @@ class Session:
 
     def _announce(self, task: Task, *header: int) -> None:
         if self._everybody is not None:
-            self._everybody.broadcast(torch.tensor([task, *header, *[0] * (_HEADER - 1 - len(header))]))
+            self._everybody.broadcast(torch.tensor([task, *header, *[0] * (HEADER_VALUES - 1 - len(header))]))
 
     def _mind_memory(self, gives_back: bool) -> None:
         """Of this request."""
@@ -284,7 +280,7 @@ class Session:
         if self._everybody is None:
             return False
         self._everybody.await_message(0)
-        header = torch.empty(_HEADER, dtype=torch.int64)
+        header = torch.empty(HEADER_VALUES, dtype=torch.int64)
         self._everybody.broadcast(header)
         task, batch, num_tokens, num_text_bytes, number, gives_back = header.tolist()
         if task == Task.STOP:

@@ -26,7 +26,9 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan, InferenceRequest
 from isthmus.spec.transformer import LayerShare, Range, TransformerSpec
 
-_HEADER_VALUES = 5
+HEADER_VALUES = 6
+"""Numbers that every request begins with: its task, its shape (two), the bytes of its settings, its plan, and whether
+freed memory is to be given back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ def _embedding(rows: tuple[int, ...]) -> Step:
 def _asked(rows: int, num_devices: int) -> tuple[Step, ...]:
     """Everybody learns what comes, and the tokens."""
     idle = (Work(),) * num_devices
-    return tuple(Step(work=idle, exchange=broadcast(8 * count, num_devices)) for count in (_HEADER_VALUES, 2 * rows))
+    return tuple(Step(work=idle, exchange=broadcast(8 * count, num_devices)) for count in (HEADER_VALUES, 2 * rows))
 
 
 def passes(plan: InferencePlan, spec: TransformerSpec, request: InferenceRequest) -> list[tuple[Workload, int]]:
