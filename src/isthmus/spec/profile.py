@@ -70,6 +70,7 @@ class Profile:
     accelerator_slowdown: Slowdown = field(default_factory=Slowdown)
     """Of experts on the accelerator; of those on the CPU below."""
     cpu_slowdown: Slowdown = field(default_factory=Slowdown)
+    optimizer_slowdown: Slowdown = field(default_factory=Slowdown)
     copy_core_s_per_byte: float = 0.0
     """Of a core, while the link copies: where a thread is the copy engine."""
     measured_at: str = ""

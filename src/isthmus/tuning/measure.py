@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,20 +25,18 @@ from isthmus.profiling.links import LinkTimes, measure_link
 from isthmus.profiling.timing import fastest_s, in_thread
 from isthmus.reporting.environment import cpu_name, num_cpus_usable
 from isthmus.spec.hardware import Hardware, LinkRate
-from isthmus.spec.model import UnitKey, UnitLayout
+from isthmus.spec.model import UnitKey
 from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
-from isthmus.tuning.optimizer import StoreOptimizer
-from isthmus.tuning.parameter_store import ParameterStore
-from isthmus.tuning.step_optimizer import EXPERTS_AT_ONCE
+from isthmus.tuning.optimizer_times import measure_optimizer_slowdown, optimizer_s_per_parameter
 from isthmus.tuning.taped import TapedForward
 from isthmus.tuning.wave_times import measure_routing
 
 COPIED_BYTES = 64 << 20
 VERSIONS = tuple(version(name) for name in ("torch", "transformers", "isthmus"))
 """With others things may take as long as never before."""
-IN_STEP = 2
+IN_STEP = 3
 """Counts what is measured for predictions of steps: profiles that have less are measured again."""
 
 
@@ -71,33 +68,6 @@ def memmove_s_per_byte() -> float:
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     destination = torch.ones_like(source)
     return fastest_s(lambda: ctypes.memmove(destination.data_ptr(), source.data_ptr(), COPIED_BYTES)) / COPIED_BYTES
-
-
-def optimizer_seconds_per_parameter(layout: UnitLayout) -> tuple[float, float]:
-    """Seconds per parameter of AdamW, and of a gradient's norm, on a unit like this one, from the calling thread, with
-    memory as cold as in a step."""
-    num_units = max(2, (64 << 20) // (layout.numel * 4) + 1)
-    keys = [UnitKey(0, number) for number in range(num_units)]
-    store = ParameterStore(dict.fromkeys(keys, layout), lambda shape, dtype: torch.zeros(shape, dtype=dtype))
-    # With gradients that are clipped, as most are.
-    optimizer = StoreOptimizer(store, learning_rate=1e-6, clip_norm=1.0)
-    for key in keys:
-        store.gradient(key).fill_(1.0)
-    seconds, norms = [], []
-    for step in range(1, 4):
-        start_s = time.perf_counter()
-        for key in keys:
-            optimizer.gradient_destination(key)
-            optimizer.finish_gradient(key)
-        norms.append(time.perf_counter() - start_s)
-        optimizer.begin_step(step, 1e-6)
-        start_s = time.perf_counter()
-        for first in range(0, len(keys), EXPERTS_AT_ONCE):
-            optimizer.step_units(keys[first : first + EXPERTS_AT_ONCE])
-        seconds.append(time.perf_counter() - start_s)
-        optimizer.end_step()
-    optimizer.close()
-    return tuple(min(times) / (layout.numel * num_units) for times in (seconds, norms))
 
 
 def measure_profile(
@@ -251,6 +221,7 @@ def _measure(work: Work, hardware: Hardware, progress: Callable[[str, float], No
         )
         slowdowns = _measure_slowdowns(work, run)
     experts, optimizer_s, norm_s = _measure_experts(work, progress, in_step=in_step)
+    optimizer_slowdown = _optimizer_slowdown(work, run) if in_step else Slowdown()
     return Profile(
         hardware=hardware,
         dtype=model.dtype,
@@ -270,6 +241,7 @@ def _measure(work: Work, hardware: Hardware, progress: Callable[[str, float], No
         dense_slowdown=slowdowns[0],
         accelerator_slowdown=slowdowns[1],
         cpu_slowdown=slowdowns[2],
+        optimizer_slowdown=optimizer_slowdown,
         copy_core_s_per_byte=memmove_s_per_byte() if accelerator.name == "emulated" else 0.0,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -324,6 +296,17 @@ def _measure_slowdowns(work: Work, run: Forward) -> tuple[Slowdown, Slowdown, Sl
     return of_dense, here, there
 
 
+def _optimizer_slowdown(work: Work, run: Forward) -> Slowdown:
+    """Beside the next forward pass, where another core computes that; else none."""
+    model, accelerator = work.model, work.accelerator
+    is_beside = accelerator.is_separate and accelerator.device.type == "cpu" and work.has_core_for_worker
+    if not is_beside or not model.spec.moe_layers:
+        return Slowdown()
+    layout = model.layouts[UnitKey(model.spec.moe_layers[0], 0)]
+    model.set_experts_function(no_experts)
+    return measure_optimizer_slowdown(layout, lambda: run(model, work.example.inputs), num_threads=work.num_cpu_threads)
+
+
 def _measure_experts(
     work: Work, progress: Callable[[str, float], None], *, in_step: bool
 ) -> tuple[dict[str, ExpertTimes], float, float]:
@@ -373,7 +356,7 @@ def _measure_experts(
         )
         progress("measuring the optimizer", 0.2 + 0.8 * (number + 0.9) / len(shapes))
         layout = model.layouts[UnitKey(layer, 0)]
-        measure = partial(optimizer_seconds_per_parameter, layout)
+        measure = partial(optimizer_s_per_parameter, layout)
         step_s, one_norm_s = in_thread(measure, num_threads=num_cpu_threads)
         optimizer_s, norm_s = max(optimizer_s, step_s), max(norm_s, one_norm_s)
     return experts, optimizer_s, norm_s

@@ -104,6 +104,18 @@ def test_in_place_a_step_is_the_sum_of_all_that_is_computed(blueprint: Blueprint
     assert slower.steps_s[0] - found.steps_s[0] == pytest.approx(dense_s)
 
 
+def test_the_optimizer_takes_longer_beside_the_next_forward(blueprint: Blueprint) -> None:
+    """So long that steps wait for it."""
+    fast = profile_of(blueprint, is_separate=True, optimizer_s_per_parameter=1e-6)
+    slow = replace(fast, optimizer_slowdown=Slowdown(beside=3.0))
+    alone = replace(slow, optimizer_slowdown=Slowdown(alone=3.0, beside=3.0))
+    fast_s, slow_s, alone_s = (
+        played(blueprint, is_separate=True, profile=each).steps_s[-1] for each in (fast, slow, alone)
+    )
+    optimizer_s = 1e-6 * blueprint.spec.num_parameters
+    assert fast_s < slow_s < alone_s == pytest.approx(fast_s + 2 * optimizer_s, rel=0.1)
+
+
 @pytest.mark.parametrize("policy", ["affinity", "paper", "mobius", "gpipe-offload"])
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 @pytest.mark.parametrize("is_tight", [False, True])

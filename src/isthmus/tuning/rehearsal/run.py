@@ -179,7 +179,8 @@ class _Optimizer:
         return 1.0
 
     def step_units(self, keys: Sequence[UnitKey]) -> None:
-        self._cores.work(self._costs.steps_s(sum(self.store.numel(key) for key in keys)), self._num_threads)
+        seconds = self._costs.steps_s(sum(self.store.numel(key) for key in keys))
+        self._cores.work(seconds, self._num_threads, self._costs.profile.optimizer_slowdown)
 
     def end_step(self) -> None: ...
 
