@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 import pytest
 
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.testbed import TestbedSpec
+from isthmus.testbed.cores import usable_cores
 from isthmus.testbed.processes import stop_signals
 from isthmus.testbed.testbed import Testbed
 
 IN_A_LOOP = "while :; do sleep 0.05; done"
+SHOW_CORES = "grep Cpus_allowed_list /proc/self/status | cut -f2"
 
 
 def shell(testbed: Testbed, script: str, folder: Path, **options: Any) -> tuple[int, list[str]]:
@@ -56,6 +60,34 @@ def test_command_runs_inside_its_limits_from_its_start(testbed: Testbed, tmp_pat
         assert {"lo", "eth0"} <= set(text.splitlines())
         assert f"{layout.address(device)}/24" in text
         assert layout.bridge not in text
+
+
+def test_command_stays_on_its_devices_core(spec: TestbedSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.testbed.testbed.standing", lambda but: [])  # of other tests at the same time
+    testbed = Testbed.up(spec)
+    assert testbed.state.cores == tuple((usable_cores() * 2)[:2])
+    assert shell(testbed, SHOW_CORES, tmp_path) == (0, [f"{core}\n" for core in testbed.state.cores])
+
+
+def test_command_moves_with_its_device(spec: TestbedSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.testbed.testbed.standing", lambda but: [])
+    testbed = Testbed.up(spec)
+    assert len(testbed.state.cores) == 2
+
+    def widen() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        testbed.set_cpu(1.01 if (os.cpu_count() or 1) > 1 else 0.6)  # does not fit on one core each
+        (tmp_path / "moved").touch()
+
+    monkeypatch.chdir(tmp_path)
+    thread = threading.Thread(target=widen, daemon=True)
+    thread.start()
+    wait = "touch started; until [ -e moved ]; do sleep 0.05; done"
+    _, [text] = shell(testbed, f"{wait}; {SHOW_CORES}", tmp_path / "out", devices=[0])
+    with open("/proc/self/status") as status:
+        [own] = [line.split()[1] for line in status if line.startswith("Cpus_allowed_list")]
+    assert testbed.state.cores == () and text.strip() == own
 
 
 def test_command_can_see_its_limits(testbed: Testbed, tmp_path: Path) -> None:

@@ -39,12 +39,14 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a process is to run: a namespace and groups. ``run_group`` is one of them, and holds nothing else."""
+    """Where a process is to run: a namespace, groups and cores. ``run_group`` is one of the groups, and holds nothing
+    else."""
 
     device: int
     namespace: str
     groups: tuple[Path, ...]
     run_group: Path
+    cores: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Starts ``argv`` at ``place``, in a process group of its own, with nothing to read."""
     entering = ["sh", "-c", _ENTER, "isthmus", " ".join(map(str, place.groups))]
+    entering += ["taskset", "--cpu-list", ",".join(map(str, place.cores))]
     entering += ["nsenter", f"--net=/run/netns/{place.namespace}"]
     entering += ["unshare", "--mount", "--propagation", "slave", "sh", "-c", _SHOW, "isthmus", str(FOLDER)]
     return subprocess.Popen(

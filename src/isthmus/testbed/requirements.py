@@ -18,6 +18,7 @@ _TOOLS = {
     "sh": "dash",
     "nsenter": "util-linux",
     "unshare": "util-linux",
+    "taskset": "util-linux",
     "mount": "mount",
     "umount": "mount",
 }

@@ -30,6 +30,8 @@ class TestbedState:
     spec: TestbedSpec
     subnet: str
     controllers: dict[ControllerName, Controller]
+    cores: tuple[int, ...] = ()
+    """Of the host, that each device stays on; empty: they may run on all."""
     measured: tuple[DeviceMeasurement, ...] = ()
     """Empty when nothing was measured since the limits were set."""
 
@@ -40,6 +42,17 @@ class TestbedState:
 
 def state_file(name: str) -> Path:
     return FOLDER / f"testbed-{name}.json"
+
+
+def standing(*, but: str) -> list[TestbedState]:
+    """All testbeds that are known, without the one named ``but`` and without what cannot be read."""
+    names = (path.stem.removeprefix("testbed-") for path in sorted(FOLDER.glob("testbed-*.json")))
+    states = []
+    for name in names:
+        if name != but:
+            with contextlib.suppress(IsthmusError):
+                states.append(load_state(name))
+    return states
 
 
 def save_state(state: TestbedState) -> None:

@@ -16,13 +16,22 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.testbed import DeviceMeasurement, DeviceSpec, TestbedReport, TestbedSpec
 from isthmus.testbed import cgroups, network
 from isthmus.testbed.asking import check_device, check_name, check_spec
+from isthmus.testbed.cores import cores_for, keep_on, usable_cores
 from isthmus.testbed.environment import device_environment
 from isthmus.testbed.layout import Layout, choose_subnet
 from isthmus.testbed.limits import cpu_quota_us
 from isthmus.testbed.measure import measure
 from isthmus.testbed.processes import Outcome, Output, Place, StopSignals, Supervisor
 from isthmus.testbed.requirements import check_host, check_root
-from isthmus.testbed.state import TestbedState, forget_state, load_state, only_one_changes, save_state, state_file
+from isthmus.testbed.state import (
+    TestbedState,
+    forget_state,
+    load_state,
+    only_one_changes,
+    save_state,
+    standing,
+    state_file,
+)
 
 DEFAULT_GRACE_S = 10.0
 DEFAULT_MASTER_PORT = 29500
@@ -76,7 +85,8 @@ class Testbed:
             layout = Layout(name=spec.name, subnet=subnet)
             if foreign := network.foreign_links(layout, len(spec.devices)):
                 raise IsthmusError(f"name: {', '.join(foreign)} is there and not isthmus's; choose another --name")
-            state = TestbedState(spec=spec, subnet=str(subnet), controllers=controllers)
+            cores = _cores(spec)
+            state = TestbedState(spec=spec, subnet=str(subnet), controllers=controllers, cores=cores)
             try:
                 network.make_bridge(layout)
                 for number, device in enumerate(spec.devices):
@@ -176,17 +186,16 @@ class Testbed:
 
     def status(self) -> tuple[DeviceStatus, ...]:
         """What of each device is there. Needs no root."""
-        layout, controllers = self._state.layout, self._state.controllers.values()
+        layout = self._state.layout
         namespaces, links = network.namespaces_of(layout.name), network.links_of(layout.name)
         statuses = []
         for number in range(len(self._state.spec.devices)):
-            groups = {Path(controller.parent, layout.group(number)) for controller in controllers}
             statuses.append(
                 DeviceStatus(
                     has_namespace=layout.namespace(number) in namespaces,
                     has_link=layout.host_link(number) in links,
-                    has_groups=all(group.is_dir() for group in groups),
-                    num_processes=len({pid for group in groups for pid in cgroups.processes_in(group)}),
+                    has_groups=all(group.is_dir() for group in _groups(self._state, number)),
+                    num_processes=len(_processes(self._state, number)),
                 )
             )
         return tuple(statuses)
@@ -208,7 +217,13 @@ class Testbed:
             groups = [run_group]
             if "memory" in controllers and controllers["memory"].parent != controllers["cpu"].parent:
                 groups.append(Path(controllers["memory"].parent, layout.group(number)))
-            place = Place(device=number, namespace=layout.namespace(number), groups=tuple(groups), run_group=run_group)
+            place = Place(
+                device=number,
+                namespace=layout.namespace(number),
+                groups=tuple(groups),
+                run_group=run_group,
+                cores=_cores_of(self._state, number),
+            )
             places.append(place)
         with contextlib.ExitStack() as last_to_first:
             for place in places:
@@ -233,12 +248,16 @@ class Testbed:
                 check_device(state.spec, specs[number], os.cpu_count() or 1, f"device {number}")
             # What was measured before no longer holds.
             spec = dataclasses.replace(state.spec, devices=tuple(specs))
-            self._save(dataclasses.replace(state, spec=spec, measured=()))
+            cores = _cores(spec) if "cpu_share" in changes else state.cores
+            self._save(dataclasses.replace(state, spec=spec, cores=cores, measured=()))
             for number in numbers:
                 if "cpu_share" in changes:
                     _limit_group(self._state, number)
                 else:
                     network.limit_link(self._state.layout, number, specs[number])
+            if cores != state.cores:
+                for number in range(len(specs)):
+                    keep_on(_processes(self._state, number), _cores_of(self._state, number))
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[TestbedState]:
@@ -286,6 +305,28 @@ def _remove(name: str) -> None:
             errors.append(str(error))
     if errors:
         raise IsthmusError(f"name: not all of testbed {name!r} could be removed: {'; '.join(errors)}")
+
+
+def _cores(spec: TestbedSpec) -> tuple[int, ...]:
+    """What the devices of ``spec`` find room on, beside those of other testbeds."""
+    taken = dict.fromkeys(usable_cores(), 0.0)
+    for other in standing(but=spec.name):
+        for device, core in zip(other.spec.devices, other.cores, strict=False):
+            if core in taken:
+                taken[core] += device.cpu_share
+    return cores_for(spec.devices, taken)
+
+
+def _cores_of(state: TestbedState, number: int) -> tuple[int, ...]:
+    return (state.cores[number],) if state.cores else tuple(usable_cores())
+
+
+def _groups(state: TestbedState, number: int) -> set[Path]:
+    return {Path(controller.parent, state.layout.group(number)) for controller in state.controllers.values()}
+
+
+def _processes(state: TestbedState, number: int) -> set[int]:
+    return {pid for group in _groups(state, number) for pid in cgroups.processes_in(group)}
 
 
 def _limit_group(state: TestbedState, number: int) -> None:
