@@ -38,10 +38,8 @@ def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, nu
         devices, place, shell = range(number), output, f"cd '{output}'; exec"
     else:
         devices, place = range(max(NUM_DEVICES)), output / "0"
-        # As processes that train together pin themselves: one that moves from core to core loses some of its share.
-        core = f"$((ISTHMUS_DEVICE * {os.cpu_count()} / {max(NUM_DEVICES)}))"
         own = f"'{output}'/$ISTHMUS_DEVICE"
-        shell = f"unset WORLD_SIZE RANK; mkdir -p {own}; cd {own}; exec taskset -c {core}"
+        shell = f"unset WORLD_SIZE RANK; mkdir -p {own}; cd {own}; exec"
     report = run_once(
         testbed,
         ["sh", "-c", f'{shell} "$@"', "sh", *command],
