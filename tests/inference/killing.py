@@ -294,9 +294,14 @@ def kill_one_by_one(processes: Processes, random_: random.Random, most: int) -> 
             return
 
 
-def listening(directory: Path) -> socket.socket:
-    """Where servers connect to: ``directory / "servers"``."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(directory / "servers"))
-    listener.listen()
-    return listener
+@contextmanager
+def listening(directory: Path) -> Iterator[socket.socket]:
+    """Where servers connect to: ``directory / "servers"``, which is gone afterwards."""
+    place = directory / "servers"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+        try:
+            yield listener
+        finally:
+            place.unlink()
