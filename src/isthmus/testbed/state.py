@@ -44,11 +44,15 @@ def state_file(name: str) -> Path:
     return FOLDER / f"testbed-{name}.json"
 
 
+def _names() -> list[str]:
+    """Of all testbeds that have a state file."""
+    return sorted(path.stem.removeprefix("testbed-") for path in FOLDER.glob("testbed-*.json"))
+
+
 def standing(*, but: str) -> list[TestbedState]:
     """All testbeds that are known, without the one named ``but`` and without what cannot be read."""
-    names = (path.stem.removeprefix("testbed-") for path in sorted(FOLDER.glob("testbed-*.json")))
     states = []
-    for name in names:
+    for name in _names():
         if name != but:
             with contextlib.suppress(IsthmusError):
                 states.append(load_state(name))
@@ -66,7 +70,7 @@ def load_state(name: str) -> TestbedState:
     try:
         return from_json(TestbedState, path.read_text())
     except FileNotFoundError as error:
-        others = ", ".join(sorted(other.stem.removeprefix("testbed-") for other in FOLDER.glob("testbed-*.json")))
+        others = ", ".join(_names())
         hint = f"there are {others}: choose with --name" if others else "set one up with `isthmus testbed up`"
         raise IsthmusError(f"name: no testbed {name!r} is up; {hint}") from error
     except ValueError as error:

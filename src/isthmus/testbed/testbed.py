@@ -85,7 +85,7 @@ class Testbed:
             layout = Layout(name=spec.name, subnet=subnet)
             if foreign := network.foreign_links(layout, len(spec.devices)):
                 raise IsthmusError(f"name: {', '.join(foreign)} is there and not isthmus's; choose another --name")
-            cores = _cores(spec)
+            cores = _room_for(spec)
             state = TestbedState(spec=spec, subnet=str(subnet), controllers=controllers, cores=cores)
             try:
                 network.make_bridge(layout)
@@ -248,7 +248,7 @@ class Testbed:
                 check_device(state.spec, specs[number], os.cpu_count() or 1, f"device {number}")
             # What was measured before no longer holds.
             spec = dataclasses.replace(state.spec, devices=tuple(specs))
-            cores = _cores(spec) if "cpu_share" in changes else state.cores
+            cores = _room_for(spec) if "cpu_share" in changes else state.cores
             self._save(dataclasses.replace(state, spec=spec, cores=cores, measured=()))
             for number in numbers:
                 if "cpu_share" in changes:
@@ -307,7 +307,7 @@ def _remove(name: str) -> None:
         raise IsthmusError(f"name: not all of testbed {name!r} could be removed: {'; '.join(errors)}")
 
 
-def _cores(spec: TestbedSpec) -> tuple[int, ...]:
+def _room_for(spec: TestbedSpec) -> tuple[int, ...]:
     """What the devices of ``spec`` find room on, beside those of other testbeds."""
     taken = dict.fromkeys(usable_cores(), 0.0)
     for other in standing(but=spec.name):

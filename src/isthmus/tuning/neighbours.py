@@ -3,19 +3,18 @@ see ``profiling.together``; ``profile.profile`` starts it."""
 
 from __future__ import annotations
 
-import os
-
 from isthmus.profiling.together import Meeting
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.units import parse_emulate
 from isthmus.training.heap import keep_freed_memory
+from isthmus.tuning.pipeline.company import pin
 from isthmus.tuning.profile import Neighbour, device_to_measure, measure_blocks
 
 
 def main() -> None:
     with Meeting.join() as meeting:
         one = from_json(Neighbour, meeting.question)
-        os.sched_setaffinity(0, one.cores)
+        pin(one.cores)
         keep_freed_memory()
         emulation = parse_emulate(one.emulate)
         with device_to_measure(one.accelerator, emulation) as device:

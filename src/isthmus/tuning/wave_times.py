@@ -3,10 +3,10 @@ them together and back, looking up weights and gradients. Measured with the pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,17 +112,15 @@ class _IdleMath(ExpertMath):
 
 def _resources(spec: ExpertSpec, math: ExpertMath, dtype: torch.dtype, accelerator: HostAccelerator) -> Resources:
     """What a wave in place works with. Weights and gradients have no memory."""
-    expects: Iterable[UnitKey] = (UnitKey(LAYER, expert) for expert in range(spec.num_experts))
 
     @cache
     def flat(key: UnitKey) -> Tensor:
         return torch.empty(spec.numel, dtype=dtype, device="meta")
 
     optimizer: Any = SimpleNamespace(gradient_destination=lambda key: (flat(key), True))
-    loader, store = HostLoader(flat), SimpleNamespace()
+    loader, unused = HostLoader(flat), cast(Any, None)
     gradients = GradientSink(accelerator, loader, optimizer, lambda key: None)
-    gradients.expect(dict.fromkeys(expects, MANY_WAVES))
-    unused: Any = store
+    gradients.expect({UnitKey(LAYER, expert): MANY_WAVES for expert in range(spec.num_experts)})
     return Resources(
         accelerator=accelerator,
         loader=loader,
