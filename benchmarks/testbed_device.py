@@ -56,6 +56,8 @@ TIMEOUT_S = 300.0
 DEFAULT_TOKENS = 128
 """That the static planner expects where nothing is said (``open_engine``)."""
 LEAST_REQUESTS, MOST_REQUESTS = 6, 24
+FINAL_REPEATS = 5
+"""Of plans that are timed once more, at least."""
 Planned = tuple[Question, tuple[InferencePlan, ...], RuntimePlanner]
 """What was planned for, the plans that are kept for it, and who chooses among them."""
 
@@ -268,8 +270,9 @@ def _of_everybody(question: Question) -> list[Candidate]:
 def grid(device: Device) -> dict[str, Any]:
     """For every number of tokens, with the job's ``memory``: the runtime planner's choice among the plans that the
     static one keeps, at first and after some requests that it has answered; and every kind of plan that is predicted to
-    take at most ``within`` times the fastest one's seconds. Devices are as frugal as planners say, but for layers in
-    parts: each plan that is timed has its own."""
+    take at most ``within`` times the fastest one's seconds. The fastest of many that are timed a few times each is one
+    that was lucky, so it is timed again beside both choices, and that counts. Devices are as frugal as planners say,
+    but for layers in parts: each plan that is timed has its own."""
     profile = device.measure("decoupled")
     memory, planned = device.job["memory"], None
     if device.is_leader:
@@ -278,7 +281,7 @@ def grid(device: Device) -> dict[str, Any]:
         question = device.question("decoupled", profile, DEFAULT_TOKENS, memory_bytes=limits)
         residency = plans_to_keep(question)
         question = replace(question, is_frugal=residency.is_frugal)
-        planned = question, residency.plans, RuntimePlanner(question, residency.plans)
+        planned = question, residency.all_plans, RuntimePlanner(question, residency.all_plans)
     is_frugal = planned is not None and planned[0].is_frugal
     is_frugal = bool(share_texts(device.group, "frugal" if is_frugal else "")[0])
     session = device.session("decoupled", planned, is_frugal)
@@ -290,7 +293,14 @@ def grid(device: Device) -> dict[str, Any]:
         )
         gives_back = share_texts(device.group, "gives back" if answered.get("gives_back") else "")[0]
         (return_freed_memory if gives_back else reuse_freed_memory)()
-        rows += device.time(entries, tokens, _repeats(device, entries))
+        found = device.time(entries, tokens, _repeats(device, entries))
+        rows += found
+        finalists = device.agree(lambda entries=entries, found=found: _finalists(cells[-1], entries, found))
+        if len(finalists) > 1:
+            found = device.time(finalists, tokens, _repeats(device, finalists, least=FINAL_REPEATS))
+        if device.is_leader:
+            chosen = cells[-1]["choice"], cells[-1]["first_choice"]
+            cells[-1]["finals"] = found if len(finalists) > 1 else [row for row in found if row["plan"] in chosen]
     return {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile)), "is_frugal": is_frugal}
 
 
@@ -373,9 +383,17 @@ def _name(plan: InferencePlan) -> str:
     return f"{plan.strategy} {plan.way} on {devices}" if len(plan.devices) > 1 else plan.strategy
 
 
-def _repeats(device: Device, entries: Sequence[Entry]) -> int:
-    """More for short requests: as many turns as fit ``cell_s``, between ``repeats`` and three times that."""
-    least = device.job["repeats"]
+def _finalists(cell: dict[str, Any], entries: Sequence[Entry], rows: Sequence[dict[str, Any]]) -> list[Entry]:
+    """Both choices of a cell and the fastest of all ``entries``, whose ``rows`` these are."""
+    fastest = min(rows, key=lambda row: row["latency_s"]["median"])["plan"]
+    wanted = cell["choice"], cell["first_choice"], fastest
+    return [entry for entry, row in zip(entries, rows, strict=True) if row["plan"] in wanted]
+
+
+def _repeats(device: Device, entries: Sequence[Entry], least: int = 0) -> int:
+    """More for short requests: as many turns as fit ``cell_s``, between ``least``, or else ``repeats``, and three times
+    that."""
+    least = least or device.job["repeats"]
     turn_s = sum(entry.predicted.latency_s for entry in entries if entry.predicted is not None)
     return min(3 * least, max(least, int(device.job["cell_s"] / turn_s)))
 

@@ -128,7 +128,7 @@ class Planner:
                 residency = plans_to_keep(question)
                 question = replace(question, is_frugal=residency.is_frugal)
                 self.tell(_describe(residency, question))
-                told = _Told(plans=residency.plans, is_frugal=residency.is_frugal)
+                told = _Told(plans=residency.all_plans, is_frugal=residency.is_frugal)
             except IsthmusError as error:
                 told = _Told(error=str(error))
         told = from_json(_Told, share_texts(group, to_json(told))[0])
@@ -195,9 +195,10 @@ def _without(plan: InferencePlan, left: tuple[int, ...]) -> InferencePlan:
 
 
 def _describe(residency: Residency, question: Question) -> str:
-    first, *others = residency.plans
+    first, *others = residency.all_plans
     where = "this device alone" if len(first.devices) == 1 else f"{first.strategy} on {len(first.devices)} devices"
     text = f"{where}, about {predict(question, first).latency_s:.2g} s: {residency.reason}"
     if others:
-        text += f"; {len(others)} more plan{'s' if len(others) > 1 else ''} kept for when links or requests change"
+        number = f"{len(others)} more plan{'s' if len(others) > 1 else ''}"
+        text += f"; {number} kept for when links or requests change, or one proves faster"
     return text

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from isthmus.planning.experience import Experience
-from isthmus.planning.inference import Weighed, forecast
+from isthmus.planning.inference import Costs, Weighed, costs_of, forecast, with_memory_of
 from isthmus.planning.pieces import resident_bytes
 from isthmus.planning.plans import Question
 from isthmus.planning.residency import slowed
@@ -157,13 +157,15 @@ class RuntimePlanner:
 
     def _options_on(self, request: InferenceRequest, factors: tuple[float, ...]) -> list[_Option]:
         question = replace(self._question, request=request, profile=slowed(self._question.profile, factors))
-        return [self._option(question, plan) for plan in self._plans]
+        costs = {dtype: costs_of(question, dtype) for dtype in {plan.dtype for plan in self._plans}}
+        return [self._option(question, plan, costs[plan.dtype]) for plan in self._plans]
 
-    def _option(self, question: Question, plan: InferencePlan) -> _Option:
-        [weighed] = forecast(question, plan)
+    def _option(self, question: Question, plan: InferencePlan, costs: Costs) -> _Option:
+        found = forecast(question, plan, costs=costs)
+        [weighed] = found
         missing_bytes, gives_back = self._missing_bytes(weighed), False
         if question.is_frugal:
-            [reusing] = forecast(replace(question, is_frugal=False), plan)
+            [[reusing]] = with_memory_of(replace(question, is_frugal=False), [found])
             gives_back = self._missing_bytes(reusing) > 0
         return _Option(weighed=weighed, missing_bytes=missing_bytes, gives_back=gives_back)
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.planning.alternatives import alternatives
 from isthmus.planning.inference import Weighed, costs_of, forecast, pick, weigh_slowed, with_memory_of
-from isthmus.planning.pieces import Piece, cut, pieces_of
+from isthmus.planning.pieces import Piece, cut, pieces_of, pieces_on, resident_bytes
 from isthmus.planning.plans import Question
 from isthmus.spec.cluster import ClusterProfile
 from isthmus.spec.errors import IsthmusError
@@ -39,21 +40,29 @@ _EXACT_UP_TO = 4
 """Of so many devices every plan that is worth keeping in some situation is weighed in all."""
 _MOST_OF_MANY = 8
 """Plans of each situation that are worth a look where there are more devices."""
+_MOST_ALTERNATIVES = 8
 _MOST_NODES = 5_000
 """Of the search for the plans to keep; beyond it the best found so far is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Residency:
-    """``plans`` to keep, and what they lose: the mean over situations of how much longer the best of them takes than
-    the best there is, as a factor (1: nothing)."""
+    """What to keep: the ``plans`` that are best by prediction, and others beside them that may turn out to be (see
+    ``alternatives``)."""
 
     plans: tuple[InferencePlan, ...]
+    alternatives: tuple[InferencePlan, ...] = ()
     loss: float
+    """The mean over situations of how much longer the best of ``plans`` takes than the best there is, as a factor (1:
+    nothing)."""
     reason: str
     """For the first one, in one sentence."""
     is_frugal: bool = False
     """Whether devices are to be frugal with memory (``Question.is_frugal``): all that is kept is chosen for that."""
+
+    @property
+    def all_plans(self) -> tuple[InferencePlan, ...]:
+        return self.plans + self.alternatives
 
 
 def slowed(profile: ClusterProfile, factors: Sequence[float]) -> ClusterProfile:
@@ -143,8 +152,9 @@ def _kept(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) ->
         found = [_spread(own, _MOST_OF_MANY) for own in found]
     pool = list(dict.fromkeys([choice.plan, *(each.plan for own in found for each in own)]))
     offers, fastest_s = _offers(pool, [_in_all(each, own, pool) for each, own in zip(asked, weighed, strict=True)])
-    losses = np.array([offer.losses for offer in offers])
-    losses, best_log_s = losses[:, np.isfinite(fastest_s)], np.log(fastest_s[np.isfinite(fastest_s)])
+    is_possible = np.isfinite(fastest_s)
+    losses = np.array([offer.losses for offer in offers])[:, is_possible]
+    best_log_s = np.log(fastest_s[is_possible])
     is_chosen = np.array([offer.plan == choice.plan and offer.losses[0] < _MISSING for offer in offers])
     favour = np.where(is_chosen, 0.0, _FAVOUR * losses.shape[1])
     best = _Search(question, offers, np.column_stack((losses, favour))).run()
@@ -152,9 +162,13 @@ def _kept(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) ->
     first = offers[best[0]].plan
     if first != choice.plan:
         reason = f"the fastest of those kept; one of {choice.latency_s:.2g} s would leave others too little memory"
-    mean_loss = float(losses[best].min(axis=0).mean())
+    least = losses[best].min(axis=0)
+    mean_loss = float(least.mean())
+    taken = [offers[number] for number in best]
+    situations = zip(np.exp(best_log_s + least), itertools.compress(fitting, is_possible), strict=True)
     residency = Residency(
-        plans=tuple(dict.fromkeys(offers[number].plan for number in best)),
+        plans=tuple(dict.fromkeys(offer.plan for offer in taken)),
+        alternatives=_beside(question, taken, list(situations)),
         loss=math.exp(mean_loss),
         reason=reason,
         is_frugal=question.is_frugal,
@@ -166,6 +180,27 @@ def _kept(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) ->
         mean_log_s=mean_loss + float(best_log_s.mean()),
         is_free=all_fit and mean_loss < _FAVOUR,
     )
+
+
+def _beside(
+    question: Question, taken: Sequence[_Offer], situations: Sequence[tuple[float, Sequence[Weighed]]]
+) -> tuple[InferencePlan, ...]:
+    """What else to keep. Frugal devices keep nothing more for it: with weights in more parts all requests take longer,
+    or freed memory must be given back at once."""
+    spec, ranks = question.spec, range(len(question.profile.devices))
+    kept = list(dict.fromkeys(offer.plan for offer in taken))
+    held = [pieces_on(rank, kept, spec) for rank in ranks]
+    room = [max((offer.room_on(rank) for offer in taken), default=0) for rank in ranks]
+
+    def fits(plans: Sequence[InferencePlan]) -> bool:
+        if all(pieces_on(rank, plans[-1:], spec) <= held[rank] for rank in ranks):
+            return True
+        if question.is_frugal:
+            return False
+        resident = resident_bytes(plans, spec, len(ranks))
+        return all(resident[rank] + room[rank] <= question.budget_bytes(rank) for rank in ranks)
+
+    return tuple(alternatives(kept, situations, fits, most=_MOST_ALTERNATIVES, least_gain=_PRICE))
 
 
 def _worth_keeping(weighed: Sequence[Weighed], num_devices: int) -> list[Weighed]:
@@ -206,6 +241,9 @@ class _Offer:
     """Beside weights, by device of the plan."""
     losses: tuple[float, ...]
     """By situation, beside the fastest that fits there."""
+
+    def room_on(self, rank: int) -> int:
+        return self.room_bytes[self.plan.devices.index(rank)] if rank in self.plan.devices else 0
 
 
 def _offers(
