@@ -55,7 +55,7 @@ Job = dict[str, Any]
 TIMEOUT_S = 300.0
 DEFAULT_TOKENS = 128
 """That the static planner expects where nothing is said (``open_engine``)."""
-LEAST_REQUESTS, MOST_REQUESTS = 6, 24
+LEAST_REQUESTS, MOST_REQUESTS = 8, 24
 FINAL_REPEATS = 5
 """Of plans that are timed once more, at least."""
 Planned = tuple[Question, tuple[InferencePlan, ...], RuntimePlanner]

@@ -33,7 +33,10 @@ WARM_STEPS = 2
 def step_seconds(testbed: Testbed, folder: Path, options: argparse.Namespace, number: int, repeat: int) -> list[float]:
     """Of each step that counts, on ``number`` devices."""
     output = folder / f"{number}-{repeat}"
-    command = tune_command(folder, options, WARM_STEPS + options.steps, {"--num-stages": NUM_LAYERS})
+    more: dict[str, object] = {"--num-stages": NUM_LAYERS, "--micro-batch-size": options.micro_batch_size}
+    if number == 1 and options.alone_in_flight:
+        more["--micro-batches-in-flight"] = options.alone_in_flight
+    command = tune_command(folder, options, WARM_STEPS + options.steps, more)
     if number > 1:
         devices, place, shell = range(number), output, f"cd '{output}'; exec"
     else:
@@ -56,7 +59,8 @@ def table(found: dict[int, list[float]], options: argparse.Namespace) -> str:
     lines = [
         f"# Strong scaling of isthmus tune: {options.share} cores and {options.mbit} Mbit/s a device",
         "",
-        f"{NUM_LAYERS} layers, a stage each, {options.micro_batches} micro-batches of {options.seq_len} tokens, fp32, "
+        f"{NUM_LAYERS} layers, a stage each, {options.micro_batches} micro-batches of "
+        f"{options.micro_batch_size * options.seq_len} tokens, fp32, "
         f"in place. Four devices are promised {max(NUM_DEVICES) * options.share:.2f} of {os.cpu_count()} cores.",
         "",
         "| devices | bound, s | step, s (p10–p90) | speed-up | of the bound |",
@@ -82,6 +86,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--micro-batches", type=int, default=16)
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences of each")
+    parser.add_argument(
+        "--alone-in-flight",
+        type=int,
+        help="micro-batches in flight on one device, which keeps the activations of all else: four are measured at once",
+    )
     options = parser.parse_args()
     options.output = options.output.resolve()
     device = DeviceSpec(cpu_share=options.share, bandwidth_bits_per_s=options.mbit * 1e6)

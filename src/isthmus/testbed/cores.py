@@ -1,15 +1,13 @@
 """Which core of the host each device stays on.
 
-What a quota gives to a thread on one core is lost to the device's threads on others until its period ends. So where
-there is room, devices stay on one core each: they get more of what was asked, and always as much (``docs/log.md``,
-2026-11-29).
+Where there is room, devices stay on one core each (see ``spec.pinning``): they get more of what was asked, and always
+as much (``docs/log.md``, 2026-11-29).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from isthmus.spec.testbed import DeviceSpec
@@ -48,12 +46,3 @@ def cores_for(devices: Sequence[DeviceSpec], taken: Mapping[int, float]) -> tupl
             return ()
         cores[number] = core
     return tuple(cores)
-
-
-def keep_on(pids: Iterable[int], cores: Collection[int]) -> None:
-    """Moves all threads of these processes to ``cores``. Those that have ended, or may not go there, stay away."""
-    for pid in pids:
-        with suppress(OSError):
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                with suppress(OSError):
-                    os.sched_setaffinity(int(thread), cores)

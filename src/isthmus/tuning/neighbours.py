@@ -4,10 +4,10 @@ see ``profiling.together``; ``profile.profile`` starts it."""
 from __future__ import annotations
 
 from isthmus.profiling.together import Meeting
+from isthmus.spec.pinning import pin
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.units import parse_emulate
 from isthmus.training.heap import keep_freed_memory
-from isthmus.tuning.pipeline.company import pin
 from isthmus.tuning.profile import Neighbour, device_to_measure, measure_blocks
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import Counter
 
 import pytest
 
-from isthmus.tuning.pipeline.company import own_cores, pin
+from isthmus.tuning.pipeline.company import own_cores
 
 
 @pytest.mark.parametrize(("num_cores", "num_processes"), [(2, 1), (2, 2), (2, 3), (2, 4), (1, 4), (8, 3), (5, 7)])
@@ -24,19 +22,3 @@ def test_processes_have_cores_of_their_own_where_there_are_enough() -> None:
     assert [own_cores([0, 1, 2, 3, 4], place, 2) for place in range(2)] == [[0, 1], [2, 3, 4]]
     # Four processes on two cores: two each, where three were on the first before.
     assert [own_cores([0, 1], place, 4) for place in range(4)] == [[0], [0], [1], [1]]
-
-
-def test_threads_that_were_there_before_are_pinned_too() -> None:
-    """As gloo's are, which send and receive."""
-    cores, over = os.sched_getaffinity(0), threading.Event()
-    thread = threading.Thread(target=over.wait)
-    thread.start()
-    assert thread.native_id is not None
-    own = [max(cores)]
-    try:
-        pin(own)
-        assert os.sched_getaffinity(thread.native_id) == os.sched_getaffinity(0) == set(own)
-    finally:
-        pin(sorted(cores))
-        over.set()
-        thread.join()

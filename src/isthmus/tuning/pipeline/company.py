@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from isthmus.profiling.limits import free_memory
 from isthmus.reporting.environment import num_cpus_usable
 from isthmus.spec.errors import IsthmusError
+from isthmus.spec.pinning import pin
 from isthmus.spec.report import TuneSummary
 from isthmus.spec.serialization import from_json, to_json
 from isthmus.spec.timeline import Timeline
@@ -42,6 +43,7 @@ def share_cores(links: Links) -> int:
     here = [rank for rank, (host, _) in enumerate(told) if host == mine[0]]
     num_cores, cores = num_cpus_usable(), mine[1]
     if all(told[rank][1] == cores for rank in here):
+        # Gloo has threads by now, too.
         pin(own_cores(cores, here.index(links.rank), len(here)))
         num_cores = max(1, num_cores // len(here))
     asked = int(os.environ.get("OMP_NUM_THREADS", "1"))
@@ -53,15 +55,6 @@ def own_cores(cores: list[int], place: int, num_processes: int) -> list[int]:
     than cores one that it shares with its neighbours. No core has two processes more than another."""
     first, last = (len(cores) * at // num_processes for at in (place, place + 1))
     return cores[first:last] or [cores[first]]
-
-
-def pin(cores: Sequence[int]) -> None:
-    """All threads that this process has run on ``cores`` from here on, as do those that it will start: gloo has some by
-    now, and ``sched_setaffinity(0, …)`` means the calling one alone. What a quota gives to one that runs on another
-    core is lost to the rest of its period."""
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread), cores)
 
 
 @contextmanager
