@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--alone-in-flight",
         type=int,
-        help="micro-batches in flight on one device, which else keeps the activations of all; four are measured at once",
+        help="micro-batches in flight on one device, which else keeps all activations; four are measured at once",
     )
     options = parser.parse_args()
     options.output = options.output.resolve()
