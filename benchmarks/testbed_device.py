@@ -299,8 +299,7 @@ def grid(device: Device) -> dict[str, Any]:
         if len(finalists) > 1:
             found = device.time(finalists, tokens, _repeats(device, finalists, least=FINAL_REPEATS))
         if device.is_leader:
-            chosen = cells[-1]["choice"], cells[-1]["first_choice"]
-            cells[-1]["finals"] = found if len(finalists) > 1 else [row for row in found if row["plan"] in chosen]
+            cells[-1]["finals"] = found
     return {"cells": cells, "rows": rows, "profile": json.loads(to_json(profile)), "is_frugal": is_frugal}
 
 

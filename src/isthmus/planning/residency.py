@@ -41,6 +41,7 @@ _EXACT_UP_TO = 4
 _MOST_OF_MANY = 8
 """Plans of each situation that are worth a look where there are more devices."""
 _MOST_ALTERNATIVES = 8
+"""Beside the plans to keep."""
 _MOST_NODES = 5_000
 """Of the search for the plans to keep; beyond it the best found so far is taken."""
 
@@ -193,7 +194,8 @@ def _beside(
     room = [max((offer.room_on(rank) for offer in taken), default=0) for rank in ranks]
 
     def fits(plans: Sequence[InferencePlan]) -> bool:
-        if all(pieces_on(rank, plans[-1:], spec) <= held[rank] for rank in ranks):
+        *_, last = plans
+        if all(held[rank].issuperset(own) for rank, own in zip(last.devices, pieces_of(last, spec), strict=True)):
             return True
         if question.is_frugal:
             return False
