@@ -23,8 +23,10 @@ FOREVER_S = 1000.0
 """Longer than a test may take: nothing waits for this limit."""
 
 
-def on_ranks(world_size: int, body: Callable[[SocketGroup, Reunion], Any], timeout_s: float = 10.0) -> list[Any]:
-    """What ``body`` returned or raised on each rank, which is a thread."""
+def on_ranks(
+    world_size: int, body: Callable[[SocketGroup, Reunion], Any], timeout_s: float = 10.0, away: int | None = None
+) -> list[Any]:
+    """What ``body`` returned or raised on each rank, which is a thread. ``away``: goes before it is connected."""
     with listen("127.0.0.1") as listener:
         port = listener.getsockname()[1]
 
@@ -36,6 +38,9 @@ def on_ranks(world_size: int, body: Callable[[SocketGroup, Reunion], Any], timeo
                 timeout_s=timeout_s,
                 listener=listener if rank == 0 else None,
             )
+            if rank == away:
+                group.broadcast(torch.zeros(17, dtype=torch.int64))
+                return group.close()
             with group, Reunion.prepare(group) as reunion:
                 return body(group, reunion)
 
@@ -140,6 +145,16 @@ def test_one_that_comes_too_late_is_told() -> None:
 
     *found, late = on_ranks(3, body, timeout_s=2.0)
     assert found == [(0, 1)] * 2 and isinstance(late, RendezvousError)
+
+
+def test_all_are_told_who_was_lost_before_it_was_connected() -> None:
+    def body(group: SocketGroup, reunion: Reunion) -> Any:
+        group.close()
+        return reunion.meet()
+
+    first, _, other = on_ranks(3, body, timeout_s=FOREVER_S, away=1)
+    assert isinstance(first, PeerLostError) and str(first) == "rank 1 lost: hung up"
+    assert isinstance(other, RendezvousError) and str(other) == f"rank 0 has ended: {first}"
 
 
 @pytest.mark.parametrize("lost", [1, 3])

@@ -37,6 +37,8 @@ from isthmus.transport.sockets import SocketGroup
 
 _SILENT_S = 10.0
 """A process that runs answers in milliseconds. One that does not in this time is lost (or in a shorter time limit)."""
+_LOOK_S = 0.25
+"""How often rank 0 looks whether those that it waits for are still there."""
 _LIMITS = 2
 """So many time limits rank 0 waits for one that runs but does not come: it may have begun to wait for a lost one only
 when rank 0 had given it up."""
@@ -232,13 +234,21 @@ def _accept(listener: socket.socket, secret: str, group: SocketGroup) -> dict[in
     deadline_s = time.monotonic() + group.timeout_s
     connections: dict[int, socket.socket] = {}
     while missing := set(group.global_ranks[1:]) - connections.keys():
-        listener.settimeout(max(0.001, deadline_s - time.monotonic()))
+        left_s = deadline_s - time.monotonic()
+        listener.settimeout(max(0.001, min(left_s, _LOOK_S)))
         try:
             connection, _ = listener.accept()
-        except TimeoutError as error:
+        except TimeoutError:
+            gone = {rank for rank in missing if group.has_left(group.global_ranks.index(rank))}
+            if not gone and left_s > _LOOK_S:
+                continue
+            why = "hung up" if gone else f"not back after {group.timeout_s:g} s"
+            lost = PeerLostError(f"{rank_names(gone or missing)} lost: {why}", gone or missing)
             for connection in connections.values():
+                with suppress(OSError):
+                    send_frame(connection, {"ended": str(lost)})
                 connection.close()
-            raise PeerLostError(f"{rank_names(missing)} lost: not back after {group.timeout_s:g} s", missing) from error
+            raise lost from None
         rank = introduced(connection, secret, deadline_s)
         if rank in missing:
             connections[rank] = connection

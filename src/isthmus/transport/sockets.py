@@ -148,6 +148,10 @@ class SocketGroup(Group):
         own = connection.getsockname()[0]
         return own, own if peer == self.rank else connection.getpeername()[0]
 
+    def has_left(self, peer: int) -> bool:
+        """Whether ``peer`` has hung up, as far as is known without a message from it."""
+        return has_left(self._connections[peer])
+
     def await_message(self, source: int) -> None:
         self.begin_exchange()  # raises if the group has failed
         poll = select.poll()
