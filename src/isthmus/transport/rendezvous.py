@@ -338,7 +338,10 @@ def connect_all(
 
 def has_left(connection: socket.socket) -> bool:
     """Whether the next that comes is the end, or a goodbye. Does not block, and takes nothing."""
-    header = _peek(connection, HEADER_BYTES)
+    try:
+        header = _peek(connection, HEADER_BYTES)
+    except OSError:  # reset: it ended with something unread
+        return True
     if header is None or 0 < len(header) < HEADER_BYTES:
         return False
     return not header or unpack_goodbye(header) is not None
