@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from isthmus.spec.testbed import DeviceSpec
-from isthmus.testbed.cores import cores_for, usable_cores
+from isthmus.testbed.cores import cores_for, keep_on, usable_cores
 
 
 def devices(*shares: float) -> list[DeviceSpec]:
@@ -57,3 +58,14 @@ def test_one_of_every_physical_core_comes_first(
         (topology / "thread_siblings_list").write_text(f"{text}\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 2, 1, 0})
     assert usable_cores(tmp_path) == expected
+
+
+def test_what_runs_is_moved_and_what_has_ended_is_passed_over() -> None:
+    core = usable_cores()[-1]
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            keep_on([process.pid, 2**22 - 1], [core])
+            assert os.sched_getaffinity(process.pid) == {core}
+        finally:
+            process.kill()
+    keep_on([process.pid], [core])

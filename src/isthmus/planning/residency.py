@@ -158,18 +158,19 @@ def _kept(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) ->
     best_log_s = np.log(fastest_s[is_possible])
     is_chosen = np.array([offer.plan == choice.plan and offer.losses[0] < _MISSING for offer in offers])
     favour = np.where(is_chosen, 0.0, _FAVOUR * losses.shape[1])
-    best = _Search(question, offers, np.column_stack((losses, favour))).run()
+    search = _Search(question, offers, np.column_stack((losses, favour)))
+    best = search.run()
     best.sort(key=lambda number: losses[number, 0])
     first = offers[best[0]].plan
     if first != choice.plan:
         reason = f"the fastest of those kept; one of {choice.latency_s:.2g} s would leave others too little memory"
     least = losses[best].min(axis=0)
     mean_loss = float(least.mean())
-    taken = [offers[number] for number in best]
+    plans = tuple(dict.fromkeys(offers[number].plan for number in best))
     situations = zip(np.exp(best_log_s + least), itertools.compress(fitting, is_possible), strict=True)
     residency = Residency(
-        plans=tuple(dict.fromkeys(offer.plan for offer in taken)),
-        alternatives=_beside(question, taken, list(situations)),
+        plans=plans,
+        alternatives=_beside(question, plans, search.room_bytes(best), list(situations)),
         loss=math.exp(mean_loss),
         reason=reason,
         is_frugal=question.is_frugal,
@@ -184,14 +185,15 @@ def _kept(question: Question, weighed: Sequence[Sequence[Sequence[Weighed]]]) ->
 
 
 def _beside(
-    question: Question, taken: Sequence[_Offer], situations: Sequence[tuple[float, Sequence[Weighed]]]
+    question: Question,
+    kept: Sequence[InferencePlan],
+    room_bytes: Sequence[int],
+    situations: Sequence[tuple[float, Sequence[Weighed]]],
 ) -> tuple[InferencePlan, ...]:
-    """What else to keep. Frugal devices keep nothing more for it: with weights in more parts all requests take longer,
-    or freed memory must be given back at once."""
+    """What else to keep; ``room_bytes`` stay free for requests, by rank. Frugal devices keep nothing more for it: with
+    weights in more parts all requests take longer, or freed memory must be given back at once."""
     spec, ranks = question.spec, range(len(question.profile.devices))
-    kept = list(dict.fromkeys(offer.plan for offer in taken))
     held = [pieces_on(rank, kept, spec) for rank in ranks]
-    room = [max((offer.room_on(rank) for offer in taken), default=0) for rank in ranks]
 
     def fits(plans: Sequence[InferencePlan]) -> bool:
         *_, last = plans
@@ -200,7 +202,7 @@ def _beside(
         if question.is_frugal:
             return False
         resident = resident_bytes(plans, spec, len(ranks))
-        return all(resident[rank] + room[rank] <= question.budget_bytes(rank) for rank in ranks)
+        return all(resident[rank] + room_bytes[rank] <= question.budget_bytes(rank) for rank in ranks)
 
     return tuple(alternatives(kept, situations, fits, most=_MOST_ALTERNATIVES, least_gain=_PRICE))
 
@@ -243,9 +245,6 @@ class _Offer:
     """Beside weights, by device of the plan."""
     losses: tuple[float, ...]
     """By situation, beside the fastest that fits there."""
-
-    def room_on(self, rank: int) -> int:
-        return self.room_bytes[self.plan.devices.index(rank)] if rank in self.plan.devices else 0
 
 
 def _offers(
@@ -314,6 +313,10 @@ class _Search:
         held = _Held(np.zeros_like(self._parts[0]), np.zeros_like(self._budgets))
         self._extend([], nothing, held, np.arange(len(self._losses)))
         return self._best[1]
+
+    def room_bytes(self, numbers: Sequence[int]) -> list[int]:
+        """What these offers leave room for together, by rank."""
+        return self._rooms[numbers].max(axis=0).tolist()
 
     def _extend(self, taken: list[int], losses: NDArray[np.float64], held: _Held, others: NDArray[np.intp]) -> None:
         self._num_nodes += 1

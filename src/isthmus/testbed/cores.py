@@ -7,9 +7,11 @@ as much (``docs/log.md``, 2026-11-29).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from isthmus.spec.pinning import pin
 from isthmus.spec.testbed import DeviceSpec
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -46,3 +48,10 @@ def cores_for(devices: Sequence[DeviceSpec], taken: Mapping[int, float]) -> tupl
             return ()
         cores[number] = core
     return tuple(cores)
+
+
+def keep_on(pids: Iterable[int], cores: Collection[int]) -> None:
+    """Moves all threads of these processes to ``cores``. Those that have ended, or may not go there, stay away."""
+    for pid in pids:
+        with suppress(OSError):
+            pin(cores, pid)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.spec.errors import IsthmusError
-from isthmus.spec.pinning import pin
 from isthmus.spec.testbed import DeviceMeasurement, DeviceSpec, TestbedReport, TestbedSpec
 from isthmus.testbed import cgroups, network
 from isthmus.testbed.asking import check_device, check_name, check_spec
-from isthmus.testbed.cores import cores_for, usable_cores
+from isthmus.testbed.cores import cores_for, keep_on, usable_cores
 from isthmus.testbed.environment import device_environment
 from isthmus.testbed.layout import Layout, choose_subnet
 from isthmus.testbed.limits import cpu_quota_us
@@ -258,9 +257,7 @@ class Testbed:
                     network.limit_link(self._state.layout, number, specs[number])
             if cores != state.cores:
                 for number in range(len(specs)):
-                    for pid in _processes(self._state, number):
-                        with contextlib.suppress(OSError):  # it has ended
-                            pin(_cores_of(self._state, number), pid)
+                    keep_on(_processes(self._state, number), _cores_of(self._state, number))
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[TestbedState]:

@@ -32,7 +32,7 @@ _PREAMBLE_BYTES = len(_MAGIC) + _LENGTH.size
 _MOST_BYTES = 1 << 16
 _RETRY_S = 0.02
 _GRACE_S = 0.5
-_LOOK_S = 0.1
+LOOK_S = 0.1
 """So often a rank that waits for others looks whether that is in vain."""
 
 Address = tuple[str, int]
@@ -313,7 +313,7 @@ def connect_all(
                 raise ConnectionResetError("another one is lost")
             if time.monotonic() > deadline_s:
                 raise TimeoutError("timed out")
-            own.settimeout(_LOOK_S)
+            own.settimeout(LOOK_S)
             try:
                 connection, _ = own.accept()
             except TimeoutError:

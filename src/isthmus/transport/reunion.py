@@ -25,6 +25,7 @@ import torch
 
 from isthmus.transport.errors import EndedError, PeerLostError, RendezvousError, TransportError, rank_names
 from isthmus.transport.rendezvous import (
+    LOOK_S,
     connect_all,
     introduced,
     keep_alive,
@@ -37,8 +38,6 @@ from isthmus.transport.sockets import SocketGroup
 
 _SILENT_S = 10.0
 """A process that runs answers in milliseconds. One that does not in this time is lost (or in a shorter time limit)."""
-_LOOK_S = 0.25
-"""How often rank 0 looks whether those that it waits for are still there."""
 _LIMITS = 2
 """So many time limits rank 0 waits for one that runs but does not come: it may have begun to wait for a lost one only
 when rank 0 had given it up."""
@@ -235,12 +234,12 @@ def _accept(listener: socket.socket, secret: str, group: SocketGroup) -> dict[in
     connections: dict[int, socket.socket] = {}
     while missing := set(group.global_ranks[1:]) - connections.keys():
         left_s = deadline_s - time.monotonic()
-        listener.settimeout(max(0.001, min(left_s, _LOOK_S)))
+        listener.settimeout(max(0.001, min(left_s, LOOK_S)))
         try:
             connection, _ = listener.accept()
         except TimeoutError:
             gone = {rank for rank in missing if group.has_left(group.global_ranks.index(rank))}
-            if not gone and left_s > _LOOK_S:
+            if not gone and left_s > LOOK_S:
                 continue
             why = "hung up" if gone else f"not back after {group.timeout_s:g} s"
             lost = PeerLostError(f"{rank_names(gone or missing)} lost: {why}", gone or missing)
