@@ -35,6 +35,12 @@ END_TIMEOUT_S = 150
 ISTHMUS = str(Path(sys.executable).parent / "isthmus")
 
 
+def test_tests_that_raise_this_testbed_share_a_worker(request: pytest.FixtureRequest) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER") is None:
+        pytest.skip("there is one worker")
+    assert request.node.nodeid.endswith("@demo")
+
+
 @pytest.fixture(scope="module")
 def model(checkpoint: Callable[[str], Path]) -> Path:  # noqa: F811
     return checkpoint("bert")

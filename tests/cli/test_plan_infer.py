@@ -54,9 +54,7 @@ def plan(model: Path, profile: Path, report: Path, *options: str) -> tuple[str, 
     arguments = ("plan", "infer", str(model), "--profile", str(profile), "--report", str(report), *options)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    return result.stdout[result.stdout.index("→ ", result.stdout.index("└")) :], from_json(
-        PlanInferReport, report.read_text()
-    )
+    return result.stdout[result.stdout.index("\n→ ") + 1 :], from_json(PlanInferReport, report.read_text())
 
 
 def decoupled(family: str, directory: Path, num_sub_blocks: int) -> Path:
@@ -140,3 +138,21 @@ def test_where_memory_is_short_it_plans_for_devices_that_are_frugal_with_it(
     printed, report = plan(model, path, tmp_path / "report.json", "--tokens", "64")
     assert "Memory is short: devices give it back as soon as it is free" in printed
     assert report.chosen.memory_bytes_per_device <= (frugally + usually) // 2
+
+
+def test_the_table_breaks_no_word_on_80_columns_and_has_all_of_them_where_they_fit(
+    checkpoint: Callable[[str], Path],  # noqa: F811
+    profile_of: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = checkpoint("bert")
+    arguments = ("plan", "infer", str(model), "--profile", str(profile_of(model, 4)), "--rows", "3")
+    shown: dict[int, str] = {}
+    for width in (80, 160):
+        monkeypatch.setenv("COLUMNS", str(width))
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        shown[width] = result.stdout[: result.stdout.index("\n→ ")]
+        assert "…" not in shown[width] and max(map(len, shown[width].splitlines())) <= width
+        assert "0,1,2,3" in shown[width] and "predicted" in shown[width] and "sequence" in shown[width]
+    assert "exchanges" in shown[160] and "exchanges" not in shown[80]

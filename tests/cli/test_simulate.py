@@ -109,10 +109,13 @@ def test_tokens_are_asked_of_decoders() -> None:
     assert "first" in run("gpt2", *PIS, "--tokens", "16", "--new-tokens", "4", "--dtype", "int8")
 
 
-def test_known_devices_are_listed() -> None:
+@pytest.mark.parametrize("width", [80, 160])
+def test_known_devices_are_listed(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     shown = run("--list-devices")
     assert all(name in shown for name in KINDS)
-    assert "533 shared" in shown
+    assert ("533 shared" in shown) == (width == 160) and "shared" in shown
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
 
 
 def test_the_published_table_is_shown_beside_the_simulated_one(tmp_path: Path) -> None:

@@ -253,6 +253,19 @@ def test_what_was_simulated_is_nowhere_called_measured_or_predicted(
         assert not [text for text in texts if "predicted" in text or "p10" in text]
 
 
+@pytest.mark.parametrize("is_generated", [False, True])
+def test_a_simulated_table_of_two_models_breaks_no_word_on_80_columns(is_generated: bool) -> None:
+    exactly = Spread(median=0.25, p10=0.25, p90=0.25)
+    more: dict[str, Any] = {}
+    if is_generated:
+        more = dict(num_new_tokens=2, time_to_first_token_s=exactly, time_per_token_s=exactly)
+    rows = [simulated("tensor", 0.5, **more), simulated("block", 0.4, is_choice=True, num_sub_blocks=4, **more)]
+    text = printed({1e9: rows, 1.25e8: rows}, 80)
+    assert text.count("tensor two_step") == 2 and text.count("500 ms") == (0 if is_generated else 2)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "dtype" in printed({1e9: rows}, 160) and "dtype" not in text
+
+
 def test_a_table_of_simulated_tokens_has_their_seconds() -> None:
     exactly = Spread(median=0.25, p10=0.25, p90=0.25)
     text = latency_markdown(

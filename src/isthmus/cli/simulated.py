@@ -141,9 +141,11 @@ def _markdown(title: str, cells: Sequence[SimulatedCell]) -> str:
 
 def print_devices() -> None:
     """Those that are known by name."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     for name in ("device", "GFLOP/s", "dtypes", "memory", "GB/s", "link Mbit/s", "round trip", "operator"):
-        table.add_column(name, justify="left" if name in ("device", "dtypes") else "right")
+        may_fold = name in ("dtypes", "memory", "link Mbit/s")
+        header = name.replace(" ", "\n")
+        table.add_column(header, justify="left" if name in ("device", "dtypes") else "right", no_wrap=not may_fold)
     for device in KINDS.values():
         table.add_row(
             device.name,
@@ -165,7 +167,7 @@ def simulate_published(*, report: Path | None = None, console: Console | None = 
     table, lines = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False), []
     names = ["model", "Mbit/s", *STRATEGIES.values(), "ours fp32", "ours int8"]
     for name in names:
-        table.add_column(name, justify="left" if name == "model" else "right")
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=name in ("model", "Mbit/s"))
     lines += [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
     for cells in _published_rows(found):
         table.add_row(*cells)

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,7 @@ from isthmus.planning.plans import Question, allowed, expected_error
 from isthmus.profiling.cache import find, keep
 from isthmus.reporting.environment import environment
 from isthmus.reporting.human import human_bytes, human_memory, human_s
+from isthmus.reporting.tables import print_what_fits
 from isthmus.spec.cluster import Cluster, ClusterProfile, read_cluster
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -76,7 +78,7 @@ def plan_infer(
     if question is None:
         return None
     question, choice = _chosen(question)
-    console.print(candidates_table(choice, num_rows))
+    print_candidates(choice, num_rows, console)
     plan = choice.chosen.plan
     devices = ", ".join(question.profile.devices[rank].name for rank in plan.devices)
     error = expected_error(plan, reader.spec, question.request)
@@ -211,52 +213,50 @@ def _read_profile(path: Path) -> ClusterProfile:
         raise IsthmusError(f"profile: {path} holds none: {error}") from error
 
 
-def candidates_table(choice: Choice, num_rows: int) -> Table:
+def print_candidates(choice: Choice, num_rows: int, console: Console) -> None:
     """The fastest plans, and the best of each kind that is slower than those."""
-    table = Table()
-    columns = (
-        "",
-        "strategy",
-        "devices",
-        "parts",
-        "wire",
-        "dtype",
-        "predicted",
-        "bound",
-        "computing",
-        "sent",
-        "exchanges",
-    )
-    for name in (*columns, "memory"):
-        table.add_column(name, justify="left" if name in ("", "strategy", "parts", "wire", "dtype") else "right")
+    shown: list[dict[str, str]] = []
     kinds: set[tuple[str, int]] = set()
     for number, candidate in enumerate(choice.candidates):
-        plan = candidate.plan
-        kind = (plan.strategy, len(plan.devices))
+        kind = (candidate.plan.strategy, len(candidate.plan.devices))
         if number < num_rows or kind not in kinds or candidate is choice.chosen:
-            table.add_row(*_cells(candidate, is_chosen=candidate is choice.chosen))
+            shown.append(_cells(candidate, is_chosen=candidate is choice.chosen))
         kinds.add(kind)
+    print_what_fits(console, _table(shown, tuple(shown[0])), _table(shown, _NARROW))
+
+
+_TEXTS = ("", "strategy", "parts", "wire", "dtype")
+_NARROW = ("", "strategy", "devices", "parts", "wire", "predicted", "sent", "memory")
+
+
+def _table(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    for name in columns:
+        may_fold = name in ("strategy", "devices", "parts")
+        table.add_column(name, justify="left" if name in _TEXTS else "right", overflow="fold", no_wrap=not may_fold)
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
     return table
 
 
-def _cells(candidate: Candidate, *, is_chosen: bool) -> list[str]:
+def _cells(candidate: Candidate, *, is_chosen: bool) -> dict[str, str]:
     plan = candidate.plan
     is_even = len(set(plan.weights)) == 1
     total = sum(plan.weights)
-    return [
-        "→" if is_chosen else "" if candidate.fits else "✗",
-        f"{plan.strategy} {plan.way}".strip(),
-        ",".join(map(str, plan.devices)),
-        "even" if is_even else ":".join(f"{weight / total:.2f}" for weight in plan.weights),
-        plan.wire if len(plan.devices) > 1 else "",
-        plan.dtype,
-        human_s(candidate.latency_s),
-        human_s(candidate.bound_s),
-        human_s(candidate.compute_s),
-        human_bytes(max(candidate.sent_bytes)),
-        str(candidate.num_exchanges),
-        human_memory(max(candidate.memory_bytes)) + ("" if candidate.fits else " (too much)"),
-    ]
+    return {
+        "": "→" if is_chosen else "" if candidate.fits else "✗",
+        "strategy": f"{plan.strategy} {plan.way}".strip(),
+        "devices": ",".join(map(str, plan.devices)),
+        "parts": "even" if is_even else ":".join(f"{weight / total:.2f}" for weight in plan.weights),
+        "wire": plan.wire if len(plan.devices) > 1 else "",
+        "dtype": plan.dtype,
+        "predicted": human_s(candidate.latency_s),
+        "bound": human_s(candidate.bound_s),
+        "computing": human_s(candidate.compute_s),
+        "sent": human_bytes(max(candidate.sent_bytes)),
+        "exchanges": str(candidate.num_exchanges),
+        "memory": human_memory(max(candidate.memory_bytes)) + ("" if candidate.fits else " (too much)"),
+    }
 
 
 # --- what decoupling would bring --------------------------------------------------------------------------------------

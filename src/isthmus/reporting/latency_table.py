@@ -12,6 +12,7 @@ from rich.table import Table
 
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.reporting.latency_plot import Cells, are_simulated
+from isthmus.reporting.tables import print_what_fits
 from isthmus.spec.report import BenchInferRow, Spread
 
 _HOW = ("strategy", "devices", "wire", "dtype")
@@ -19,6 +20,8 @@ _FOUND = ("bound", "measured (p10–p90)", "of bound", "predicted", "off by")
 _COST = ("sent", "exchanges", "error")
 _SIMULATED = ("strategy", "devices", "wire", "dtype", "bound", "simulated", "of bound")
 _SIMULATED_GENERATED = ("first token simulated", "token simulated")
+_SIMULATED_NARROW = ("strategy", "devices", "wire", "simulated", "of bound", "sent")
+_SIMULATED_GENERATED_NARROW = ("strategy", "wire", *_SIMULATED_GENERATED, "of bound")
 _GENERATED = ("first token", "token (p10–p90)", "token predicted")
 _NARROW = ("strategy", "wire", "measured", "predicted", "of bound", "sent", "error")
 _NARROW_GENERATED = ("strategy", "wire", "first token", "token", "token predicted", "of bound", "sent")
@@ -29,10 +32,7 @@ _CHOICE = "→"
 
 def print_latency(cells: Cells, console: Console) -> None:
     """All columns where they fit ``console``, else the most important ones."""
-    table = latency_table(cells)
-    unlimited = console.options.update(max_width=1000)  # else the answer is never more than there is
-    fits = console.measure(table, options=unlimited).maximum <= console.width
-    console.print(table if fits else latency_table(cells, is_narrow=True))
+    print_what_fits(console, latency_table(cells), latency_table(cells, is_narrow=True))
 
 
 def latency_table(cells: Cells, *, is_narrow: bool = False) -> Table:
@@ -48,7 +48,8 @@ def latency_table(cells: Cells, *, is_narrow: bool = False) -> Table:
     columns = _columns([row for rows in cells.values() for row in rows], is_narrow=is_narrow)
     for name in ("", *columns):
         header = name.replace(" ", "\n").replace("-", "-\n")
-        table.add_column(header, justify="left" if name in ("", *_TEXTS) else "right", overflow="fold")
+        is_text = name in ("", *_TEXTS)
+        table.add_column(header, justify="left" if is_text else "right", overflow="fold", no_wrap=name != "strategy")
     for bandwidth in sorted(cells, key=lambda bandwidth: -(bandwidth or 0)):
         table.add_section()
         for place, row in enumerate(_in_order(cells[bandwidth])):
@@ -72,14 +73,18 @@ def latency_markdown(rows: Sequence[BenchInferRow]) -> str:
 
 def _columns(rows: Sequence[BenchInferRow], *, is_narrow: bool = False) -> tuple[str, ...]:
     """Where a decoupled model answered they say so, which takes the last one's place if ``is_narrow``."""
+    has_forms = any(row.num_sub_blocks > 1 for row in rows)
     is_generated = any(row.num_new_tokens for row in rows)
+    if are_simulated(rows) and is_narrow:
+        columns = _SIMULATED_GENERATED_NARROW if is_generated else _SIMULATED_NARROW
+        return (columns[0], _FORM, *columns[1:]) if has_forms else columns
     if are_simulated(rows):
         columns = (*_SIMULATED, *(_SIMULATED_GENERATED if is_generated else ()), "sent", "exchanges")
     elif is_narrow:
         columns = _NARROW_GENERATED if is_generated else _NARROW
     else:
         columns = (*_HOW, *_FOUND, *(_GENERATED if is_generated else ()), *_COST)
-    if not any(row.num_sub_blocks > 1 for row in rows):
+    if not has_forms:
         return columns
     return (columns[0], _FORM, *(columns[1:-1] if is_narrow else columns[1:]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from isthmus.testbed.state import TestbedState
@@ -20,32 +21,38 @@ def testbed_table(state: TestbedState, statuses: Sequence[DeviceStatus] = ()) ->
         "address": [state.layout.address(number) for number in range(len(devices))],
         "cores": [f"{device.cpu_share:g}" for device in devices],
         "cores got": [f"{each.cpu_share:.2f}" for each in measured],
-        "FP32 GEMM": [f"{each.gemm_flops / 1e9:.1f} GFLOP/s" for each in measured],
+        "FP32 GFLOP/s": [f"{each.gemm_flops / 1e9:.1f}" for each in measured],
         "memory": [_memory(device.memory_bytes) for device in devices] if has_memory else [],
-        "bandwidth": [_mbit(device.bandwidth_bits_per_s) for device in devices],
-        "to host": [_mbit(each.to_host_bits_per_s) for each in measured],
-        "from host": [_mbit(each.from_host_bits_per_s) for each in measured],
-        "delay": [f"{device.delay_s * 1e3:g} ms" for device in devices] if has_delay else [],
-        "round trip": [f"{each.round_trip_s * 1e3:.3f} ms" for each in measured],
+        "link Mbit/s": [_mbit(device.bandwidth_bits_per_s) for device in devices],
+        "to host Mbit/s": [_mbit(each.to_host_bits_per_s) for each in measured],
+        "from host Mbit/s": [_mbit(each.from_host_bits_per_s) for each in measured],
+        "delay ms": [f"{device.delay_s * 1e3:g}" for device in devices] if has_delay else [],
+        "round trip ms": [f"{each.round_trip_s * 1e3:.3f}" for each in measured],
         "alive": [_alive(status) for status in statuses],
-        "processes": [str(status.num_processes) for status in statuses],
+        "procs": [str(status.num_processes) for status in statuses],
     }
     caption = None
     if measured:
         caption = (
-            "cores, memory, bandwidth, delay: asked. The rest was measured one device after the other, the others idle."
+            "cores, memory, link, delay: asked. The rest was measured one device after the other, the others idle."
         )
-    table = Table(title=f"testbed {state.spec.name}, {state.subnet}", caption=caption)
+    table = Table(
+        title=f"testbed {state.spec.name}, {state.subnet}",
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=0,
+    )
     shown = {title: cells for title, cells in columns.items() if cells}
     for title in shown:
-        table.add_column(title, justify="right")
+        table.add_column(title.replace(" ", "\n"), justify="right", overflow="fold", no_wrap=title == "address")
     for row in zip(*shown.values(), strict=True):
         table.add_row(*row)
     return table
 
 
 def _mbit(bits_per_s: float) -> str:
-    return f"{bits_per_s / 1e6:.4g} Mbit/s"
+    return f"{bits_per_s / 1e6:.4g}"
 
 
 def _memory(num_bytes: int | None) -> str:
