@@ -218,15 +218,19 @@ def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_pa
     assert _said(tmp_path).count("seed: rank 1 got 1, rank 0 0; wanted the same everywhere") == 2
 
 
-def test_processes_with_other_weights_of_the_same_configuration_are_found(deep: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["dtype", "values"])
+def test_processes_with_other_weights_of_the_same_configuration_are_found(
+    what: str, deep: Inputs, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(deep.model, other)
     tensors = load_file(other / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
+    head = tensors["lm_head.weight"]
+    tensors["lm_head.weight"] = head.bfloat16() if what == "dtype" else head * 1.01
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     commands = [deep.arguments(tmp_path / "out", model=model) for model in (deep.model, other)]
     assert end(start(commands, tmp_path), timeout_s=200) == [2, 2], _said(tmp_path)
-    assert _said(tmp_path).count("weights of the model (names, shapes, sizes): rank 1 got") == 2
+    assert _said(tmp_path).count("weights of the model (names, shapes, sizes, some values): rank 1 got") == 2
 
 
 def test_a_process_that_fails_tells_its_own_error_and_the_others_name_it(deep: Inputs, tmp_path: Path) -> None:

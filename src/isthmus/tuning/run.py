@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from isthmus.models.checkpoint_files import checkpoint_files, resolve_checkpoint
@@ -45,6 +46,10 @@ from isthmus.tuning.pipeline.mapping import told
 from isthmus.tuning.predictor import PredictorQuality
 from isthmus.tuning.session import Session
 from isthmus.tuning.trainer import Trainer
+
+_SAMPLED_TENSORS = 512
+_SAMPLED_BYTES = 256
+"""Of each."""
 
 
 def tune(
@@ -194,18 +199,27 @@ def _facts(options: TuneOptions, path: Path, stream: BatchStream) -> dict[str, o
     config = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()[:16]
     return values | {
         "config.json of the model": config,
-        "weights of the model (names, shapes, sizes)": _weights_digest(path),
+        "weights of the model (names, shapes, sizes, some values)": _weights_digest(path),
         "data": stream.state_dict()["dataset"],
     }
 
 
 def _weights_digest(path: Path) -> str:
-    """Of the headers of a checkpoint's files and of their sizes: no tensor is read."""
+    """Of the headers of a checkpoint's files, of their sizes, and of a few values of many tensors: a fine-tuned sibling
+    differs, and no tensor is read as a whole."""
     digest = hashlib.sha256()
-    for file in checkpoint_files(path):
+    files = checkpoint_files(path)
+    for file in files:
         with SafetensorsReader(file) as reader:
             tensors = sorted((name, stored.shape, stored.dtype) for name, stored in reader.tensors.items())
-        digest.update(repr([tensors, file.stat().st_size]).encode())
+            digest.update(repr([tensors, file.stat().st_size]).encode())
+            # Any, not every nth, which could meet only one kind of matrix.
+            drawn = sorted(reader.tensors, key=lambda name: hashlib.sha256(name.encode()).digest())
+            for name in drawn[: max(1, _SAMPLED_TENSORS // len(files))]:
+                num_bytes = reader.tensors[name].num_bytes
+                sample = torch.empty(min(num_bytes, _SAMPLED_BYTES), dtype=torch.uint8)
+                reader.read_bytes_into(name, sample, (num_bytes - sample.numel()) // 2)
+                digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
