@@ -108,6 +108,10 @@ def test_the_file_reads_back_to_itself(tmp_path: Path) -> None:
             lambda c: c["experts"]["h8-i16-mlp"]["cpu_forward"].update(seconds=[1.0]),
             "experts.cpu_forward: got 2 token counts and 1 seconds",
         ),
+        (
+            lambda c: c["experts"]["h8-i16-mlp"]["cpu_forward"].update(num_tokens=[100, 1]),
+            "experts.cpu_forward.num_tokens: got 1 after 100, wanted every one above the one before",
+        ),
     ],
 )
 def test_a_cluster_that_contradicts_itself_is_refused(

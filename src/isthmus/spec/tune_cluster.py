@@ -3,6 +3,7 @@ fine-tuning."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,6 +103,11 @@ class MeasuredExperts:
                 f"experts.cpu_forward: got {len(self.cpu_forward.num_tokens)} token counts and "
                 f"{len(self.cpu_forward.seconds)} seconds, wanted as many of one as of the other, at least one"
             )
+        for before, after in itertools.pairwise((0, *self.cpu_forward.num_tokens)):
+            if after <= before:
+                raise IsthmusError(
+                    f"experts.cpu_forward.num_tokens: got {after} after {before}, wanted every one above the one before"
+                )
         for name in ("load_s", "dense_load_s"):
             if (value := getattr(self, name)) is not None:
                 _positive(f"experts.{name}", value)
