@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +39,8 @@ def profile_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     """(model, number of devices) -> a file with what was measured of its layers on slow devices."""
     monkeypatch.setenv("COLUMNS", "250")
 
-    def write(model: Path, num_devices: int, bytes_per_s: float = 1e5) -> Path:
-        one = device(ShardReader(model).spec, SLOW)
+    def write(model: Path, num_devices: int, bytes_per_s: float = 1e5, dtypes: Sequence[str] = ("fp32",)) -> Path:
+        one = device(ShardReader(model).spec, SLOW, dtypes=dtypes)
         found = cluster([one] * num_devices, [link(bytes_per_s)] * num_devices)
         path = tmp_path / f"profile-{num_devices}.json"
         path.write_text(to_json(found))
@@ -155,4 +155,10 @@ def test_the_table_breaks_no_word_on_80_columns_and_has_all_of_them_where_they_f
         shown[width] = result.stdout[: result.stdout.index("\n→ ")]
         assert "…" not in shown[width] and max(map(len, shown[width].splitlines())) <= width
         assert "0,1,2,3" in shown[width] and "predicted" in shown[width] and "sequence" in shown[width]
-    assert "exchanges" in shown[160] and "exchanges" not in shown[80]
+    assert "exchanges" in shown[160] and "exchanges" not in shown[80] and "dtype" not in shown[80]
+    several = str(profile_of(model, 4, dtypes=("fp32", "bf16", "int8")))
+    monkeypatch.setenv("COLUMNS", "80")
+    result = CliRunner().invoke(app, (*arguments[:4], several, "--dtype", "auto", "--max-error", "1"))
+    assert result.exit_code == 0, result.output
+    told = result.stdout
+    assert "dtype" in told and "int8" in told and "…" not in told

@@ -222,11 +222,13 @@ def print_candidates(choice: Choice, num_rows: int, console: Console) -> None:
         if number < num_rows or kind not in kinds or candidate is choice.chosen:
             shown.append(_cells(candidate, is_chosen=candidate is choice.chosen))
         kinds.add(kind)
-    print_what_fits(console, _table(shown, tuple(shown[0])), _table(shown, _NARROW))
+    several = {"dtype"} if len({row["dtype"] for row in shown}) > 1 else set[str]()
+    narrow = [name for name in shown[0] if name in _NARROW | several]
+    print_what_fits(console, _table(shown, list(shown[0])), _table(shown, narrow))
 
 
 _TEXTS = ("", "strategy", "parts", "wire", "dtype")
-_NARROW = ("", "strategy", "devices", "parts", "wire", "predicted", "sent", "memory")
+_NARROW = frozenset({"", "strategy", "devices", "parts", "wire", "predicted", "sent", "memory"})
 
 
 def _table(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Table:
