@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.inference.conftest import checkpoint, on_devices  # noqa: F401
 from tests.inference.test_block_parallel import saved  # noqa: F401
 
+from isthmus.inference.kernels import load_kernels
+from isthmus.inference.layer import Layer
+from isthmus.inference.native_blocks import NativeBlocks
 from isthmus.inference.profile import measure_cluster
 from isthmus.models.shards import ShardReader
 from isthmus.planning.inference import choose
@@ -107,6 +111,26 @@ def test_what_overlapping_costs_is_measured_for_decoupled_models(
     for link in first.links:
         assert link.overlapping is not None
         assert 0 <= link.overlapping.starting_s < 0.1 and 0 <= link.overlapping.s_per_byte < 1e-5
+
+
+def test_a_token_in_a_sub_block_is_measured_as_it_is_computed(
+    saved: Callable[[str, str], Path],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if load_kernels() is None:
+        pytest.skip("decode.c cannot be compiled here")
+    widths: set[int] = set()
+
+    class Noting(NativeBlocks):
+        def __init__(self, layers: list[Layer], *arguments: Any, **options: Any) -> None:
+            widths.update(layer.width for layer in layers)
+            super().__init__(layers, *arguments, **options)
+
+    monkeypatch.setattr("isthmus.inference.profile.NativeBlocks", Noting)
+    reader = ShardReader(saved("llama", "four"))
+    measure_cluster(reader, None, num_rows=1)
+    assert reader.spec.decoupling is not None
+    assert widths == {reader.spec.hidden_size, reader.spec.decoupling.widths[0]}
 
 
 def test_a_group_can_be_used_after_it_was_measured(checkpoint: Callable[[str], Path]) -> None:  # noqa: F811

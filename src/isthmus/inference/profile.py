@@ -194,19 +194,19 @@ class _Parts:
         return run
 
     def _token_blocks(self, rows: int) -> NativeBlocks | None:
-        model = self.model
-        if model.kernels is None or rows > MOST_ROWS or self._layers is not model.layers:
+        model, layers = self.model, list(self._layers)
+        if model.kernels is None or rows > MOST_ROWS:
             return None
         cache = KVCache(
-            num_layers=len(model.layers),
-            num_heads=model.layers[0].num_cached_heads,
+            num_layers=len(layers),
+            num_heads=layers[0].num_cached_heads,
             head_size=model.spec.head_size,
             capacity=2,
             attended_BT=torch.ones(rows, 1),
         )
-        hidden_BH, positions_B1 = torch.randn(rows, model.spec.hidden_size), torch.ones(rows, 1, dtype=torch.int64)
+        hidden_BH, positions_B1 = torch.randn(rows, self._width), torch.ones(rows, 1, dtype=torch.int64)
         native = NativeBlocks(
-            model.layers,
+            layers,
             cache,
             model.kernels,
             hidden_BH,
