@@ -65,6 +65,12 @@ def test_policies_may_have_the_names_that_runs_have() -> None:
     ]
 
 
+def test_the_table_is_whole_on_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = run(*SMALL)
+    assert "…" not in printed and "Adam" in printed and "loaded" in printed
+
+
 def test_what_does_not_fit_is_a_row_that_says_so() -> None:
     printed = run("--model", "L-8", "--cluster", "a800-c1g1", "--policies", "gpipe,mobius", "--batch", "4")
     assert "gpipe: does not fit: " in printed and "GiB are missing on an accelerator" in printed

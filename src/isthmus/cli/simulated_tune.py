@@ -175,7 +175,7 @@ def _cells(row: SimulateTuneRow) -> list[str]:
 
 
 def _table(report: SimulateTuneReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=0)
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in report.rows:
