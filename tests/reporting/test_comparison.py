@@ -56,6 +56,7 @@ def test_markdown_stays_as_it_is() -> None:
 
 
 def test_table_holds_every_number_uncut() -> None:
+    assert "…" not in rendered([row("gpipe-offload", 12_345, skew="uniform"), row("affinity", 23_456, skew="uniform")])
     text = rendered(ONE_SETTING)
     assert "…" not in text
     for said in ("1/4", "0.2", "affinity", "1,190–1,210", "0.75", "75%", "1.25 GB", "12%"):

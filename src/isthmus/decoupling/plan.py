@@ -110,7 +110,7 @@ def _table(gains: Sequence[DecouplingGain], results: Sequence[Faithfulness | Non
     if any(results):
         names.append("untrained")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace(" ", "\n").replace("-", "-\n"), justify="right")
     for gain, result in zip(gains, results, strict=True):
         cells = [
             str(gain.num_sub_blocks),

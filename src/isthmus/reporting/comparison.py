@@ -32,7 +32,7 @@ def comparison_table(rows: Iterable[BenchTuneRow], *, title: str = "") -> Table:
         title_justify="left",
         header_style="bold",
         pad_edge=False,
-        collapse_padding=True,
+        padding=0,
     )
     settings = _by_setting(rows)
     for column in ("CPU", "skew", *_COLUMNS):
