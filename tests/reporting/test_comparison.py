@@ -36,7 +36,7 @@ def sweep() -> list[BenchTuneRow]:
     ]
 
 
-def rendered(rows: list[BenchTuneRow], width: int = 90) -> str:
+def rendered(rows: list[BenchTuneRow], width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(comparison_table(rows))
     assert isinstance(console.file, io.StringIO)
