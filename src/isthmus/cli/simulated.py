@@ -15,6 +15,7 @@ from rich.table import Table
 from isthmus.reporting.human import human_memory, human_s
 from isthmus.reporting.latency_plot import Cells, plot_latency
 from isthmus.reporting.latency_table import latency_markdown, print_latency
+from isthmus.reporting.tables import compact_table
 from isthmus.simulation.devices import KINDS, devices_of, read_devices
 from isthmus.simulation.inference import at_bandwidth, simulate
 from isthmus.simulation.published import STRATEGIES, reproduce
@@ -141,11 +142,8 @@ def _markdown(title: str, cells: Sequence[SimulatedCell]) -> str:
 
 def print_devices() -> None:
     """Those that are known by name."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for name in ("device", "GFLOP/s", "dtypes", "memory", "GB/s", "link Mbit/s", "round trip", "operator"):
-        may_fold = name in ("dtypes", "memory", "link Mbit/s")
-        header = name.replace(" ", "\n")
-        table.add_column(header, justify="left" if name in ("device", "dtypes") else "right", no_wrap=not may_fold)
+    columns = ("device", "GFLOP/s", "dtypes", "memory", "GB/s", "link Mbit/s", "round trip", "operator")
+    table = compact_table(columns, texts=("device", "dtypes"), folding=("dtypes", "memory", "link Mbit/s"))
     for device in KINDS.values():
         table.add_row(
             device.name,

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +28,7 @@ from isthmus.planning.plans import Question, allowed, expected_error
 from isthmus.profiling.cache import find, keep
 from isthmus.reporting.environment import environment
 from isthmus.reporting.human import human_bytes, human_memory, human_s
-from isthmus.reporting.tables import print_what_fits
+from isthmus.reporting.tables import compact_table, print_what_fits
 from isthmus.spec.cluster import Cluster, ClusterProfile, read_cluster
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.files import atomic_write
@@ -232,10 +231,7 @@ _NARROW = frozenset({"", "strategy", "devices", "parts", "wire", "predicted", "s
 
 
 def _table(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
-    for name in columns:
-        may_fold = name in ("strategy", "devices", "parts")
-        table.add_column(name, justify="left" if name in _TEXTS else "right", overflow="fold", no_wrap=not may_fold)
+    table = compact_table(columns, texts=_TEXTS, folding=("strategy", "devices", "parts"))
     for row in rows:
         table.add_row(*(row[name] for name in columns))
     return table

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.reporting.latency_plot import Cells, are_simulated
-from isthmus.reporting.tables import print_what_fits
+from isthmus.reporting.tables import compact_table, print_what_fits
 from isthmus.spec.report import BenchInferRow, Spread
 
 _HOW = ("strategy", "devices", "wire", "dtype")
@@ -41,15 +40,10 @@ def latency_table(cells: Cells, *, is_narrow: bool = False) -> Table:
 
     ``is_narrow``: fewer columns, which fit 80 characters.
     """
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     has_bandwidth = None not in cells
-    if has_bandwidth:
-        table.add_column("Mbit/s", justify="right")
     columns = _columns([row for rows in cells.values() for row in rows], is_narrow=is_narrow)
-    for name in ("", *columns):
-        header = name.replace(" ", "\n").replace("-", "-\n")
-        is_text = name in ("", *_TEXTS)
-        table.add_column(header, justify="left" if is_text else "right", overflow="fold", no_wrap=name != "strategy")
+    heads = ("Mbit/s", "", *columns) if has_bandwidth else ("", *columns)
+    table = compact_table(heads, texts=("", *_TEXTS), folding=("strategy",))
     for bandwidth in sorted(cells, key=lambda bandwidth: -(bandwidth or 0)):
         table.add_section()
         for place, row in enumerate(_in_order(cells[bandwidth])):

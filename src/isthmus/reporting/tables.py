@@ -1,9 +1,23 @@
-"""Owns which of several tables of the same a terminal is given."""
+"""Owns tables for narrow terminals: how they are laid out, and which of several of the same is shown."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
+
+
+def compact_table(columns: Iterable[str], *, texts: Collection[str], folding: Collection[str]) -> Table:
+    """Without rows yet. Heads take a line for each word; of cells only those of ``folding`` columns take several lines.
+    ``texts`` are columns that begin at the left."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    for name in columns:
+        header = name.replace(" ", "\n").replace("-", "-\n")
+        side = "left" if name in texts else "right"
+        table.add_column(header, justify=side, overflow="fold", no_wrap=name not in folding)
+    return table
 
 
 def print_what_fits(console: Console, *tables: Table) -> None:
