@@ -24,22 +24,22 @@ def testbed_table(state: TestbedState, statuses: Sequence[DeviceStatus] = ()) ->
         "FP32 GFLOP/s": [f"{each.gemm_flops / 1e9:.1f}" for each in measured],
         "memory": [_memory(device.memory_bytes) for device in devices] if has_memory else [],
         "link Mbit/s": [_mbit(device.bandwidth_bits_per_s) for device in devices],
-        "to host Mbit/s": [_mbit(each.to_host_bits_per_s) for each in measured],
-        "from host Mbit/s": [_mbit(each.from_host_bits_per_s) for each in measured],
+        "host Mbit/s": [_both(each.to_host_bits_per_s, each.from_host_bits_per_s) for each in measured],
         "delay ms": [f"{device.delay_s * 1e3:g}" for device in devices] if has_delay else [],
         "round trip ms": [f"{each.round_trip_s * 1e3:.3f}" for each in measured],
-        "alive": [_alive(status) for status in statuses],
-        "procs": [str(status.num_processes) for status in statuses],
+        "alive, procs": [f"{_alive(status)}, {status.num_processes}" for status in statuses],
     }
     caption = None
     if measured:
         caption = (
-            "cores, memory, link, delay: asked. The rest was measured one device after the other, the others idle."
+            "cores, memory, link, delay: asked. The rest was measured one device after the other, the others idle; "
+            "host: to the host, and from it where that differs."
         )
     table = Table(
         title=f"testbed {state.spec.name}, {state.subnet}",
         caption=caption,
         box=box.SIMPLE_HEAD,
+        show_edge=False,
         pad_edge=False,
         padding=0,
     )
@@ -53,6 +53,11 @@ def testbed_table(state: TestbedState, statuses: Sequence[DeviceStatus] = ()) ->
 
 def _mbit(bits_per_s: float) -> str:
     return f"{bits_per_s / 1e6:.4g}"
+
+
+def _both(to_bits_per_s: float, from_bits_per_s: float) -> str:
+    there, back = (_mbit(round(rate, -6)) for rate in (to_bits_per_s, from_bits_per_s))
+    return there if there == back else f"{there} {back}"
 
 
 def _memory(num_bytes: int | None) -> str:
