@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.inference.conftest import add_tokenizer, checkpoint  # noqa: F401
+from tests.inference.test_block_parallel import saved  # noqa: F401
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
@@ -23,6 +24,12 @@ ISTHMUS = str(Path(sys.executable).parent / "isthmus")
 @pytest.fixture(scope="module")
 def model(checkpoint: Callable[[str], Path]) -> Path:  # noqa: F811
     return add_tokenizer(checkpoint("llama"))
+
+
+@pytest.fixture(scope="module")
+def copy(saved: Callable[[str, str], Path]) -> Path:  # noqa: F811
+    """A decoupled model, 4 sub-blocks."""
+    return add_tokenizer(saved("llama", "four"))
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +69,9 @@ def test_the_same_seed_draws_the_same_text(model: Path) -> None:
     assert first == again == text_of(model, temperature=1.5, top_k=20, top_p=0.9, seed=3) + "\n"
 
 
-@pytest.mark.parametrize("strategy", ["auto", "tensor"])
-def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path) -> None:
+@pytest.mark.parametrize("strategy", ["auto", "tensor", "block"])
+def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path, copy: Path) -> None:
+    model = copy if strategy == "block" else model
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}

@@ -26,7 +26,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     devices: Devices = None,
-    strategy: Annotated[Literal["auto", "tensor"], typer.Option(help=STRATEGY_HELP)] = "auto",
+    strategy: Annotated[Literal["auto", "tensor", "block"], typer.Option(help=STRATEGY_HELP)] = "auto",
     codec: Codec = "fp32",
     dtype: Dtype = "fp32",
     weights: Weights = None,
