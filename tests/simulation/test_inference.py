@@ -43,6 +43,7 @@ def test_a_decoupled_model_has_every_way_beside_those_of_the_original() -> None:
     [chosen] = [row for row in rows if row.is_choice]
     choice = choose(question_of(spec, REQUEST, at_bandwidth(PIS, 125e6))).chosen
     assert (chosen.latency_s.median, chosen.algorithm) == (choice.latency_s, choice.plan.way)
+    assert sorted(row.num_sub_blocks for row in rows if row.strategy == "single") == [1, 4]
     assert [row.latency_s.median for row in rows] == sorted(row.latency_s.median for row in rows)
 
 

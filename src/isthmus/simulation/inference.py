@@ -55,15 +55,15 @@ def simulate(
     question = question_of(spec, request, devices, codecs=codecs, dtypes=dtypes)
     choice = choose(question)
     found = _ways(choice.candidates)
-    if spec.decoupling is not None:  # one device runs the model as it is
-        plain = replace(spec, decoupling=None)
-        found = [each for each in found if each.plan.strategy != "single"]
-        found += _ways(list(weigh(question_of(plain, request, devices, codecs=codecs, dtypes=dtypes))))
-    if request.batch == 1:  # one sequence passes through a pipeline as it would through one device
-        found = [each for each in found if each.plan.strategy != "pipeline"]
     if choice.chosen not in found:
         found.append(choice.chosen)
     rows = [_row(each, spec, request, is_choice=each is choice.chosen) for each in found]
+    if spec.decoupling is not None:  # beside what it was made from
+        plain = replace(spec, decoupling=None)
+        others = _ways(list(weigh(question_of(plain, request, devices, codecs=codecs, dtypes=dtypes))))
+        rows += [_row(each, plain, request, is_choice=False) for each in others]
+    if request.batch == 1:  # one sequence passes through a pipeline as it would through one device
+        rows = [row for row in rows if row.strategy != "pipeline"]
     return tuple(sorted(rows, key=lambda row: row.latency_s.median))
 
 
@@ -81,7 +81,6 @@ def _ways(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _row(candidate: Candidate, spec: TransformerSpec, request: InferenceRequest, *, is_choice: bool) -> BenchInferRow:
     plan, new_tokens = candidate.plan, request.num_new_tokens
-    is_decoupled = plan.strategy == "block" or (is_choice and plan.strategy == "single")
     later_s = candidate.latency_s - candidate.first_token_s
     return BenchInferRow(
         strategy=plan.strategy,
@@ -98,7 +97,7 @@ def _row(candidate: Candidate, spec: TransformerSpec, request: InferenceRequest,
         algorithm=plan.way,
         weights=plan.weights,
         is_choice=is_choice,
-        num_sub_blocks=spec.num_sub_blocks if is_decoupled else 1,
+        num_sub_blocks=spec.num_sub_blocks,
         num_new_tokens=new_tokens,
         time_to_first_token_s=_exactly(candidate.first_token_s) if new_tokens else None,
         time_per_token_s=_exactly(later_s / (new_tokens - 1)) if new_tokens > 1 else None,
