@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -128,6 +129,13 @@ def test_an_encoder_is_refused(checkpoint: Callable[[str], Path]) -> None:  # no
     result = CliRunner().invoke(app, options(add_tokenizer(checkpoint("bert"))))
     assert result.exit_code == 2
     assert "'bert' is an encoder; wanted a decoder" in result.stderr
+
+
+def test_a_model_without_a_tokenizer_is_named(model: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    result = CliRunner().invoke(app, options(bare))
+    assert result.exit_code == 2
+    assert f"tokenizer: {bare} holds no tokenizer that can be loaded" in result.stderr
 
 
 def test_no_prompt_is_named(model: Path) -> None:

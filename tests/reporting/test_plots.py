@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from isthmus.reporting.canvas import SERIES, new_figure
+from isthmus.reporting.canvas import SERIES, draw_title, new_figure
 from isthmus.reporting.devices_plot import plot_devices
 from isthmus.reporting.fidelity_plot import plot_fidelity
 from isthmus.reporting.loss_plot import plot_losses, running_mean
@@ -50,6 +50,15 @@ def test_importing_reporting_loads_neither_torch_nor_matplotlib() -> None:
         assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules)
         """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_long_title_ends_inside_the_picture_and_a_short_one_keeps_its_size() -> None:
+    figure = new_figure(8, 4)
+    for title in ("Loss", "a model in a far directory, " * 8):
+        draw_title(figure, 0.09, 0.9, title)
+    short, long = figure.texts
+    assert (short.get_fontsize(), long.get_window_extent().x1 <= figure.bbox.width) == (13, True)
+    assert long.get_window_extent().x1 > 0.9 * figure.bbox.width
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path: Path, run_timeline: Timeline) -> None:

@@ -16,8 +16,8 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from isthmus.data.tokenizer import load_tokenizer
 from isthmus.inference.generation import OnTokens, check_can_generate, check_length
 from isthmus.inference.layer import Layer
 from isthmus.inference.model import LocalModel
@@ -124,7 +124,7 @@ class Engine:
     def tokenizer(self) -> Any:
         """The checkpoint's own, loaded when it is first used."""
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.directory)
+            self._tokenizer = load_tokenizer(self.directory)
         return self._tokenizer
 
     # --- the leader ---------------------------------------------------------------------------------------------------

@@ -226,12 +226,12 @@ def print_candidates(choice: Choice, num_rows: int, console: Console) -> None:
     print_what_fits(console, _table(shown, list(shown[0])), _table(shown, narrow))
 
 
-_TEXTS = ("", "strategy", "parts", "wire", "dtype")
-_NARROW = frozenset({"", "strategy", "devices", "parts", "wire", "predicted", "sent", "memory"})
+_TEXTS = ("", "strategy", "parts %", "wire", "dtype")
+_NARROW = frozenset({"", "strategy", "devices", "parts %", "wire", "predicted", "sent", "memory"})
 
 
 def _table(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Table:
-    table = compact_table(columns, texts=_TEXTS, folding=("strategy", "devices", "parts"))
+    table = compact_table(columns, texts=_TEXTS, folding=("strategy", "devices", "parts %"))
     for row in rows:
         table.add_row(*(row[name] for name in columns))
     return table
@@ -245,7 +245,7 @@ def _cells(candidate: Candidate, *, is_chosen: bool) -> dict[str, str]:
         "": "→" if is_chosen else "" if candidate.fits else "✗",
         "strategy": f"{plan.strategy} {plan.way}".strip(),
         "devices": ",".join(map(str, plan.devices)),
-        "parts": "even" if is_even else ":".join(f"{weight / total:.2f}" for weight in plan.weights),
+        "parts %": "even" if is_even else ":".join(f"{100 * weight / total:.0f}" for weight in plan.weights),
         "wire": plan.wire if len(plan.devices) > 1 else "",
         "dtype": plan.dtype,
         "predicted": human_s(candidate.latency_s),

@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
+from isthmus.data.tokenizer import load_tokenizer
 from isthmus.inference.engine import Engine
 from isthmus.inference.joining import TIMEOUT_S, WorkerAddress, invite, is_started_per_device
 from isthmus.inference.planned import Wish, join
@@ -97,7 +96,7 @@ def _plan(
 
 def request_of(model: str, texts: Sequence[str], *, batch_size: int, num_new_tokens: int = 0) -> InferenceRequest:
     """The shape of the first batch that ``texts`` make, by the model's own tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_checkpoint(model))
+    tokenizer = load_tokenizer(resolve_checkpoint(model))
     lengths = [len(ids) for ids in tokenizer(list(texts[:batch_size]))["input_ids"]]
     return InferenceRequest(num_tokens=max(1, *lengths), batch=len(lengths), num_new_tokens=num_new_tokens)
 

@@ -41,6 +41,14 @@ def quiet_axes(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
+def draw_title(figure: Any, left: float, bottom: float, title: str, *, fontsize: float = 13) -> None:
+    """Begins at those shares of the figure; smaller where it would not end inside."""
+    text = figure.text(left, bottom, title, fontsize=fontsize, weight="bold", color=INK)
+    room, needed = (0.98 - left) * figure.bbox.width, text.get_window_extent().width
+    if needed > room:
+        text.set_fontsize(fontsize * room / needed)
+
+
 def write_png(figure: Any, path: str | os.PathLike[str]) -> None:
     """Draws ``figure`` and writes it in one step. Blocks; ``OSError`` leaves the previous file whole."""
     png = io.BytesIO()

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, new_figure, quiet_axes, write_png
+from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, draw_title, new_figure, quiet_axes, write_png
 from isthmus.reporting.human import human_bytes
 from isthmus.spec.report import BenchTuneRow
 
@@ -90,7 +90,7 @@ def plot_comparison(rows: Sequence[BenchTuneRow], path: str | os.PathLike[str], 
             _draw_lines(axes, found, policies, skews, colours)
         axes.set_ylim(bottom=0)
     all_axes[0].set_ylabel("tokens per second", fontsize=9, color=MUTED)
-    figure.text(all_axes[0].get_position().x0, 0.92, title, fontsize=13, weight="bold", color=INK)
+    draw_title(figure, all_axes[0].get_position().x0, 0.92, title)
     if len(skews) > 1:
         handles, labels = all_axes[0].get_legend_handles_labels()
         at = ((width_in + 0.1) / (width_in + legend_in), 0.79)

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from isthmus.reporting.canvas import INK, MUTED, SERIES, WAIT_EDGE, WAIT_FACE, new_figure, write_png
+from isthmus.reporting.canvas import INK, MUTED, SERIES, WAIT_EDGE, WAIT_FACE, draw_title, new_figure, write_png
 from isthmus.reporting.chrome_trace import write_chrome_trace
 from isthmus.reporting.human import human_s
 from isthmus.reporting.timeline_facts import WAIT, busy_s, clip, middle_steps, window
@@ -81,7 +81,7 @@ def plot_devices(
             axes.text(-0.115, row.middle, f"device {row.device}", transform=edge, fontsize=10, color=INK, va="center")
     _finish(figure, axes, rows, stages)
     what = f"{len(steps)} step{'s' if len(steps) > 1 else ''} in " if steps else ""
-    figure.text(_LEFT, 1 - 0.33 / height_in, title, fontsize=14, weight="bold", color=INK)
+    draw_title(figure, _LEFT, 1 - 0.33 / height_in, title, fontsize=14)
     said = f"{what}{human_s(end_s - start_s)}  ·  {len(stages)} stages; right: share of the time in which it computes"
     figure.text(_LEFT, 1 - 0.56 / height_in, said, fontsize=10, color=MUTED)
     write_png(figure, path)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 
-from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, new_figure, quiet_axes, write_png
+from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, draw_title, new_figure, quiet_axes, write_png
 from isthmus.spec.report import FidelityPoint
 
 
@@ -38,7 +38,7 @@ def plot_fidelity(curve: Sequence[FidelityPoint], path: str | os.PathLike[str], 
     axes.set_xlabel("minutes of distillation", fontsize=9, color=MUTED)
     axes.set_ylabel("copy beside original, on text held out", fontsize=9, color=MUTED)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
-    figure.text(0.09, 0.92, title, fontsize=13, weight="bold", color=INK)
+    draw_title(figure, 0.09, 0.92, title)
     write_png(figure, path)
 
 

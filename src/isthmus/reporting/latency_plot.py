@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, new_figure, quiet_axes, write_png
+from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, draw_title, new_figure, quiet_axes, write_png
 from isthmus.spec.report import BenchInferRow
 
 Cells = Mapping[float | None, Sequence[BenchInferRow]]
@@ -50,7 +50,7 @@ def plot_latency(cells: Cells, path: str | os.PathLike[str], *, title: str = "On
     else:
         [ways] = fastest.values()
         figure = _bars(ways)
-    figure.text(0.09, 0.92, title, fontsize=13, weight="bold", color=INK)
+    draw_title(figure, 0.09, 0.92, title)
     write_png(figure, path)
 
 

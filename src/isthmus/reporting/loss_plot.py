@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 
-from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, new_figure, quiet_axes, write_png
+from isthmus.reporting.canvas import INK, MUTED, RULE, SERIES, draw_title, new_figure, quiet_axes, write_png
 from isthmus.spec.report import StepRecord
 
 _SMOOTH_FROM_STEPS = 20
@@ -57,7 +57,7 @@ def plot_losses(records: Sequence[StepRecord], path: str | os.PathLike[str], *, 
     axes.set_xlabel("step", fontsize=9, color=MUTED)
     axes.set_ylabel("loss, nats per token", fontsize=9, color=MUTED)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
-    figure.text(0.09, 0.92, title, fontsize=13, weight="bold", color=INK)
+    draw_title(figure, 0.09, 0.92, title)
     write_png(figure, path)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.reporting.canvas import INK, MUTED, new_figure, quiet_axes, write_png
+from isthmus.reporting.canvas import INK, MUTED, draw_title, new_figure, quiet_axes, write_png
 
 
 def popularity_skew(shares_LE: np.ndarray) -> np.ndarray:
@@ -58,7 +58,7 @@ def plot_popularity(
     bar.set_ylabel("% of the layer's choices", fontsize=8, color=MUTED)
     bar.spines["outline"].set_visible(False)
 
-    figure.text(left / total_w, 1 - 0.36 / total_h, title, fontsize=13, weight="bold", color=INK)
+    draw_title(figure, left / total_w, 1 - 0.36 / total_h, title)
     facts = f"mean G = {skew_L.mean():.3f}  (uniform would be {1 / num_experts:.3f})"
     figure.text(left / total_w, 1 - 0.63 / total_h, facts, fontsize=9.5, color=MUTED)
     write_png(figure, path)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from isthmus.reporting.canvas import INK, MUTED, WAIT_EDGE, WAIT_FACE, new_figure, write_png
+from isthmus.reporting.canvas import INK, MUTED, WAIT_EDGE, WAIT_FACE, draw_title, new_figure, write_png
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.reporting.timeline_facts import WAIT, Wait, busy_s, clip, find_waits, middle_steps, window
 from isthmus.spec.timeline import LANES, Span, Timeline
@@ -215,7 +215,7 @@ def _draw_title(
     moved = {lane: human_bytes(sum(span.num_bytes for span in spans if span.lane == lane)) for lane in ("h2d", "d2h")}
     what = f"{len(steps)} step{'s' if len(steps) > 1 else ''} in " if steps else ""
     totals = f"{what}{human_s(end_s - start_s)}  ·  {moved['h2d']} to the accelerator, {moved['d2h']} to the host"
-    figure.text(_AXES_LEFT, 0.945, title, fontsize=15, weight="bold", color=INK)
+    draw_title(figure, _AXES_LEFT, 0.945, title, fontsize=15)
     figure.text(_AXES_LEFT, 0.898, f"{totals}{_waited_for(waits, start_s, end_s)}", fontsize=10, color=MUTED)
 
 
