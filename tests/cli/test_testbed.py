@@ -133,6 +133,16 @@ def test_status_is_whole_on_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(words) <= set(shown.split())
 
 
+def test_a_device_that_was_killed_may_have_lacked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = DeviceSpec(cpu_share=0.45, bandwidth_bits_per_s=125e6, memory_bytes=420 * 2**20)
+    standing = FakeTestbed(TestbedSpec(devices=(device, device)))
+    monkeypatch.setattr(Testbed, "load", lambda name: standing)
+    standing.outcome = Outcome(exit_codes={0: 143, 1: 137}, failed_device=1)
+    result = testbed("run", "--", "true")
+    assert result.exit_code == 137
+    assert "exit code 137: killed, probably for taking more than its 420 MiB of memory\n" in result.stderr
+
+
 def test_status_tells_what_is_gone_and_fails(standing: FakeTestbed) -> None:
     assert testbed("status").exit_code == 0
     standing.statuses = (ALIVE, dataclasses.replace(ALIVE, has_link=False, has_groups=False))

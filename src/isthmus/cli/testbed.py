@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -130,8 +131,9 @@ def run(
     from isthmus.testbed.processes import Interrupted
     from isthmus.testbed.testbed import Testbed
 
+    standing = Testbed.load(name)
     try:
-        outcome = Testbed.load(name).run(
+        outcome = standing.run(
             command,
             devices=None if device is None else parse_device_numbers(device),
             output=output,
@@ -144,7 +146,11 @@ def run(
         typer.echo(f"{interrupted}; nothing of it is left", err=True)
         raise typer.Exit(interrupted.exit_code) from interrupted
     if outcome.failed_device is not None:
-        typer.echo(f"device {outcome.failed_device} failed first, with exit code {outcome.exit_code}", err=True)
+        told = f"device {outcome.failed_device} failed first, with exit code {outcome.exit_code}"
+        memory_bytes = standing.state.spec.devices[outcome.failed_device].memory_bytes
+        if outcome.exit_code == 128 + signal.SIGKILL and memory_bytes is not None:
+            told += f": killed, probably for taking more than its {memory_bytes / 2**20:.0f} MiB of memory"
+        typer.echo(told, err=True)
     elif outcome.has_timed_out:
         typer.echo(f"ended after {timeout:g} s", err=True)
     raise typer.Exit(outcome.exit_code)
