@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from isthmus.planning.block_seconds import MESSAGE_BYTES_PER_S, MESSAGE_S
 from isthmus.planning.flights import flight_sizes
@@ -14,16 +14,11 @@ from isthmus.spec.model import OUTER_LAYER, UnitKey
 from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.protocols import Policy
 from isthmus.tuning.rehearsal.clock import Clock, Happening
+from isthmus.tuning.rehearsal.guess import Guess
 from isthmus.tuning.rehearsal.waves import BackwardPass, Scene, WavePass
 from isthmus.tuning.step_optimizer import StepOptimizer, backward_priority, forward_priority
 
 Decide = Callable[[Callable[[], object]], None]
-
-
-class Predictor(Protocol):
-    """Is told what there is to predict."""
-
-    counts_LE: dict[int, list[int]]
 
 
 class Border(NamedTuple):
@@ -92,7 +87,7 @@ class Process:
         num_micro_batches: int,
         num_in_flight: int,
         decide: Decide,
-        predictor: Predictor,
+        guess: Guess,
         num_slots: int,
     ) -> None:
         self.rank, self.division, self.scene, self.mail = rank, division, scene, mail
@@ -103,7 +98,7 @@ class Process:
         self.layers = division.layers_of(rank)
         self.spec = scene.costs.spec
         self.moe_layers = [layer for layer in self.layers if self.spec.layers[layer] is not None]
-        self._decide, self._predictor = decide, predictor
+        self._decide, self._guess = decide, guess
         self.num_slots = num_slots
         self._entered: set[int] = set()
         self._left: dict[int, int] = {}
@@ -250,9 +245,9 @@ class Process:
     def _start_wave(self, group: Group, layer: int) -> None:
         self.steps.wait_layer(layer)
         counts, found = group.counts[layer], []
-        self._predictor.counts_LE = group.counts
-        self._decide(lambda: found.append(self.policy.split_forward(layer, counts, None, None)))  # type: ignore[arg-type]
         num_tokens = self.num_tokens * len(group.numbers)
+        self._guess.expect(group.counts, num_tokens)
+        self._decide(lambda: found.append(self.policy.split_forward(layer, counts, None, None)))  # type: ignore[arg-type]
         group.waiting = WavePass(self.scene, layer, counts, num_tokens, found[0], forward_priority(layer))
         self._count(group.waiting)
         group.waiting.start()

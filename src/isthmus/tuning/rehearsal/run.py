@@ -27,9 +27,10 @@ from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.loader import ExpertLoader, HostLoader
 from isthmus.tuning.pipeline.company import own_cores
-from isthmus.tuning.policies import POLICIES, InPlace, PolicySeat, PolicySetup
+from isthmus.tuning.policies import POLICIES, PREDICTING, InPlace, PolicySeat, PolicySetup
 from isthmus.tuning.protocols import Loader, Policy
 from isthmus.tuning.rehearsal.clock import Changes, Clock, Cores
+from isthmus.tuning.rehearsal.guess import Guess
 from isthmus.tuning.rehearsal.machine import ClockAccelerator, ClockRecorder, ClockWorker, LinkCosts
 from isthmus.tuning.rehearsal.process import Mail, Process, steps_of
 from isthmus.tuning.rehearsal.scenario import Scenario
@@ -42,8 +43,6 @@ ON_CPU = ("emulated", "host")
 NUM_STEPS = 6
 WARM_STEPS = 2
 """Of these: before them a policy knows no popularity, and has not found out what its machine really takes."""
-PREDICTED_SHARE = 0.85
-"""Of tokens whose experts in the next layer the runtime's predictor gets right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,20 +184,6 @@ class _Optimizer:
     def end_step(self) -> None: ...
 
 
-class _Predictor:
-    """Right for a share of the tokens; the others are spread evenly. ``counts_LE``: of a wave."""
-
-    def __init__(self) -> None:
-        self.counts_LE: dict[int, list[int]] = {}
-
-    def learn(self, layer: int, index_Tk: object) -> None: ...
-
-    def predict(self, layer: int, hidden_TH: object) -> list[int]:
-        counts_E = self.counts_LE[layer]
-        even = sum(counts_E) / len(counts_E)
-        return [round(PREDICTED_SHARE * count + (1 - PREDICTED_SHARE) * even) for count in counts_E]
-
-
 class _Maker:
     """Puts one process together, as ``Session`` does."""
 
@@ -247,7 +232,7 @@ class _Maker:
         model: Any = SimpleNamespace(spec=self.spec, bind=lambda key, flat: None, parameters_of=lambda key: {})
         store: Any = self.store
         dense = DenseUnits(model, store, self.accelerator, optimizer, steps.complete, num_buffers=num_buffers)
-        loader, policy, predictor = self._placed(plan)
+        loader, policy, guess = self._placed(plan)
         scene = Scene(
             clock=self.clock,
             cores=self.cores,
@@ -283,7 +268,7 @@ class _Maker:
             num_micro_batches=scenario.micro_batches,
             num_in_flight=self.num_in_flight,
             decide=self._decide,
-            predictor=predictor,
+            guess=guess,
             num_slots=plan.num_slots,
         )
 
@@ -327,12 +312,13 @@ class _Maker:
             is_dense_resident=memory.is_dense_resident,
         )
 
-    def _placed(self, plan: Plan) -> tuple[Loader, Policy, _Predictor]:
-        predictor = _Predictor()
-        if not self.scenario.is_separate or not self.spec.moe_layers:
-            return HostLoader(self.store.weight), InPlace(), predictor
-        seat = PolicySeat()
+    def _placed(self, plan: Plan) -> tuple[Loader, Policy, Guess]:
         dtype = torch_dtype(self.scenario.blueprint.dtype)
+        takes_time = self.forget is not None and self.scenario.is_separate and self.scenario.policy in PREDICTING
+        guess = Guess(self.spec, dtype, takes_time=takes_time)
+        if not self.scenario.is_separate or not self.spec.moe_layers:
+            return HostLoader(self.store.weight), InPlace(), guess
+        seat = PolicySeat()
         changed: Any = Changes(self.clock)
         loader = ExpertLoader(
             self.accelerator,
@@ -345,7 +331,7 @@ class _Maker:
             changed=changed,
         )
         scenario = self.scenario
-        guess: Any = predictor
+        predictor: Any = guess
         setup = PolicySetup(
             spec=self.spec,
             costs=CostModel(scenario.profile, self.spec),
@@ -353,11 +339,11 @@ class _Maker:
             loader=loader,
             num_tokens=scenario.blueprint.num_tokens * self.num_in_flight,
             recorder=self.recorder,
-            predictor=guess,
+            predictor=predictor,
             is_pipelined=self.is_pipelined,
         )
         seat.policy = POLICIES[scenario.policy](setup)
-        return loader, seat, predictor
+        return loader, seat, guess
 
 
 def _link_costs(profile: Profile) -> LinkCosts:
