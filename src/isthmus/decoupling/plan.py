@@ -17,6 +17,7 @@ from isthmus.decoupling.slicing import fit_weights
 from isthmus.models.transformer_families import read_family
 from isthmus.planning.decoupling import DecouplingGain, forms, gain_of
 from isthmus.reporting.progress import TrainingProgress
+from isthmus.reporting.tables import stacked
 from isthmus.spec.units import parse_bits_per_s
 from isthmus.training.batches import fixed_batches
 
@@ -110,7 +111,7 @@ def _table(gains: Sequence[DecouplingGain], results: Sequence[Faithfulness | Non
     if any(results):
         names.append("untrained")
     for name in names:
-        table.add_column(name.replace(" ", "\n").replace("-", "-\n"), justify="right")
+        table.add_column(stacked(name), justify="right")
     for gain, result in zip(gains, results, strict=True):
         cells = [
             str(gain.num_sub_blocks),

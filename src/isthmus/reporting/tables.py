@@ -14,10 +14,14 @@ def compact_table(columns: Iterable[str], *, texts: Collection[str], folding: Co
     ``texts`` are columns that begin at the left."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     for name in columns:
-        header = name.replace(" ", "\n").replace("-", "-\n")
         side = "left" if name in texts else "right"
-        table.add_column(header, justify=side, overflow="fold", no_wrap=name not in folding)
+        table.add_column(stacked(name), justify=side, overflow="fold", no_wrap=name not in folding)
     return table
+
+
+def stacked(head: str) -> str:
+    """A line for each word."""
+    return head.replace(" ", "\n").replace("-", "-\n")
 
 
 def print_what_fits(console: Console, *tables: Table) -> None:
