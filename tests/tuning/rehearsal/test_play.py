@@ -19,6 +19,8 @@ from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
 from isthmus.tuning.preflight import rehearse as rehearsing
 from isthmus.tuning.preflight.blueprint import blueprint_of, packed_inputs
 from isthmus.tuning.preflight.predict import Question, predict
+from isthmus.tuning.rehearsal import run as running
+from isthmus.tuning.rehearsal.guess import Guess
 from isthmus.tuning.rehearsal.run import NUM_STEPS, Played, play, whole_steps
 from isthmus.tuning.rehearsal.scenario import Scenario
 
@@ -83,11 +85,13 @@ def scenario_of(blueprint: Blueprint, *, is_separate: bool, **changes: Any) -> S
     return replace(scenario, **changes)
 
 
-def played(blueprint: Blueprint, *, is_separate: bool, num_steps: int = 3, **changes: Any) -> Played:
+def played(
+    blueprint: Blueprint, *, is_separate: bool, num_steps: int = 3, times_decisions: bool = False, **changes: Any
+) -> Played:
     scenario = scenario_of(blueprint, is_separate=is_separate, **changes)
     popularity = find_popularity("gini=0.4", blueprint.spec)()
     steps = whole_steps(popularity.steps(NUM_TOKENS * MICRO_BATCHES), num_steps)
-    return play(scenario, steps, times_decisions=False)
+    return play(scenario, steps, times_decisions=times_decisions)
 
 
 def test_in_place_a_step_is_the_sum_of_all_that_is_computed(blueprint: Blueprint) -> None:
@@ -229,3 +233,20 @@ def test_links_are_said_to_carry_what_a_step_copies(blueprint: Blueprint, monkey
     for link, copied in zip(found.links, kept[0].num_bytes, strict=True):
         assert (link.there_bytes, link.back_bytes) == (copied["h2d"] // NUM_STEPS, copied["d2h"] // NUM_STEPS)
         assert link.there_bytes > 0 and link.back_bytes > 0
+
+
+@pytest.mark.parametrize(("accelerator", "takes_time"), [("emulated", True), ("cuda", False)])
+def test_predicting_popularity_takes_the_time_of_the_cpu_that_plays_the_accelerator(
+    accelerator: str, takes_time: bool, blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def noted(*arguments: Any, takes_time: bool) -> Guess:
+        asked.append(takes_time)
+        return Guess(*arguments, takes_time=takes_time)
+
+    monkeypatch.setattr(running, "Guess", noted)
+    hardware = replace(profile_of(blueprint, is_separate=True).hardware, accelerator=accelerator)
+    profile = profile_of(blueprint, is_separate=True, hardware=hardware)
+    played(blueprint, is_separate=True, num_steps=1, times_decisions=True, profile=profile)
+    assert asked == [takes_time]

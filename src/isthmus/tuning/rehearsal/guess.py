@@ -19,14 +19,17 @@ class Guess:
         self._counts_LE: dict[int, list[int]] = {}
         self._layers = {number: layer for number, layer in enumerate(spec.layers) if layer is not None}
         self._random = torch.Generator().manual_seed(0)  # a run's own numbers stay as they are
+        self._real = self._predictor() if takes_time else None
+        self._dtype = dtype
+        self._hidden_TH = torch.empty(0, 0)
+        self._index_Tk = torch.empty(0, 0, dtype=torch.int64)
+
+    def _predictor(self) -> PopularityPredictor:
         routers = {
             number: (torch.randn(layer.num_experts, layer.hidden_size, generator=self._random), layer.top_k)
             for number, layer in list(self._layers.items())[1:]
         }
-        self._real = PopularityPredictor(routers, device=torch.device("cpu")) if takes_time else None
-        self._dtype = dtype
-        self._hidden_TH = torch.empty(0, 0)
-        self._index_Tk = torch.empty(0, 0, dtype=torch.int64)
+        return PopularityPredictor(routers, device=torch.device("cpu"))
 
     def expect(self, counts_LE: dict[int, list[int]], num_tokens: int) -> None:
         """What comes is of a wave of so many tokens."""

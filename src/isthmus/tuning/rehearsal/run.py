@@ -27,7 +27,7 @@ from isthmus.tuning.dense import DenseUnits
 from isthmus.tuning.gradients import GradientSink
 from isthmus.tuning.loader import ExpertLoader, HostLoader
 from isthmus.tuning.pipeline.company import own_cores
-from isthmus.tuning.policies import POLICIES, PREDICTING, InPlace, PolicySeat, PolicySetup
+from isthmus.tuning.policies import POLICIES, InPlace, PolicySeat, PolicySetup
 from isthmus.tuning.protocols import Loader, Policy
 from isthmus.tuning.rehearsal.clock import Changes, Clock, Cores
 from isthmus.tuning.rehearsal.guess import Guess
@@ -314,7 +314,8 @@ class _Maker:
 
     def _placed(self, plan: Plan) -> tuple[Loader, Policy, Guess]:
         dtype = torch_dtype(self.scenario.blueprint.dtype)
-        takes_time = self.forget is not None and self.scenario.is_separate and self.scenario.policy in PREDICTING
+        # A GPU predicts beside what else it does, and the host goes on.
+        takes_time = self.forget is not None and self.scenario.profile.hardware.accelerator == "emulated"
         guess = Guess(self.spec, dtype, takes_time=takes_time)
         if not self.scenario.is_separate or not self.spec.moe_layers:
             return HostLoader(self.store.weight), InPlace(), guess
