@@ -3,6 +3,7 @@ popularity."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,28 @@ def test_timelines_are_written_for_every_device(tmp_path: Path) -> None:
     for timeline in devices:
         assert {span.lane for span in timeline.spans} >= {"accelerator", "h2d", "d2h", "optimizer"}
         assert len(timeline.steps) == 1
+
+
+def test_a_picture_names_the_stages_that_its_policy_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+
+    def draw(timelines: object, stages: Sequence[object], path: Path, *, title: str) -> None:
+        drawn[title.partition(":")[0]] = len(stages), title
+
+    monkeypatch.setattr("isthmus.reporting.devices_plot.write_timelines", draw)
+    run(
+        "--model",
+        "M-8",
+        "--cluster",
+        "a800-c1g4",
+        "--policies",
+        "aptmoe,affinity",
+        "--timeline",
+        str(tmp_path / "t.json"),
+    )
+    assert drawn["aptmoe"][0] == 8 < drawn["affinity"][0]
+    for num_stages, title in drawn.values():
+        assert f", {num_stages} stages, " in title
 
 
 def test_a_checkpoint_a_file_and_a_trace(tmp_path: Path) -> None:

@@ -77,17 +77,20 @@ def simulate_tune(
         skewness=found.skewness,
         rows=tuple(row_of(outcome, job.batch) for outcome in found.outcomes.values()),
     )
-    title = (
-        f"{options.model}, {cluster.num_accelerators} accelerators of {cluster.name}, {len(found.stages)} stages, "
-        f"{job.num_micro_batches} micro-batches, G = {found.skewness:.2f}, simulated"
-    )
-    console.print(title, highlight=False)
+
+    def title(num_stages: int) -> str:
+        return (
+            f"{options.model}, {cluster.num_accelerators} accelerators of {cluster.name}, {num_stages} stages, "
+            f"{job.num_micro_batches} micro-batches, G = {found.skewness:.2f}, simulated"
+        )
+
+    console.print(title(len(found.stages)), highlight=False)
     console.print(_table(written))
     for line in _notes(written):
         console.print(line, highlight=False)
     if report is not None:
         atomic_write(report, to_json(written))
-        atomic_write(report.with_suffix(".md"), markdown(title, written))
+        atomic_write(report.with_suffix(".md"), markdown(title(len(found.stages)), written))
     if timeline is not None:
         _write_timelines(found, timeline, title)
     return written
@@ -195,11 +198,12 @@ def markdown(title: str, report: SimulateTuneReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write_timelines(found: Simulated, path: Path, title: str) -> None:
+def _write_timelines(found: Simulated, path: Path, title: Callable[[int], str]) -> None:
     """One Chrome trace and one picture for each policy, of all devices."""
     from isthmus.reporting.devices_plot import write_timelines
 
     for policy, outcome in found.outcomes.items():
         if outcome.timelines:
             target = path.with_name(f"{path.stem}-{policy}.json")
-            write_timelines(outcome.timelines, outcome.stages, target, title=f"{policy}: {title}")
+            whose = f"{policy}: {title(len(outcome.stages))}"
+            write_timelines(outcome.timelines, outcome.stages, target, title=whose)
