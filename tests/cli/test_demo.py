@@ -227,14 +227,16 @@ def device_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
 
 
 def test_a_device_that_fails_ends_the_others_and_gives_its_exit_code(tmp_path: Path) -> None:
+    before = psutil.Process().children()
     script = "import os, sys, time; print(os.environ['RANK'], flush=True); os.environ['RANK'] == '1' and sys.exit(7)"
     outcome = LocalProcesses(2).run([sys.executable, "-c", f"{script}; time.sleep(600)"], output=tmp_path)
     assert outcome.exit_code == 7
     assert (tmp_path / "device-1.out").read_text() == "1\n"
-    assert psutil.Process(os.getpid()).children() == []
+    assert psutil.Process().children() == before
 
 
 def test_devices_that_take_too_long_are_ended() -> None:
+    before = psutil.Process().children()
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
     assert LocalProcesses(2).run(sleeping, timeout_s=0.2).exit_code == 124
-    assert psutil.Process(os.getpid()).children() == []
+    assert psutil.Process().children() == before

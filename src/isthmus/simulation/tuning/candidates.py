@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
 from isthmus.simulation.tuning.policies import Affinity, Counts, Mix, RuntimeAptmoe, RuntimeMobius, StepPolicy
@@ -36,7 +37,7 @@ Make = Callable[[StepWork, Counts], StepPolicy]
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest candidate. ``make``: the policy for a step's real work. ``mix``: if it is ours."""
+    """The fastest candidate. ``make``: the policy for a step's real work, in any process. ``mix``: if it is ours."""
 
     make: Make
     stages: Sequence[Stage]
@@ -114,7 +115,7 @@ class _Search:
         if mix in self._seen:
             return False
         self._seen.add(mix)
-        return self.offer(lambda work, expected: Affinity(work, expected, mix), str(mix), mix)
+        return self.offer(partial(Affinity, mix=mix), str(mix), mix)
 
     def move(self) -> None:
         """Weights of the best mix are moved one at a time until none helps."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +22,8 @@ from isthmus.simulation.tuning.mapping import (
     resident_short_bytes,
     stages_for,
 )
-from isthmus.simulation.tuning.pipeline import StepResult, simulate_step
+from isthmus.simulation.tuning.pipeline import StepResult
+from isthmus.simulation.tuning.players import Players, Step, result_of
 from isthmus.simulation.tuning.policies import (
     Aptmoe,
     Counts,
@@ -32,7 +35,7 @@ from isthmus.simulation.tuning.policies import (
     StepPolicy,
 )
 from isthmus.simulation.tuning.popularity import Floats
-from isthmus.simulation.tuning.work import Backlog, StepWork
+from isthmus.simulation.tuning.work import StepWork
 from isthmus.simulation.tuning.zero3 import zero3_step_s
 from isthmus.spec.plan import Stage
 from isthmus.spec.timeline import Timeline
@@ -106,36 +109,39 @@ def simulate_tuning(
     check_hosts(costs)
     only_ours = set(policies) == {"affinity"}
     stages = (own_stages if only_ours else stages_for)(costs, costs.job.num_stages)
-    order = costs.order
     outcomes: dict[str, Outcome] = {}
     bounds: dict[tuple[Sequence[Stage], bool], tuple[float, float]] = {}
-    work: StepWork | None = None
-    for policy in policies:
-        outcome = outcomes[policy] = Outcome(policy=policy)
-        if policy == "gpipe" and (short := resident_short_bytes(costs, stages)) > 0:
-            outcome.note = f"does not fit: {short / 2**30:.0f} GiB are missing on an accelerator"
-            continue
-        runner = _Runner(costs, stages, order, policy)
-        steps = popularity().steps(costs.job.num_tokens)
-        for number in range(num_steps):
-            counts = {layer: counts_E.tolist() for layer, counts_E in next(steps).items()}
-            is_last = number == num_steps - 1
-            outcome.seconds.append(runner.step(counts, keeps_spans=keeps_spans and is_last))
-            tell(policy, number + 1)
-        work = runner.work
-        outcome.last, outcome.note, outcome.stages = runner.last, runner.note, tuple(work.stages)
-        key = (work.stages, runner.waits_for_norm)
-        if key not in bounds:  # counts are the same for all
-            bounds[key] = _bound(runner.waits_for_norm, work)
-        outcome.bound_s, outcome.bubble_factor = bounds[key]
-    if work is None:
-        steps = popularity().steps(costs.job.num_tokens)
-        work = StepWork(costs, stages, order, {layer: c.tolist() for layer, c in next(steps).items()})
+    counts: Counts | None = None
+    with Players(costs, costs.order, num_steps * len(policies)) as players:
+        for policy in policies:
+            outcome = outcomes[policy] = Outcome(policy=policy)
+            if policy == "gpipe" and (short := resident_short_bytes(costs, stages)) > 0:
+                outcome.note = f"does not fit: {short / 2**30:.0f} GiB are missing on an accelerator"
+                continue
+            runner = _Runner(costs, stages, policy, players)
+            for number, counts in enumerate(_counts(popularity(), costs, num_steps), start=1):
+                runner.step(counts, keeps_spans=keeps_spans and number == num_steps)
+                tell(policy, number)
+            assert counts is not None
+            runner.close(outcome)
+            key = (outcome.stages, runner.waits_for_norm)
+            if key not in bounds:  # counts are the same for all
+                work = StepWork(costs, outcome.stages, costs.order, counts)
+                bounds[key] = _bound(runner.waits_for_norm, work)
+            outcome.bound_s, outcome.bubble_factor = bounds[key]
+    if counts is None:
+        (counts,) = _counts(popularity(), costs, 1)
     return Simulated(
         outcomes=outcomes,
         stages=stages,
-        skewness=skewness([np.asarray(counts) for counts in work.counts.values()]),
+        skewness=skewness([np.asarray(counts_E) for counts_E in counts.values()]),
     )
+
+
+def _counts(popularity: Popularity, costs: Costs, num_steps: int) -> Iterator[dict[int, list[float]]]:
+    """Of each step."""
+    for counts in islice(popularity.steps(costs.job.num_tokens), num_steps):
+        yield {layer: counts_E.tolist() for layer, counts_E in counts.items()}
 
 
 def _bound(waits_for_norm: bool, work: StepWork) -> tuple[float, float]:
@@ -149,66 +155,81 @@ def _bound(waits_for_norm: bool, work: StepWork) -> tuple[float, float]:
 class _Runner:
     """One policy, step after step. A step that is like the one before is not played through again."""
 
-    def __init__(self, costs: Costs, stages: Sequence[Stage], order: Sequence[int], policy: str) -> None:
-        self.last: StepResult | None = None
-        self.note = ""
-        self.waits_for_norm = False
-        self._costs, self._stages, self._order, self._policy = costs, stages, order, policy
-        self.work = StepWork(costs, stages, order, {})
+    def __init__(self, costs: Costs, stages: Sequence[Stage], policy: str, players: Players) -> None:
+        self._costs, self._stages, self._policy, self._players = costs, tuple(stages), policy, players
         self._history = History()
         self._mappings: list[tuple[Stage, ...]] = []
         if policy == "affinity":
             others = other_mappings(costs, stages) if costs.job.num_stages is None else []
             by_times = by_time(costs, [stages, *others])
-            self._mappings = [mapped for mapped in dict.fromkeys([*others, *by_times]) if mapped != tuple(stages)]
+            self._mappings = [mapped for mapped in dict.fromkeys([*others, *by_times]) if mapped != self._stages]
         self._choice: Choice | None = None
-        self._seen: tuple[object, ...] = ()
-        self._backlogs: tuple[Backlog, ...] = ()
-        self._seconds = 0.0
-        self._num_steps = 0
+        self._seen: tuple[Counts, Counts] | None = None
+        self._results: list[Future[StepResult] | float] = []
+        """Of each step; seconds from a cost model."""
 
-    def step(self, counts: Counts, *, keeps_spans: bool) -> float:
+    @property
+    def waits_for_norm(self) -> bool:
+        """Whether its steps begin when all gradients of the one before are there."""
+        return self._policy == "affinity"
+
+    def step(self, counts: Counts, *, keeps_spans: bool) -> None:
+        """Plays the next step, or begins to. Blocks as ``Players.play``."""
         expected = self._history.expected(counts)
-        self._num_steps += 1
-        seen = (counts, expected, self._backlogs)
         # With the second step's plan mappings are compared.
-        is_new = self._num_steps == 2 or self._seen != seen
+        is_new = len(self._results) == 1 or self._seen != (counts, expected)
         if is_new or keeps_spans:
-            self._seen = seen
-            self._play(counts, expected, is_new, keeps_spans)
-        self._history.learn(counts)
-        return self._seconds
-
-    def _play(self, counts: Counts, expected: Counts, is_new: bool, keeps_spans: bool) -> None:
-        if is_new:
-            self.work = self.work.with_counts(counts)
-        if self._policy == "zero3":
-            self._seconds = zero3_step_s(self.work)
-            self.note = "cost model"
-            return
-        if self._policy == "affinity":
-            choice = self._choice
-            # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
-            if choice is None or (is_new and self._num_steps & (self._num_steps - 1) == 0):
-                choice = self._plan(expected)
-            if choice.stages != self.work.stages:
-                self.work = StepWork(self._costs, choice.stages, self._order, counts)
-            policy = choice.make(self.work, expected)
+            self._seen = (counts, expected)
+            self._results.append(self._play(counts, expected, is_new, keeps_spans))
         else:
-            policy = FIXED[self._policy](self.work, expected)
-        self.waits_for_norm = policy.overlaps_steps
-        self.last = simulate_step(self.work, policy, backlogs=self._backlogs, keeps_spans=keeps_spans)
-        self._seconds = self.last.seconds
-        self._backlogs = self.last.backlogs if policy.overlaps_steps else ()
+            self._results.append(self._results[-1])
+        self._history.learn(counts)
 
-    def _plan(self, expected: Counts) -> Choice:
-        """Chooses anew; mappings are compared when some popularity is known first. A pipeline of another mapping is
-        built anew, which is no part of a step: it begins as if it had always been there."""
-        before = self._choice
-        likely = StepWork(self._costs, self._stages, self._order, expected)
-        mappings = self._mappings if self._num_steps == 2 else ()
-        choice = self._choice = choose(likely, mappings, last=before if self._num_steps > 2 else None)
-        self.note = f"{choice.name} ({choice.num_tried} schedules compared)"
-        if before is None or before.stages != choice.stages:
-            self._backlogs = choice.backlogs
-        return choice
+    def close(self, outcome: Outcome) -> None:
+        """Writes into ``outcome`` what all steps took. Blocks until they have been played."""
+        results = [result_of(result) if isinstance(result, Future) else result for result in self._results]
+        outcome.seconds = [result.seconds if isinstance(result, StepResult) else result for result in results]
+        outcome.last = results[-1] if isinstance(results[-1], StepResult) else None
+        outcome.stages = self._stages
+        if self._choice is not None:
+            outcome.stages = tuple(self._choice.stages)
+            outcome.note = f"{self._choice.name} ({self._choice.num_tried} schedules compared)"
+        elif outcome.last is None:
+            outcome.note = "cost model"
+
+    def _play(self, counts: Counts, expected: Counts, is_new: bool, keeps_spans: bool) -> Future[StepResult] | float:
+        if self._policy == "zero3":
+            return zero3_step_s(StepWork(self._costs, self._stages, self._costs.order, counts))
+        if self._policy != "affinity":
+            return self._players.play(
+                Step(
+                    stages=self._stages,
+                    make=FIXED[self._policy],
+                    counts=counts,
+                    expected=expected,
+                    keeps_spans=keeps_spans,
+                )
+            )
+        number = len(self._results) + 1
+        # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
+        if self._choice is None or (is_new and number & (number - 1) == 0):
+            self._choice = self._plan(expected, number)
+        # A pipeline of another mapping is built anew, which is no part of a step: it begins as if it had always been
+        # there.
+        choice = self._choice
+        return self._players.play(
+            Step(
+                stages=tuple(choice.stages),
+                make=choice.make,
+                counts=counts,
+                expected=expected,
+                backlogs=choice.backlogs,
+                keeps_spans=keeps_spans,
+            )
+        )
+
+    def _plan(self, expected: Counts, number: int) -> Choice:
+        """Chooses for step ``number`` and those after it; mappings are compared when some popularity is known first."""
+        likely = StepWork(self._costs, self._stages, self._costs.order, expected)
+        mappings = self._mappings if number == 2 else ()
+        return choose(likely, mappings, last=self._choice if number > 2 else None)
