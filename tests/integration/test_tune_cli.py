@@ -165,6 +165,10 @@ def test_tune_in_python_returns_the_report_that_it_writes(inputs: Inputs, tmp_pa
         (["--seed", "-1"], r"seed: got -1, wanted 0 or more"),
         (["--seq-len", "1"], r"seq_len: got 1, wanted at least"),
         (["--columns", "a,b,c"], r"columns: got 'a,b,c', wanted"),
+        (
+            ["--backend", "nccl", "--accelerator", "host"],
+            r"backend: got nccl, which is for GPUs, with",
+        ),
         (["--resume", "--overwrite"], r"resume, overwrite: got both"),
         (["--eval-data", "nowhere.jsonl"], r"data: nowhere\.jsonl does not exist"),
     ],
@@ -181,7 +185,13 @@ def test_cuda_without_a_gpu_is_one_clear_line(inputs: Inputs, run: Tune, tmp_pat
 
 @pytest.mark.parametrize(
     ("option", "choice"),
-    [("--policy", "affinity"), ("--accelerator", "emulated"), ("--dtype", "bf16"), ("--wire", "int8")],
+    [
+        ("--policy", "affinity"),
+        ("--accelerator", "emulated"),
+        ("--dtype", "bf16"),
+        ("--wire", "int8"),
+        ("--backend", "nccl"),
+    ],
 )
 def test_unknown_choice_is_refused_with_the_choices(
     option: str, choice: str, inputs: Inputs, run: Tune, tmp_path: Path

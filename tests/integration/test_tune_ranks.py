@@ -212,6 +212,13 @@ def test_more_stages_than_layers_are_refused_by_all(deep: Inputs, tmp_path: Path
     assert _said(tmp_path).count("num_stages: got 5, wanted 1 to 4, the number of layers") == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_without_gpus_is_refused_by_all(deep: Inputs, tmp_path: Path) -> None:
+    arguments = [*deep.arguments(tmp_path / "out"), "--accelerator", "auto", "--backend", "nccl"]
+    assert end(start([arguments] * 2, tmp_path), timeout_s=200) == [2, 2], _said(tmp_path)
+    assert _said(tmp_path).count("backend: got nccl, but ranks 0, 1 without a GPU, wanted one each: say --backend") == 2
+
+
 def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_path: Path) -> None:
     processes = start([deep.arguments(tmp_path / "out", "--seed", seed) for seed in ("0", "1")], tmp_path)
     assert end(processes, timeout_s=200) == [2, 2]

@@ -173,6 +173,14 @@ Wire = Annotated[
         "[b]int8[/]: a quarter (of a bf16 model's half), one scale for 64 values. Left out: as they are."
     ),
 ]
+Backend = Annotated[
+    Literal["gloo", "nccl"],
+    _hardware(
+        "Started by torchrun, a GPU for each process: what carries tensors between them. [b]gloo[/]: through host "
+        "memory. [b]nccl[/]: from GPU to GPU; no machine with two GPUs has tried it yet.",
+        metavar="NAME",
+    ),
+]
 RankTimeout = Annotated[
     float,
     _hardware("Started by torchrun: seconds that one process waits for another before it gives up.", metavar="SECONDS"),
@@ -205,6 +213,7 @@ def tune(
     emulate: Emulate = None,
     cpu_speed: CpuSpeed = 1.0,
     wire: Wire = None,
+    backend: Backend = "gloo",
     rank_timeout: RankTimeout = 600.0,
     output: Output,
     report: Report = None,

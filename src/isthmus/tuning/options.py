@@ -11,6 +11,7 @@ from isthmus.planning.flights import check_in_flight
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.units import parse_bytes, parse_emulate
 from isthmus.training.schedule import learning_rate_at
+from isthmus.tuning.pipeline.links import BACKENDS
 from isthmus.tuning.pipeline.wire import WIRES
 from isthmus.tuning.policies import POLICIES
 from isthmus.tuning.session import SessionOptions
@@ -55,6 +56,7 @@ class TuneOptions:
     overwrite: bool
     plain: bool | None
     wire: str | None
+    backend: str
     rank_timeout: float
 
     def check(self) -> None:
@@ -79,6 +81,13 @@ class TuneOptions:
             raise IsthmusError(f"rank_timeout: got {self.rank_timeout}, wanted seconds above 0.")
         if self.wire not in (None, *WIRES):
             raise IsthmusError(f"wire: got {self.wire!r}, wanted one of {', '.join(WIRES)}, or left out.")
+        if self.backend not in BACKENDS:
+            raise IsthmusError(f"backend: got {self.backend!r}, wanted one of {', '.join(BACKENDS)}.")
+        if self.backend == "nccl" and self.accelerator not in ("auto", "cuda"):
+            raise IsthmusError(
+                f"backend: got nccl, which is for GPUs, with accelerator {self.accelerator}: leave it out, or say "
+                "--accelerator cuda."
+            )
         torch_dtype(self.dtype)
         learning_rate_at(
             0, schedule=self.schedule, learning_rate=self.learning_rate, num_steps=self.steps, warmup=self.warmup

@@ -40,7 +40,13 @@ from isthmus.tuning.pipeline.company import (
     share_cores,
     timelines_of_all,
 )
-from isthmus.tuning.pipeline.devices import devices_of_all, take_device, told_devices
+from isthmus.tuning.pipeline.devices import (
+    carry_by_nccl,
+    devices_of_all,
+    prepare_for_nccl,
+    take_device,
+    told_devices,
+)
 from isthmus.tuning.pipeline.links import DEFAULT_TIMEOUT_S, Links, is_one_of_several
 from isthmus.tuning.pipeline.mapping import told
 from isthmus.tuning.predictor import PredictorQuality
@@ -88,6 +94,7 @@ def tune(
     overwrite: bool = False,
     plain: bool | None = None,
     wire: str | None = None,
+    backend: str = "gloo",
     rank_timeout: float = DEFAULT_TIMEOUT_S,
 ) -> TuneReport:
     """Fine-tunes a Mixture-of-Experts model and writes it, loadable by ``from_pretrained``, to ``output``.
@@ -95,8 +102,7 @@ def tune(
     Parameters are those of ``isthmus tune`` (see its ``--help``); sizes may be text (``8GiB``). ``clip_norm`` 0 turns
     clipping off. Returns the report, which is also written to ``output/report.json``. Blocks until done. Takes SIGINT
     and SIGTERM over while it runs, if called from the main thread. Where torchrun has started several processes, each
-    calls this; they train one model together (``rank_timeout``: seconds that one waits for another), and rank 0 tells
-    and reports. A process that is lost raises ``RankLost`` in the others.
+    calls this and rank 0 reports; a process that is lost raises ``RankLost`` in the others.
 
     Raises ``ValueError`` or ``OSError`` for input that cannot work, naming the field and the fix; ``NonFiniteLoss``
     and ``Interrupted`` as ``Trainer.run``. Whatever is raised, the last checkpoint in ``output`` is whole.
@@ -179,11 +185,15 @@ def _tune(
 
 def _take_devices(options: TuneOptions, links: Links, progress: TrainingProgress) -> tuple[RankDevice, ...]:
     """Each process takes a GPU of its own, where GPUs are used."""
-    if options.accelerator not in ("auto", "cuda") or options.emulate is not None:
-        return ()
-    devices = devices_of_all(take_device(links.rank), links)
+    devices: tuple[RankDevice, ...] = ()
+    if options.accelerator in ("auto", "cuda") and options.emulate is None:
+        if options.backend == "nccl":
+            prepare_for_nccl()
+        devices = devices_of_all(take_device(links.rank), links)
     if devices:
         progress.message(told_devices(devices))
+    if options.backend == "nccl":
+        carry_by_nccl(devices, links)
     return devices
 
 

@@ -1,7 +1,7 @@
 """Several processes that train one model, as torchrun would start them: made for a list of jobs, and always ended.
 
-``run`` is for tests. The module itself (``python -m tests.tuning.pipeline.ranks NUM FOLDER``) imports everything once
-and forks: so several processes are cheap enough for a test.
+``run`` is for tests. The module itself (``python -m tests.tuning.pipeline.ranks NUM FOLDER [channels]``) imports
+everything once and forks: so several processes are cheap enough for a test.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tests import reference
 from transformers import AutoConfig
 
@@ -24,6 +25,7 @@ from isthmus.reporting.recorder import Recorder
 from isthmus.spec.units import parse_emulate
 from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.output import write_final
+from isthmus.tuning.pipeline.carriers.channels import Channels
 from isthmus.tuning.pipeline.links import Links
 from isthmus.tuning.placement import BudgetError
 from isthmus.tuning.session import Session, SessionOptions
@@ -46,19 +48,23 @@ class Job:
     """Emulated: each rank has the least budget it accepts, and room for so many more experts."""
 
 
-def run(num_ranks: int, jobs: list[Job], folder: Path, *, timeout_s: float = 280.0) -> dict[str, list[float]]:
-    """The losses of each job; the trained models are ``folder / job.name``."""
+def run(
+    num_ranks: int, jobs: list[Job], folder: Path, *, by_channels: bool = False, timeout_s: float = 280.0
+) -> dict[str, list[float]]:
+    """The losses of each job; the trained models are ``folder / job.name``. ``by_channels``: tensors are carried as
+    between GPUs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     path = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
     command = [sys.executable, "-m", "tests.tuning.pipeline.ranks", str(num_ranks), str(folder)]
+    command += ["channels"] * by_channels
     subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, timeout=timeout_s, check=False)
     said = "\n".join(f"{log.name}:\n{log.read_text()}" for log in sorted(folder.glob("rank-*.log")))
     assert (folder / "losses.json").exists(), said
     return json.loads((folder / "losses.json").read_text())
 
 
-def fork(num_ranks: int, folder: Path) -> list[int]:
+def fork(num_ranks: int, folder: Path, *, by_channels: bool) -> list[int]:
     """Makes the processes, which only this one's imports are for, and returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,7 +86,7 @@ def fork(num_ranks: int, folder: Path) -> list[int]:
                 "RANK": str(rank),
                 "WORLD_SIZE": str(num_ranks),
             }
-            _train_all(folder)
+            _train_all(folder, by_channels=by_channels)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -91,8 +97,10 @@ def fork(num_ranks: int, folder: Path) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def _train_all(folder: Path) -> None:
+def _train_all(folder: Path, *, by_channels: bool) -> None:
     links = Links.connect(timeout_s=60.0)
+    if by_channels:
+        links.carry_tensors_by(Channels(torch.device("cpu"), links.timeout_s, backend="gloo"))
     losses = {}
     for fields in json.loads((folder / "jobs.json").read_text()):
         job = Job(**fields)
@@ -135,4 +143,4 @@ def _train(job: Job, links: Links, folder: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(any(fork(int(sys.argv[1]), Path(sys.argv[2]))))
+    sys.exit(any(fork(int(sys.argv[1]), Path(sys.argv[2]), by_channels=sys.argv[3:] == ["channels"])))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,13 @@ from isthmus.profiling.pcie import pci_root
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import RankDevice
 from isthmus.tuning.pipeline import devices
-from isthmus.tuning.pipeline.devices import devices_of_all, take_device, told_devices
+from isthmus.tuning.pipeline.devices import (
+    carry_by_nccl,
+    devices_of_all,
+    prepare_for_nccl,
+    take_device,
+    told_devices,
+)
 
 TWO_SWITCHES = [0x1A, 0x1B, 0x3C, 0x3D]
 """Buses of four GPUs, two behind a switch each, in the order in which they are found."""
@@ -115,3 +122,33 @@ def test_all_know_which_gpu_each_takes(host: Host) -> None:
     assert told_devices([mine, other]) == "GPUs: rank 0 0 (PCIe root 0000:17:00.0), rank 1 2 (PCIe root 0000:3a:00.0)"
     unknown = RankDevice(rank=3, host="b", number=1, address="0000:01:00.0", root=None)
     assert told_devices([unknown]) == "GPUs: rank 3 1"
+
+
+def test_nccl_is_refused_where_it_cannot_carry(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = host.taken(2, 2)
+    assert mine and other
+    links = Played(0, [None] * 3)
+    with pytest.raises(IsthmusError, match="backend: got nccl, but ranks 1, 2 without a GPU, wanted one each: say --b"):
+        carry_by_nccl([mine], links)
+    links = Played(0, [None] * 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(IsthmusError, match="backend: got nccl, but torch was built without it: say --backend gloo"):
+        carry_by_nccl([mine, replace(other, rank=1)], links)
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("Duplicate GPU detected\nmore")
+
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(devices, "Channels", fails)
+    links.timeout_s = 1.0
+    with pytest.raises(IsthmusError, match="rank 0: NCCL could not connect all GPUs: Duplicate GPU detected; say --b"):
+        carry_by_nccl([mine, replace(other, rank=1)], links)
+
+
+def test_nccl_has_a_connection_for_each_stream_unless_somebody_says_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    for before, after in ((None, "32"), ("1", "1")):
+        monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
+        prepare_for_nccl()
+        assert os.environ[name] == after

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests import reference
 from tests.tuning.pipeline import ranks
 from transformers import AutoConfig
@@ -38,13 +39,17 @@ ALSO_EMULATED = {
 """Decoders much like those above: in tests that are run less often."""
 
 
-def layers(family: str, number: int) -> dict[str, int]:
-    """The fields of a configuration with so many layers; encoder and decoder have half of them each."""
+def layers(family: str, number: int) -> dict[str, Any]:
+    """The fields of a configuration with so many layers; encoder and decoder have half of them each.
+
+    GELU for ReLU: where a unit's input is within rounding of 0, ReLU's gradient is either 0 or not, and so many steps
+    meet such an input on one kind of CPU or another (``tests/tuning/test_exactness.py`` has ReLU).
+    """
     if family == "switch_transformers":
-        half = {"num_layers": number // 2, "num_decoder_layers": number // 2}
+        half = {"num_layers": number // 2, "num_decoder_layers": number // 2, "dense_act_fn": "gelu"}
         return half | {"num_sparse_encoder_layers": number // 4, "num_sparse_decoder_layers": number // 4}
     if family == "nllb-moe":
-        return {"encoder_layers": number // 2, "decoder_layers": number // 2}
+        return {"encoder_layers": number // 2, "decoder_layers": number // 2, "activation_function": "gelu"}
     return {"num_hidden_layers": number}
 
 
@@ -134,6 +139,22 @@ def test_two_processes_whose_micro_batches_go_in_flights_train_as_plain_transfor
         make_job("qwen3_moe", tmp_path, 4, policy="mobius", num_in_flight=2, **emulated),
     ]
     train_and_compare(2, jobs, tmp_path / "out")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_who_carries_tensors_changes_no_bit(num_ranks: int, tmp_path: Path) -> None:
+    # Outputs to rank 0, gradients, router logits, an encoder's output; and what a codec has made of hidden states.
+    made = (
+        make_job(family, tmp_path, 8, accelerator="host", num_stages=8, num_in_flight=2)
+        for family in ("mixtral", "switch_transformers")
+    )
+    jobs = [replace(job, num_steps=2) for job in made]
+    jobs.append(replace(jobs[0], name="int8", options=jobs[0].options | {"wire": "int8"}))
+    tagged, by_channels = (ranks.run(num_ranks, jobs, tmp_path / str(way), by_channels=way) for way in (False, True))
+    assert by_channels == tagged
+    for job in jobs:
+        one, other = (reference.state(reference.load(tmp_path / str(way) / job.name)) for way in (False, True))
+        assert all(torch.equal(one[name], other[name]) for name in one), job.name
 
 
 def test_every_family_is_trained_by_four_processes_in_one_of_the_tests() -> None:

@@ -1,5 +1,5 @@
 """Which GPU each process of a host takes: neighbours in the pipeline under different PCIe roots, since one loads its
-next stage while the other does."""
+next stage while the other does. And NCCL between them, where it is asked for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from isthmus.planning.roots import order_by_roots
 from isthmus.profiling.pcie import pci_address, pci_root
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import RankDevice
+from isthmus.tuning.pipeline.carriers.channels import MAX_CONNECTIONS, Channels
 from isthmus.tuning.pipeline.links import Links
 
 
@@ -54,3 +55,29 @@ def told_devices(devices: Sequence[RankDevice]) -> str:
         for one in devices
     ]
     return f"GPUs: {', '.join(whose)}"
+
+
+def prepare_for_nccl() -> None:
+    """Before CUDA begins."""
+    for name, value in MAX_CONNECTIONS.items():
+        os.environ.setdefault(name, value)
+
+
+def carry_by_nccl(devices: Sequence[RankDevice], links: Links) -> None:
+    """From now on tensors go from GPU to GPU. Blocks until all are connected. ``devices``: of the ranks that have one.
+
+    Raises ``IsthmusError`` where a rank has none, where torch has no NCCL, or where it cannot connect them.
+    """
+    missing = sorted(set(range(links.size)) - {device.rank for device in devices})
+    if missing:
+        whose = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        raise IsthmusError(f"backend: got nccl, but {whose} without a GPU, wanted one each: say --backend gloo.")
+    if not torch.distributed.is_nccl_available():
+        raise IsthmusError("backend: got nccl, but torch was built without it: say --backend gloo.")
+    try:
+        links.carry_tensors_by(Channels(torch.device("cuda", torch.cuda.current_device()), links.timeout_s))
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise IsthmusError(
+            f"backend: rank {links.rank}: NCCL could not connect all GPUs: {reason}; say --backend gloo."
+        ) from error

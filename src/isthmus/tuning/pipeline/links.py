@@ -1,14 +1,15 @@
 """Messages between the processes of one training run: tensors from one to another, and small facts for all.
 
-Everything goes over gloo, between GPUs through host memory. Every wait has a limit and says for what and for whom it
-waited. Ranks are trusted, but nothing is pickled: facts are JSON.
+Facts go over gloo; tensors by a carrier (``carriers/``): over gloo too, between GPUs through host memory, or by NCCL.
+Every wait has a limit and says for what and for whom it waited. Ranks are trusted, but nothing is pickled: facts are
+JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
@@ -19,9 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from isthmus.spec.errors import IsthmusError
+from isthmus.tuning.pipeline.carriers.base import Carrier
+from isthmus.tuning.pipeline.carriers.tagged import TaggedCarrier
 from isthmus.tuning.pipeline.interface import choose_interface
 
 DEFAULT_TIMEOUT_S = 600.0
+BACKENDS = ("gloo", "nccl")
+"""What can carry tensors."""
 _FACT, _FACT_REST, FIRST_FREE_TAG = 1, 2, 16
 """Tags of facts; those of tensors begin at the last one."""
 _FRAME_BYTES, _LENGTH_BYTES = 4096, 8
@@ -47,32 +52,27 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-_BLANK = bytes([0xFE, 0xCA, 0xED, 0x7F])
-"""What lies at the end of memory into which nothing has been written yet; as FP32 no number."""
 _ALIGNED_BYTES = 64
 """Each tensor of a message begins at a multiple of this, as memory that torch takes does."""
 
 
 class Arrival:
-    """Tensors that are on their way here, in one message. Their memory is taken when this is made."""
+    """Tensors that are on their way here, in one message."""
 
-    def __init__(self, links: Links, forms: Sequence[Form], source: int, tag: int, what: str) -> None:
+    def __init__(self, links: Links, carrier: Carrier, forms: Sequence[Form], source: int, tag: int, what: str) -> None:
         self._links, self._source, self.what = links, source, what
-        message, self._tensors = _memory_for(forms)
-        # Looked at often: through NumPy in a tenth of the time.
-        self._end = message[-len(_BLANK) :].numpy()
-        self._blank = _BLANK[: len(self._end)]
-        self._end[:] = list(self._blank)
-        self._work = links.guarded(lambda: dist.irecv(message, source, tag=tag), source, what)
+        self._places = _places(forms)
+        num_bytes = self._places[-1].end
+        self._message = links.guarded(lambda: carrier.receive(num_bytes, source, tag), source, what)
 
     def is_here(self) -> bool:
-        """Whether ``wait`` will not block, as far as can be seen: gloo tells only who waits. False may be wrong."""
-        return self._end.tobytes() != self._blank
+        """Whether ``wait`` will not block, as far as can be seen. False may be wrong."""
+        return self._message.is_here()
 
     def wait(self) -> list[Tensor]:
         """Blocks until all are here. Raises ``RankLost``."""
-        self._links.guarded(self._work.wait, self._source, self.what)
-        return self._tensors
+        message = self._links.guarded(self._message.wait, self._source, self.what)
+        return [place.of(message) for place in self._places]
 
 
 class Links:
@@ -81,7 +81,9 @@ class Links:
     def __init__(self, timeout_s: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.timeout_s = timeout_s
-        self._leaving: list[tuple[Any, Tensor, int, str]] = []
+        self._for_facts: Carrier = TaggedCarrier()
+        self._for_tensors = self._for_facts
+        self._leaving: list[tuple[Callable[[], object], Tensor, int, str]] = []
 
     @classmethod
     def connect(cls, timeout_s: float = DEFAULT_TIMEOUT_S) -> Links:
@@ -95,8 +97,13 @@ class Links:
             raise RankLost(f"rank {rank}: waited for {size} processes to meet: {_first_line(error)}") from error
         return cls(timeout_s)
 
+    def carry_tensors_by(self, carrier: Carrier) -> None:
+        """From now on; all ranks at the same time."""
+        self._for_tensors = carrier
+
     def close(self) -> None:
         """After success only: on an error the connections are to last until it has been told."""
+        self._for_tensors.close()
         dist.destroy_process_group()
 
     def guarded(self, call: Any, other: int, what: str) -> Any:
@@ -115,24 +122,29 @@ class Links:
 
     def send(self, tensors: Sequence[Tensor], to: int, tag: int, what: str) -> None:
         """They leave for ``to``, in one message. Does not block; they must not change before ``flush``."""
+        carrier = self._carrier_of(tag)
         if len(tensors) == 1:
-            message = tensors[0].detach().to("cpu").contiguous()
+            message = tensors[0].detach().to(carrier.device).contiguous()
         else:
-            message, places = _memory_for([Form(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+            places = _places([Form(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+            message = torch.empty(places[-1].end, dtype=torch.uint8, device=carrier.device)
             for place, tensor in zip(places, tensors, strict=True):
-                place.copy_(tensor.detach())
-        work = self.guarded(lambda: dist.isend(message, to, tag=tag), to, what)
-        self._leaving.append((work, message, to, what))
+                place.of(message).copy_(tensor.detach())
+        wait = self.guarded(lambda: carrier.send(message, to, tag), to, what)
+        self._leaving.append((wait, message, to, what))
 
     def receive(self, forms: Sequence[Form], source: int, tag: int, what: str) -> Arrival:
         """Tensors of these forms are awaited from now on, in one message. Does not block."""
-        return Arrival(self, forms, source, tag, what)
+        return Arrival(self, self._carrier_of(tag), forms, source, tag, what)
+
+    def _carrier_of(self, tag: int) -> Carrier:
+        return self._for_tensors if tag >= FIRST_FREE_TAG else self._for_facts
 
     def flush(self) -> None:
         """Blocks until all that was sent has been taken."""
         leaving, self._leaving = self._leaving, []
-        for work, _, to, what in leaving:
-            self.guarded(work.wait, to, f"{what} to be taken")
+        for wait, _, to, what in leaving:
+            self.guarded(wait, to, f"{what} to be taken")
 
     # --- facts -------------------------------------------------------------------------------------------------------
 
@@ -176,15 +188,25 @@ class Links:
         return json.loads(data[_LENGTH_BYTES:length])
 
 
-def _memory_for(forms: Sequence[Form]) -> tuple[Tensor, list[Tensor]]:
-    """(memory for a message, its tensors as views). One tensor's is no longer than the tensor."""
-    num_bytes = [prod(form.shape) * form.dtype.itemsize for form in forms]
-    starts = [0]
-    for length in num_bytes[:-1]:
-        starts.append(starts[-1] + -(-length // _ALIGNED_BYTES) * _ALIGNED_BYTES)
-    message = torch.empty(starts[-1] + num_bytes[-1], dtype=torch.uint8)
-    pieces = [message[start : start + length] for start, length in zip(starts, num_bytes, strict=True)]
-    return message, [piece.view(form.dtype).view(form.shape) for piece, form in zip(pieces, forms, strict=True)]
+@dataclass(frozen=True)
+class _Place:
+    """Of a tensor in its message."""
+
+    form: Form
+    start: int
+    end: int
+
+    def of(self, message: Tensor) -> Tensor:
+        return message[self.start : self.end].view(self.form.dtype).view(self.form.shape)
+
+
+def _places(forms: Sequence[Form]) -> list[_Place]:
+    """Of all tensors of a message. One tensor's is no longer than the tensor."""
+    places: list[_Place] = []
+    for form in forms:
+        start = -(-places[-1].end // _ALIGNED_BYTES) * _ALIGNED_BYTES if places else 0
+        places.append(_Place(form, start, start + prod(form.shape) * form.dtype.itemsize))
+    return places
 
 
 def _first_line(error: BaseException) -> str:

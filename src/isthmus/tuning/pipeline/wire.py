@@ -45,7 +45,7 @@ class Wire:
         if codec is None:
             return message
         values = torch.empty(form.shape)
-        codec.decode(message, values)
+        codec.decode(message.cpu(), values)
         return values.to(form.dtype)
 
     def _codec_of(self, form: Form) -> Codec | None:

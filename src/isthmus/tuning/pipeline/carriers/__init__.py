@@ -1,0 +1,1 @@
+"""What carries tensors from one process to another: a small interface (``base``), one file for each implementation."""
