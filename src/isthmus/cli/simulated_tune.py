@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from isthmus.reporting.environment import num_cpus_usable
 from isthmus.reporting.human import human_bytes, human_s
 from isthmus.simulation.tuning.clusters import find_cluster
 from isthmus.simulation.tuning.costs import Costs, TuneJob
@@ -108,7 +109,13 @@ def _run(
             progress.update(task, completed=done, description=f"{policy}, step {steps} of {num_steps}")
 
         return simulate_tuning(
-            costs, popularity, policies=policies, num_steps=num_steps, keeps_spans=keeps_spans, tell=tell
+            costs,
+            popularity,
+            policies=policies,
+            num_steps=num_steps,
+            keeps_spans=keeps_spans,
+            num_processes=num_cpus_usable(),
+            tell=tell,
         )
 
 

@@ -32,15 +32,14 @@ COSTS = Costs(SPEC, tiny.cluster(2), TuneJob(batch=8, seq_len=1, num_micro_batch
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes are started whatever they are worth, on any machine."""
+    """Processes are started whatever they are worth."""
     monkeypatch.setattr(module, "BEGIN_S", 0.0)
     monkeypatch.setattr(module, "WORTH_PROCESSES_S", 0.0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
 
 
-def simulated(num_steps: int = 12) -> Simulated:
+def simulated(num_processes: int) -> Simulated:
     popularity = find_popularity("gini=0.15", SPEC, drift=0.8, seed=3)
-    return simulate_tuning(COSTS, popularity, num_steps=num_steps, keeps_spans=True)
+    return simulate_tuning(COSTS, popularity, num_steps=12, keeps_spans=True, num_processes=num_processes)
 
 
 def step(number: int = 0) -> Step:
@@ -53,11 +52,8 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
 
 
-def test_processes_play_as_one_does(request: pytest.FixtureRequest) -> None:
-    alone = simulated()
-    assert not children()
-    request.getfixturevalue("at_once")
-    together = simulated()
+def test_processes_play_as_one_does(at_once: None) -> None:
+    alone, together = simulated(1), simulated(2)
     assert list(together.outcomes) == list(alone.outcomes)
     for policy, outcome in alone.outcomes.items():
         assert together.outcomes[policy] == outcome, policy
@@ -67,7 +63,7 @@ def test_processes_play_as_one_does(request: pytest.FixtureRequest) -> None:
 
 
 def test_results_come_in_the_order_of_steps(at_once: None) -> None:
-    with Players(COSTS, COSTS.order, 20) as players:
+    with Players(COSTS, COSTS.order, 20, num_processes=2) as players:
         futures = [players.play(step(number)) for number in range(20)]
         assert players._pool is not None
         seconds = [result_of(future).seconds for future in futures]
@@ -86,7 +82,7 @@ def test_short_simulations_need_no_processes() -> None:
 
 def test_a_killed_process_is_told_and_the_others_end(at_once: None) -> None:
     def play_all() -> None:
-        with Players(COSTS, COSTS.order, 10_000) as players:
+        with Players(COSTS, COSTS.order, 10_000, num_processes=2) as players:
             futures: list[Future[StepResult]] = [players.play(step(number)) for number in range(4)]
             result_of(futures[-1])
             (process, *_) = children()
@@ -128,7 +124,7 @@ def test_processes_end_with_who_started_them(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_after_an_error(at_once: None) -> None:
-    with pytest.raises(KeyError), Players(COSTS, COSTS.order, 100) as players:
+    with pytest.raises(KeyError), Players(COSTS, COSTS.order, 100, num_processes=2) as players:
         for number in range(10):
             players.play(step(number))
         raise KeyError

@@ -7,9 +7,10 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
@@ -61,11 +62,11 @@ class Player:
 class Players:
     """Plays ``num_steps`` steps in all, at once where that is worth it. Results are the same either way."""
 
-    def __init__(self, costs: Costs, order: Sequence[int], num_steps: int, num_processes: int | None = None) -> None:
-        """``num_processes``: None: one for each core that this process may use."""
+    def __init__(self, costs: Costs, order: Sequence[int], num_steps: int, num_processes: int) -> None:
+        """``num_processes``: that may be started; 1: none is."""
         self._costs, self._order = costs, order
         self._num_left, self._num_played, self._played_s = num_steps, 0, 0.0
-        self._num_processes = num_processes or len(os.sched_getaffinity(0))
+        self._num_processes = num_processes
         self._player = Player(costs, order)
         self._pool: ProcessPoolExecutor | None = None
         self._playing: deque[Future[StepResult]] = deque()
@@ -86,7 +87,8 @@ class Players:
             return self._play_here(step)
         while len(self._playing) >= 2 * self._num_processes:
             result_of(self._playing.popleft())
-        future = self._pool.submit(_play, step)
+        with _broken_told():
+            future = self._pool.submit(_play, step)
         self._playing.append(future)
         return future
 
@@ -109,8 +111,14 @@ class Players:
 
 def result_of(future: Future[StepResult]) -> StepResult:
     """Blocks until it is there. Raises ``IsthmusError`` if its process has ended."""
-    try:
+    with _broken_told():
         return future.result()
+
+
+@contextmanager
+def _broken_told() -> Iterator[None]:
+    try:
+        yield
     except BrokenProcessPool as error:
         raise IsthmusError(
             "simulation: one of its processes has ended, killed or short of memory; "

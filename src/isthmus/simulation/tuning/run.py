@@ -100,9 +100,11 @@ def simulate_tuning(
     policies: Sequence[str] = POLICIES,
     num_steps: int = 2,
     keeps_spans: bool = False,
+    num_processes: int = 1,
     tell: Tell = lambda policy, steps: None,
 ) -> Simulated:
     """``popularity()`` gives every policy the same counts anew. With ``keeps_spans`` the last step has its timelines.
+    ``num_processes``: that may play steps, where there are many.
 
     Raises ``IsthmusError`` for what does not fit.
     """
@@ -112,7 +114,7 @@ def simulate_tuning(
     outcomes: dict[str, Outcome] = {}
     bounds: dict[tuple[Sequence[Stage], bool], tuple[float, float]] = {}
     counts: Counts | None = None
-    with Players(costs, costs.order, num_steps * len(policies)) as players:
+    with Players(costs, costs.order, num_steps * len(policies), num_processes) as players:
         for policy in policies:
             outcome = outcomes[policy] = Outcome(policy=policy)
             if policy == "gpipe" and (short := resident_short_bytes(costs, stages)) > 0:
