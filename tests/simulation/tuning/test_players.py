@@ -20,11 +20,10 @@ from isthmus.simulation.tuning import players as module
 from isthmus.simulation.tuning.costs import Costs, TuneJob
 from isthmus.simulation.tuning.mapping import stages_for
 from isthmus.simulation.tuning.pipeline import StepResult
-from isthmus.simulation.tuning.players import Players, Step, result_of
+from isthmus.simulation.tuning.players import PlayerLost, Players, Step, result_of
 from isthmus.simulation.tuning.policies import Aptmoe
 from isthmus.simulation.tuning.popularity import find_popularity
 from isthmus.simulation.tuning.run import Simulated, simulate_tuning
-from isthmus.spec.errors import IsthmusError
 
 SPEC = tiny.model(num_layers=4, num_experts=16)
 COSTS = Costs(SPEC, tiny.cluster(2), TuneJob(batch=8, seq_len=1, num_micro_batches=2))
@@ -90,7 +89,7 @@ def test_a_killed_process_is_told_and_the_others_end(at_once: None) -> None:
             for number in range(10_000):
                 players.play(step(number))
 
-    with pytest.raises(IsthmusError, match=r"simulation: one of its processes has ended, .*taskset -c 0 isthmus"):
+    with pytest.raises(PlayerLost, match=r"simulation: one of its processes has ended, .*taskset -c 0 isthmus"):
         play_all()
     assert not children()
 

@@ -32,6 +32,12 @@ WORTH_PROCESSES_S = 4.0
 """They are for what would take longer alone."""
 
 
+class PlayerLost(IsthmusError):
+    """A process that plays steps has ended."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """All that decides how a step goes. ``counts`` are real, ``expected`` what history has."""
@@ -110,7 +116,7 @@ class Players:
 
 
 def result_of(future: Future[StepResult]) -> StepResult:
-    """Blocks until it is there. Raises ``IsthmusError`` if its process has ended."""
+    """Blocks until it is there. Raises ``PlayerLost``."""
     with _broken_told():
         return future.result()
 
@@ -120,7 +126,7 @@ def _broken_told() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        raise IsthmusError(
+        raise PlayerLost(
             "simulation: one of its processes has ended, killed or short of memory; "
             "wanted all to last: start it on one core (taskset -c 0 isthmus …), where it needs no other process."
         ) from error
