@@ -62,18 +62,18 @@ def test_processes_play_as_one_does(at_once: None) -> None:
 
 
 def test_results_come_in_the_order_of_steps(at_once: None) -> None:
-    with Players(COSTS, COSTS.order, 20, num_processes=2) as players:
+    with Players(COSTS, 20, num_processes=2) as players:
         futures = [players.play(step(number)) for number in range(20)]
         assert players._pool is not None
         seconds = [result_of(future).seconds for future in futures]
-    alone = Players(COSTS, COSTS.order, 20, num_processes=1)
+    alone = Players(COSTS, 20, num_processes=1)
     assert seconds == [result_of(alone.play(step(number))).seconds for number in range(20)]
     assert alone._pool is None
     assert sorted(seconds) == seconds != [seconds[0]] * 20
 
 
 def test_short_simulations_need_no_processes() -> None:
-    with Players(COSTS, COSTS.order, 50, num_processes=4) as players:
+    with Players(COSTS, 50, num_processes=4) as players:
         futures = [players.play(step(number)) for number in range(50)]
         assert all(future.done() for future in futures)
         assert not children()
@@ -81,7 +81,7 @@ def test_short_simulations_need_no_processes() -> None:
 
 def test_a_killed_process_is_told_and_the_others_end(at_once: None) -> None:
     def play_all() -> None:
-        with Players(COSTS, COSTS.order, 10_000, num_processes=2) as players:
+        with Players(COSTS, 10_000, num_processes=2) as players:
             futures: list[Future[StepResult]] = [players.play(step(number)) for number in range(4)]
             result_of(futures[-1])
             (process, *_) = children()
@@ -102,7 +102,7 @@ def test_processes_end_with_who_started_them(tmp_path: Path) -> None:
 
             if __name__ == "__main__":
                 this.module.BEGIN_S = this.module.WORTH_PROCESSES_S = 0.0
-                with this.Players(this.COSTS, this.COSTS.order, 10, num_processes=2) as players:
+                with this.Players(this.COSTS, 10, num_processes=2) as players:
                     this.result_of([players.play(this.step()) for _ in range(4)][-1])
                     print("playing", flush=True)
                     this.time.sleep(60)
@@ -123,7 +123,7 @@ def test_processes_end_with_who_started_them(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_after_an_error(at_once: None) -> None:
-    with pytest.raises(KeyError), Players(COSTS, COSTS.order, 100, num_processes=2) as players:
+    with pytest.raises(KeyError), Players(COSTS, 100, num_processes=2) as players:
         for number in range(10):
             players.play(step(number))
         raise KeyError

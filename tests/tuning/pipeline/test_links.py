@@ -53,6 +53,7 @@ def tensors(links: Links) -> None:
         links.send(sent, other, 16, "tensors")
         for got, wanted in zip(arrival.wait(), sent, strict=True):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+        assert arrival.is_here()
         links.flush()
 
 

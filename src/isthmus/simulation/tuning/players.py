@@ -53,8 +53,8 @@ class Step:
 class Player:
     """Plays steps of one job, one after the other."""
 
-    def __init__(self, costs: Costs, order: Sequence[int]) -> None:
-        self._work = StepWork(costs, (), order, {})
+    def __init__(self, costs: Costs) -> None:
+        self._work = StepWork(costs, (), costs.order, {})
 
     def play(self, step: Step) -> StepResult:
         if self._work.stages != step.stages:
@@ -68,12 +68,12 @@ class Player:
 class Players:
     """Plays ``num_steps`` steps in all, at once where that is worth it. Results are the same either way."""
 
-    def __init__(self, costs: Costs, order: Sequence[int], num_steps: int, num_processes: int) -> None:
+    def __init__(self, costs: Costs, num_steps: int, num_processes: int) -> None:
         """``num_processes``: that may be started; 1: none is."""
-        self._costs, self._order = costs, order
+        self._costs = costs
         self._num_left, self._num_played, self._played_s = num_steps, 0, 0.0
         self._num_processes = num_processes
-        self._player = Player(costs, order)
+        self._player = Player(costs)
         self._pool: ProcessPoolExecutor | None = None
         self._playing: deque[Future[StepResult]] = deque()
 
@@ -110,7 +110,7 @@ class Players:
                 min(self._num_processes, self._num_left),
                 mp_context=get_context("spawn"),
                 initializer=_begin,
-                initargs=(self._costs, self._order),
+                initargs=(self._costs,),
             )
         return future
 
@@ -136,10 +136,10 @@ _players: list[Player] = []
 """In a process of its own: its only one."""
 
 
-def _begin(costs: Costs, order: Sequence[int]) -> None:
+def _begin(costs: Costs) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is told, and ends it
     Thread(target=_end_with_parent, daemon=True).start()
-    _players.append(Player(costs, order))
+    _players.append(Player(costs))
 
 
 def _end_with_parent() -> None:

@@ -114,7 +114,7 @@ def simulate_tuning(
     outcomes: dict[str, Outcome] = {}
     bounds: dict[tuple[Sequence[Stage], bool], tuple[float, float]] = {}
     counts: Counts | None = None
-    with Players(costs, costs.order, num_steps * len(policies), num_processes) as players:
+    with Players(costs, num_steps * len(policies), num_processes) as players:
         for policy in policies:
             outcome = outcomes[policy] = Outcome(policy=policy)
             if policy == "gpipe" and (short := resident_short_bytes(costs, stages)) > 0:
@@ -202,36 +202,22 @@ class _Runner:
     def _play(self, counts: Counts, expected: Counts, is_new: bool, keeps_spans: bool) -> Future[StepResult] | float:
         if self._policy == "zero3":
             return zero3_step_s(StepWork(self._costs, self._stages, self._costs.order, counts))
-        if self._policy != "affinity":
-            return self._players.play(
-                Step(
-                    stages=self._stages,
-                    make=FIXED[self._policy],
-                    counts=counts,
-                    expected=expected,
-                    keeps_spans=keeps_spans,
-                )
-            )
-        number = len(self._results) + 1
-        # As the runtime does: the plan is made anew after 1, 2, 4, 8, … steps.
-        if self._choice is None or (is_new and number & (number - 1) == 0):
-            self._choice = self._plan(expected, number)
-        # A pipeline of another mapping is built anew, which is no part of a step: it begins as if it had always been
-        # there.
-        choice = self._choice
-        return self._players.play(
-            Step(
-                stages=tuple(choice.stages),
-                make=choice.make,
-                counts=counts,
-                expected=expected,
-                backlogs=choice.backlogs,
-                keeps_spans=keeps_spans,
-            )
+        stages, make, backlogs = self._stages, FIXED.get(self._policy), ()
+        if make is None:
+            choice = self._chosen(expected, is_new)
+            stages, make, backlogs = tuple(choice.stages), choice.make, choice.backlogs
+        step = Step(
+            stages=stages, make=make, counts=counts, expected=expected, backlogs=backlogs, keeps_spans=keeps_spans
         )
+        return self._players.play(step)
 
-    def _plan(self, expected: Counts, number: int) -> Choice:
-        """Chooses for step ``number`` and those after it; mappings are compared when some popularity is known first."""
-        likely = StepWork(self._costs, self._stages, self._costs.order, expected)
-        mappings = self._mappings if number == 2 else ()
-        return choose(likely, mappings, last=self._choice if number > 2 else None)
+    def _chosen(self, expected: Counts, is_new: bool) -> Choice:
+        """Chooses as the runtime does, whose plan is made anew after 1, 2, 4, 8, … steps; mappings are compared when
+        some popularity is known first. A pipeline of another mapping is built anew, which is no part of a step: it
+        begins as if it had always been there."""
+        number = len(self._results) + 1
+        if self._choice is None or (is_new and number & (number - 1) == 0):
+            likely = StepWork(self._costs, self._stages, self._costs.order, expected)
+            mappings = self._mappings if number == 2 else ()
+            self._choice = choose(likely, mappings, last=self._choice if number > 2 else None)
+        return self._choice

@@ -87,10 +87,11 @@ class LayerTables:
     ) -> None:
         self.costs = costs
         self.tokens = tokens
-        self.num_rows = sum(tokens)
         self.by_work = by_work
         self.used = [expert for expert in by_work if tokens[expert]]
         """Likewise, those with tokens."""
+        # In the order in which parts of them are summed: none is more than all by rounding.
+        self.num_rows = sum(map(tokens.__getitem__, self.used))
         self.accelerator_s = accelerator_s
         self.cpu_s = cpu_s
 

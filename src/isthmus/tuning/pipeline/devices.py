@@ -15,7 +15,7 @@ from isthmus.profiling.pcie import pci_address, pci_root
 from isthmus.spec.errors import IsthmusError
 from isthmus.spec.report import RankDevice
 from isthmus.tuning.pipeline.carriers.channels import MAX_CONNECTIONS, Channels
-from isthmus.tuning.pipeline.links import Links
+from isthmus.tuning.pipeline.links import Links, first_line
 
 
 def take_device(rank: int) -> RankDevice | None:
@@ -59,8 +59,7 @@ def told_devices(devices: Sequence[RankDevice]) -> str:
 
 def prepare_for_nccl() -> None:
     """Before CUDA begins."""
-    for name, value in MAX_CONNECTIONS.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", str(MAX_CONNECTIONS))
 
 
 def carry_by_nccl(devices: Sequence[RankDevice], links: Links) -> None:
@@ -77,7 +76,6 @@ def carry_by_nccl(devices: Sequence[RankDevice], links: Links) -> None:
     try:
         links.carry_tensors_by(Channels(torch.device("cuda", torch.cuda.current_device()), links.timeout_s))
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
         raise IsthmusError(
-            f"backend: rank {links.rank}: NCCL could not connect all GPUs: {reason}; say --backend gloo."
+            f"backend: rank {links.rank}: NCCL could not connect all GPUs: {first_line(error)}; say --backend gloo."
         ) from error

@@ -94,7 +94,7 @@ class Links:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         except (RuntimeError, ValueError) as error:
             rank, size = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
-            raise RankLost(f"rank {rank}: waited for {size} processes to meet: {_first_line(error)}") from error
+            raise RankLost(f"rank {rank}: waited for {size} processes to meet: {first_line(error)}") from error
         return cls(timeout_s)
 
     def carry_tensors_by(self, carrier: Carrier) -> None:
@@ -111,7 +111,7 @@ class Links:
         try:
             return call()
         except RuntimeError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             if any(sign in reason for sign in ("imed out", "timeout")):
                 reason = f"nothing came within {self.timeout_s:g} s"
             elif any(sign in reason for sign in ("closed", "reset", "efused", "roken pipe")):
@@ -209,6 +209,7 @@ def _places(forms: Sequence[Form]) -> list[_Place]:
     return places
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What torch says, without where in its code."""
     text = str(error).strip().partition("\n")[0]
     return text.rpartition("] ")[2] or text

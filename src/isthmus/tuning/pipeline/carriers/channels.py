@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from threading import Condition, Thread
 from typing import Any
@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MAX_CONNECTIONS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-"""To be set before CUDA begins: 8 are the default, and streams that share one wait for each other."""
+MAX_CONNECTIONS = 32
+"""``CUDA_DEVICE_MAX_CONNECTIONS``, to be set before CUDA begins: 8 are the default, and streams that share one wait for
+each other."""
 _END = -1
 """The length in a channel's last notice."""
 _POLL_S = 50e-6
@@ -106,11 +107,9 @@ class Inbox:
         self._thread.join()
 
 
-@contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
+def _own_stream(device: torch.device) -> AbstractContextManager[object]:
     """Nothing that this thread asks for waits for what others compute."""
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-        yield
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 class Channels:
@@ -170,12 +169,15 @@ class ChannelMessage:
 
     def __init__(self, inbox: Inbox, num_bytes: int, tag: int) -> None:
         self._inbox, self._num_bytes, self._tag = inbox, num_bytes, tag
+        self._message: Tensor | None = None
 
     def is_here(self) -> bool:
-        return self._inbox.has(self._tag)
+        return self._message is not None or self._inbox.has(self._tag)
 
     def wait(self) -> Tensor:
-        message = self._inbox.take(self._tag)
-        if message.numel() != self._num_bytes:
-            raise RuntimeError(f"got {message.numel()} bytes, wanted {self._num_bytes}")
-        return message
+        if self._message is None:
+            message = self._inbox.take(self._tag)
+            if message.numel() != self._num_bytes:
+                raise RuntimeError(f"got {message.numel()} bytes, wanted {self._num_bytes}")
+            self._message = message
+        return self._message
