@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -57,10 +58,22 @@ def test_what_forgetting_takes_is_known() -> None:
 
 
 def test_the_others_turns_on_a_core_do_not_count() -> None:
-    waiting = measure_slowdown(lambda: time.sleep(0.01), 0.01, lambda: None, takes_turns=True)
+    waiting = measure_slowdown(lambda: time.sleep(0.01), lambda: None, takes_turns=True)
     assert waiting.beside == waiting.alone >= 1.0
 
 
-def test_nothing_is_faster_than_its_fastest() -> None:
-    slowdown = measure_slowdown(lambda: None, 1.0, lambda: None)
+def test_nothing_takes_less_than_by_itself(clock: Clock) -> None:
+    seconds = itertools.chain([9.0, 2.0, *[1.0] * 4], itertools.repeat(0.1))
+    slowdown = measure_slowdown(lambda: _pass(clock, next(seconds)), None)
     assert slowdown.alone == slowdown.beside == 1.0
+
+
+def test_a_slowdown_is_of_what_the_task_takes_before_and_after(clock: Clock) -> None:
+    # Each first run is to warm up; a run of 2 s is all that fits the time. By itself 2 s before and 4 s after.
+    seconds = iter([9.0, 2.0, 9.0, 6.0, 6.0, 6.0, 9.0, 4.0])
+    slowdown = measure_slowdown(lambda: _pass(clock, next(seconds)), None)
+    assert slowdown.alone == slowdown.beside == pytest.approx(6.0 / 3.0)
+
+
+def _pass(clock: Clock, seconds: float) -> None:
+    clock.now_s += seconds

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from isthmus.profiling.limits import cpu_quota, free_memory, free_memory_bytes
+from isthmus.profiling.limits import cpu_quota, free_memory, free_memory_bytes, last_level_cache_bytes
 
 MIB = 1 << 20
 
@@ -74,3 +74,19 @@ def test_the_cpu_quota_of_version_2(tmp_path: Path, own: Path) -> None:
     own.write_text("0::/outer\n")
     write(tmp_path / "outer", cpu__max="450 1000")
     assert cpu_quota(tmp_path, own) == (450, 1000)
+
+
+def test_caches_that_several_processors_share_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    for cpu, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")):
+        caches = tmp_path / f"cpu{cpu}" / "cache"
+        write(caches / "index0", level=1, size="48K", shared_cpu_list=cpu)
+        write(caches / "index3", level=3, size="32768K", shared_cpu_list=shared)
+    assert last_level_cache_bytes(tmp_path) == 64 * MIB
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1})
+    assert last_level_cache_bytes(tmp_path) == 32 * MIB
+
+
+def test_a_system_that_does_not_tell_of_caches_has_none(tmp_path: Path) -> None:
+    write(tmp_path / "cpu0" / "cache" / "index0", level="", size="")
+    assert last_level_cache_bytes(tmp_path) == 0

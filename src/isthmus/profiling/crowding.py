@@ -12,10 +12,11 @@ from typing import Protocol
 
 import torch
 
+from isthmus.profiling.timing import median_s
 from isthmus.spec.profile import Slowdown
 
 FORGOTTEN_BYTES = 48 << 20
-"""Written between two measurements: more than caches hold."""
+"""Written between two measurements: more than the caches hold that a core has for itself."""
 REPEATS = 12
 BUDGET_S = 1.0
 
@@ -84,19 +85,23 @@ def usual_s(task: Callable[[], object], interrupt: Interruption, now_s: Callable
 
 def measure_slowdown(
     task: Callable[[], object],
-    fastest_s: float,
     other: Callable[[], object] | None,
     *,
     num_threads: int = 1,
     takes_turns: bool = False,
 ) -> Slowdown:
-    """Of ``task``, which takes ``fastest_s`` by itself, beside ``other`` on ``num_threads`` threads (None: there is no
-    other thread). Where it ``takes_turns`` with that on a core, the other's turns do not count, but that it leaves the
-    caches otherwise. Never below 1."""
-    forget = Forgetting()
-    alone = max(1.0, usual_s(task, forget) / fastest_s)
+    """Of ``task`` beside ``other`` on ``num_threads`` threads (None: there is no other thread), in multiples of what it
+    takes by itself, which is measured before and after. Where it ``takes_turns`` with the other on a core, the other's
+    turns do not count, but that it leaves the caches otherwise. Never below 1. Blocks for seconds."""
+    forget, by_itself_s = Forgetting(), [median_s(task)]
+
+    def times_as_long(seconds: float) -> float:
+        by_itself_s.append(median_s(task))
+        return seconds / statistics.fmean(by_itself_s[-2:])
+
+    alone = max(1.0, times_as_long(usual_s(task, forget)))
     if other is None:
         return Slowdown(alone=alone, beside=alone)
     with busy(other, num_threads=num_threads):
-        beside = usual_s(task, forget, time.thread_time if takes_turns else None) / fastest_s
-    return Slowdown(alone=alone, beside=max(alone, beside))
+        seconds = usual_s(task, forget, time.thread_time if takes_turns else None)
+    return Slowdown(alone=alone, beside=max(alone, times_as_long(seconds)))

@@ -3,6 +3,7 @@ left out."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from isthmus.models.moe_model import MoeModel, bound_parameters, on_device
 from isthmus.profiling.crowding import Interruption, usual_s
-from isthmus.profiling.timing import fastest_s
+from isthmus.profiling.timing import median_s
 
 
 def no_experts(layer: int, module: torch.nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -48,8 +49,8 @@ def measure_dense(
 ) -> tuple[float, float]:
     """(forward, backward) seconds per token and layer; embeddings, head and loss are spread over the layers.
 
-    ``inputs`` is a micro-batch with labels; the model's dense units must be bound. At their fastest, or with
-    ``interrupt`` as they usually are: after it, and without what ``run`` spends in it. Blocks for about a second.
+    ``inputs`` is a micro-batch with labels; the model's dense units must be bound. By themselves, or with ``interrupt``
+    as they are in a step: after it, and without what ``run`` spends in it. Blocks for about a second.
     Leaves gradients in the parameters (zero them) and the model's experts function replaced (set it).
     """
 
@@ -66,8 +67,8 @@ def measure_dense(
         synchronize()
 
     if interrupt is None:
-        forward_s = fastest_s(forward, repeats=REPEATS, budget_s=1.0)
-        both_s = fastest_s(both, repeats=REPEATS, budget_s=2.0)
+        forward_s = median_s(forward, repeats=REPEATS, budget_s=1.0)
+        both_s = median_s(both, repeats=REPEATS, budget_s=2.0)
     else:
         forward_s, both_s = usual_s(forward, interrupt), usual_s(both, interrupt)
     per = num_tokens * model.spec.num_held_layers
@@ -86,7 +87,7 @@ def measure_outer(
     model.set_experts_function(no_experts)
     inputs = on_device(inputs, next(bound_parameters(model)).device)
     found = [_OuterTimes(model, synchronize).measure(inputs) for _ in range(REPEATS)]
-    forward_s, backward_s = (min(times) for times in zip(*found, strict=True))
+    forward_s, backward_s = (statistics.median(times) for times in zip(*found, strict=True))
     return forward_s / num_tokens, backward_s / num_tokens
 
 

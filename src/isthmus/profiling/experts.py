@@ -16,7 +16,7 @@ from isthmus.spec.model import ExpertSpec
 from isthmus.spec.profile import Curve
 
 COLD_BYTES = 96 << 20
-"""Weights rotate through at least this much memory, more than the caches of the CPUs we meet."""
+"""Weights rotate through at least this much memory."""
 
 
 def measure_expert(
@@ -29,15 +29,17 @@ def measure_expert(
     activation_module: torch.nn.Module | None = None,
     saves: bool = False,
     accumulates: bool = False,
+    cold_bytes: int = COLD_BYTES,
 ) -> tuple[Curve, Curve]:
     """(forward, backward) curves of one expert, 1 to ``max_tokens`` tokens, on ``device`` from the calling thread.
     Blocks for seconds.
 
     Backward includes the recomputation of the pre-activations, unless forward ``saves`` them, and adds to weight
-    gradients where it ``accumulates``. ``synchronize`` waits for an asynchronous device.
+    gradients where it ``accumulates``. Weights rotate through ``cold_bytes``. ``synchronize`` waits for an asynchronous
+    device.
     """
     math = ExpertMath(spec, activation_module)
-    num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
+    num_copies = max(2, min(256, cold_bytes // (spec.numel * dtype.itemsize) + 1))
     flats = [torch.empty(spec.numel, dtype=dtype, device=device).normal_(std=0.02) for _ in range(num_copies)]
     gradients = [torch.zeros_like(flat) for flat in flats]  # touched: page faults are not what is measured
     weights = [math.views(flat) for flat in flats]

@@ -1,7 +1,9 @@
-"""What this process may use: the limits of its control group and of those above it, versions 1 and 2."""
+"""What this process may use: the limits of its control group and of those above it, versions 1 and 2; and the caches
+of its processors."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import psutil
 
 _ROOT = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 def free_memory_bytes(root: Path = _ROOT, own: Path = _OWN) -> int:
@@ -45,6 +48,18 @@ def cpu_quota(root: Path = _ROOT, own: Path = _OWN) -> tuple[int, int] | None:
         if quota.isdigit() and period.isdigit():
             found.append((int(quota), int(period)))
     return min(found, key=lambda pair: pair[0] / pair[1], default=None)
+
+
+def last_level_cache_bytes(cpus: Path = _CPUS) -> int:
+    """Of all caches of the highest level that this process's processors have; 0 where the system does not tell."""
+    caches: dict[tuple[int, str], int] = {}
+    for cpu in os.sched_getaffinity(0):
+        for cache in (cpus / f"cpu{cpu}" / "cache").glob("index*"):
+            level, size = _number(cache / "level"), _text(cache / "size")
+            if level is not None and size.endswith("K") and size[:-1].isdigit():
+                caches[level, _text(cache / "shared_cpu_list")] = int(size[:-1]) << 10
+    highest = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == highest)
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:

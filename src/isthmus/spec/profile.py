@@ -17,7 +17,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Slowdown:
-    """Of what else is measured at its fastest: how many times as long it usually takes in a step."""
+    """Of what else is measured by itself: how many times as long it takes in a step."""
 
     alone: float = 1.0
     """While the process's other thread does nothing."""

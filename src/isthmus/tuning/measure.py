@@ -16,27 +16,28 @@ import torch
 from isthmus.models.moe_model import MoeModel
 from isthmus.models.skeleton import torch_dtype
 from isthmus.planning.curves import scale
+from isthmus.planning.memory import host_bytes
 from isthmus.profiling.cache import cached_profile, keep
 from isthmus.profiling.crowding import Forgetting, Interruption, measure_slowdown
 from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer, no_experts
-from isthmus.profiling.experts import LayersExperts, measure_expert, one_expert
-from isthmus.profiling.limits import cpu_quota
+from isthmus.profiling.experts import COLD_BYTES, LayersExperts, measure_expert, one_expert
+from isthmus.profiling.limits import cpu_quota, last_level_cache_bytes
 from isthmus.profiling.links import LinkTimes, measure_link
-from isthmus.profiling.timing import fastest_s, in_thread
+from isthmus.profiling.timing import in_thread, median_s
 from isthmus.reporting.environment import cpu_name, num_cpus_usable
 from isthmus.spec.hardware import Hardware, LinkRate
 from isthmus.spec.model import UnitKey
 from isthmus.spec.profile import ExpertTimes, Profile, Slowdown
 from isthmus.tuning.accelerator.base import Accelerator
 from isthmus.tuning.data.batches import MicroBatch
-from isthmus.tuning.optimizer_times import measure_optimizer_slowdown, optimizer_s_per_parameter
+from isthmus.tuning.optimizer_times import OPTIMIZER_BYTES, measure_optimizer_slowdown, optimizer_s_per_parameter
 from isthmus.tuning.taped import TapedForward
 from isthmus.tuning.wave_times import measure_routing
 
 COPIED_BYTES = 64 << 20
 VERSIONS = tuple(version(name) for name in ("torch", "transformers", "isthmus"))
 """With others things may take as long as never before."""
-IN_STEP = 3
+IN_STEP = 4
 """Counts what is measured for predictions of steps: profiles that have less are measured again."""
 
 
@@ -67,7 +68,7 @@ def memmove_s_per_byte() -> float:
     """Of a thread that copies memory which no cache holds."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
     destination = torch.ones_like(source)
-    return fastest_s(lambda: ctypes.memmove(destination.data_ptr(), source.data_ptr(), COPIED_BYTES)) / COPIED_BYTES
+    return median_s(lambda: ctypes.memmove(destination.data_ptr(), source.data_ptr(), COPIED_BYTES)) / COPIED_BYTES
 
 
 def measure_profile(
@@ -169,6 +170,12 @@ class Work:
     def usual_tokens(self) -> int:
         """Of a wave."""
         return self.example.num_tokens if self.in_turns else self.max_tokens
+
+    def cold_bytes(self, share: float, least: int) -> int:
+        """Of memory that a step goes through, a ``share`` of all that is held, before it comes back to the same place;
+        as much as no cache holds is enough. Where micro-batches go through a stage in turns, they come back soon."""
+        held = sum(host_bytes(self.model.layouts.values()).values())
+        return least if self.in_turns else max(least, min(int(share * held), 2 * last_level_cache_bytes()))
 
     @property
     def has_core_for_worker(self) -> bool:
@@ -286,13 +293,12 @@ def _measure_slowdowns(work: Work, run: Forward) -> tuple[Slowdown, Slowdown, Sl
 
     other = expert if accelerator.is_separate else None
     measured = partial(measure_slowdown, takes_turns=not work.has_core_for_worker)
-    dense_s, expert_s = fastest_s(dense, repeats=5, budget_s=1.0), fastest_s(expert)
-    of_dense = measured(dense, dense_s, other, num_threads=num_cpu_threads)
-    here = measured(expert, expert_s, other, num_threads=num_cpu_threads)
+    of_dense = measured(dense, other, num_threads=num_cpu_threads)
+    here = measured(expert, other, num_threads=num_cpu_threads)
     if not accelerator.is_separate:
         return of_dense, here, here
     num_threads = torch.get_num_threads()
-    there = in_thread(lambda: measured(expert, expert_s, dense, num_threads=num_threads), num_threads=num_cpu_threads)
+    there = in_thread(lambda: measured(expert, dense, num_threads=num_threads), num_threads=num_cpu_threads)
     return of_dense, here, there
 
 
@@ -304,7 +310,12 @@ def _optimizer_slowdown(work: Work, run: Forward) -> Slowdown:
         return Slowdown()
     layout = model.layouts[UnitKey(model.spec.moe_layers[0], 0)]
     model.set_experts_function(no_experts)
-    return measure_optimizer_slowdown(layout, lambda: run(model, work.example.inputs), num_threads=work.num_cpu_threads)
+    return measure_optimizer_slowdown(
+        layout,
+        lambda: run(model, work.example.inputs),
+        num_threads=work.num_cpu_threads,
+        cold_bytes=work.cold_bytes(1, OPTIMIZER_BYTES),
+    )
 
 
 def _measure_experts(
@@ -329,6 +340,7 @@ def _measure_experts(
             activation_module=model.experts[layer],
             saves=not accelerator.is_separate,
             accumulates=work.in_turns,  # all but the first
+            cold_bytes=work.cold_bytes(1 / 4, COLD_BYTES),
         )
         here = on_device(device=accelerator.device, synchronize=accelerator.synchronize)
         cpu = here
@@ -356,7 +368,7 @@ def _measure_experts(
         )
         progress("measuring the optimizer", 0.2 + 0.8 * (number + 0.9) / len(shapes))
         layout = model.layouts[UnitKey(layer, 0)]
-        measure = partial(optimizer_s_per_parameter, layout)
+        measure = partial(optimizer_s_per_parameter, layout, work.cold_bytes(1, OPTIMIZER_BYTES))
         step_s, one_norm_s = in_thread(measure, num_threads=num_cpu_threads)
         optimizer_s, norm_s = max(optimizer_s, step_s), max(norm_s, one_norm_s)
     return experts, optimizer_s, norm_s

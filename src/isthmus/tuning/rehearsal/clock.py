@@ -135,7 +135,7 @@ class Cores:
         self._version = 0
 
     def work(self, seconds: float, num_threads: int = 1, slowdown: Slowdown = NONE) -> None:
-        """The calling thread computes what at its fastest takes ``seconds`` on ``num_threads`` cores of its own."""
+        """The calling thread computes what by itself takes ``seconds`` on ``num_threads`` cores of its own."""
         if seconds > 0:
             self._settle()
             self._loads.append(_Load(greenlet.getcurrent(), seconds, num_threads, slowdown))
