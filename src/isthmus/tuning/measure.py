@@ -21,7 +21,7 @@ from isthmus.profiling.cache import cached_profile, keep
 from isthmus.profiling.crowding import Forgetting, Interruption, measure_slowdown
 from isthmus.profiling.dense import Forward, loss_of, measure_dense, measure_outer, no_experts
 from isthmus.profiling.experts import COLD_BYTES, LayersExperts, measure_expert, one_expert
-from isthmus.profiling.limits import cpu_quota, last_level_cache_bytes
+from isthmus.profiling.limits import cpu_quota, free_memory_bytes, last_level_cache_bytes
 from isthmus.profiling.links import LinkTimes, measure_link
 from isthmus.profiling.timing import in_thread, median_s
 from isthmus.reporting.environment import cpu_name, num_cpus_usable
@@ -111,8 +111,9 @@ def measure_profile(
             num_cpu_threads=num_cpu_threads,
             run=run,
             in_turns=one_of is not None,
+            in_step=in_step,
         )
-        found = _measure(work, hardware, progress, in_step=in_step)
+        found = _measure(work, hardware, progress)
         if one_of is None:
             return found
         progress("measuring the dense part of one of several", 1.0)
@@ -165,6 +166,8 @@ class Work:
     num_cpu_threads: int
     run: Forward
     in_turns: bool
+    in_step: bool
+    """Whether a step is to be predicted, not only what is best in it."""
 
     @property
     def usual_tokens(self) -> int:
@@ -173,9 +176,12 @@ class Work:
 
     def cold_bytes(self, share: float, least: int) -> int:
         """Of memory that a step goes through, a ``share`` of all that is held, before it comes back to the same place;
-        as much as no cache holds is enough. Where micro-batches go through a stage in turns, they come back soon."""
+        as much as no cache holds is enough, and an eighth of what is free. Where micro-batches go through a stage in
+        turns, they come back soon."""
+        if self.in_turns or not self.in_step:
+            return least
         held = sum(host_bytes(self.model.layouts.values()).values())
-        return least if self.in_turns else max(least, min(int(share * held), 2 * last_level_cache_bytes()))
+        return max(least, min(int(share * held), 2 * last_level_cache_bytes(), free_memory_bytes() // 8))
 
     @property
     def has_core_for_worker(self) -> bool:
@@ -210,7 +216,7 @@ def _in_pipeline(profile: Profile, model: MoeModel, one_of: OneOfSeveral) -> Pro
     )
 
 
-def _measure(work: Work, hardware: Hardware, progress: Callable[[str, float], None], *, in_step: bool) -> Profile:
+def _measure(work: Work, hardware: Hardware, progress: Callable[[str, float], None]) -> Profile:
     model, accelerator, example, run = work.model, work.accelerator, work.example, work.run
     progress("measuring the link", 0.0)
     times, hardware = _measure_link(model, accelerator, hardware)
@@ -221,14 +227,14 @@ def _measure(work: Work, hardware: Hardware, progress: Callable[[str, float], No
         model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize, run=run
     )
     outer_s, slowdowns = (0.0, 0.0), (Slowdown(), Slowdown(), Slowdown())
-    if in_step:
+    if work.in_step:
         progress("measuring what slows it down", 0.15)
         outer_s = measure_outer(
             model, example.inputs, num_tokens=example.num_tokens, synchronize=accelerator.synchronize
         )
         slowdowns = _measure_slowdowns(work, run)
-    experts, optimizer_s, norm_s = _measure_experts(work, progress, in_step=in_step)
-    optimizer_slowdown = _optimizer_slowdown(work, run) if in_step else Slowdown()
+    experts, optimizer_s, norm_s = _measure_experts(work, progress)
+    optimizer_slowdown = _optimizer_slowdown(work, run) if work.in_step else Slowdown()
     return Profile(
         hardware=hardware,
         dtype=model.dtype,
@@ -318,9 +324,7 @@ def _optimizer_slowdown(work: Work, run: Forward) -> Slowdown:
     )
 
 
-def _measure_experts(
-    work: Work, progress: Callable[[str, float], None], *, in_step: bool
-) -> tuple[dict[str, ExpertTimes], float, float]:
+def _measure_experts(work: Work, progress: Callable[[str, float], None]) -> tuple[dict[str, ExpertTimes], float, float]:
     """(curves by shape of expert; seconds per parameter of the slowest shape: the optimizer's, a norm's)."""
     model, accelerator, max_tokens = work.model, work.accelerator, work.max_tokens
     num_cpu_threads, dtype = work.num_cpu_threads, torch_dtype(model.dtype)
@@ -347,7 +351,7 @@ def _measure_experts(
         if accelerator.is_separate:
             cpu = in_thread(partial(on_device, device=torch.device("cpu")), num_threads=num_cpu_threads)
         routing = None, None
-        if in_step:
+        if work.in_step:
             progress("measuring routing", 0.2 + 0.8 * (number + 0.8) / len(shapes))
             routing = measure_routing(
                 model.moe_parts[layer].spec,
