@@ -17,6 +17,8 @@ from isthmus.spec.profile import Curve
 
 COLD_BYTES = 96 << 20
 """Weights rotate through at least this much memory."""
+MOST_COPIES = 256
+"""Of small experts."""
 
 
 def measure_expert(
@@ -39,7 +41,7 @@ def measure_expert(
     device.
     """
     math = ExpertMath(spec, activation_module)
-    num_copies = max(2, min(256, cold_bytes // (spec.numel * dtype.itemsize) + 1))
+    num_copies = _copies(spec, dtype, cold_bytes)
     flats = [torch.empty(spec.numel, dtype=dtype, device=device).normal_(std=0.02) for _ in range(num_copies)]
     gradients = [torch.zeros_like(flat) for flat in flats]  # touched: page faults are not what is measured
     weights = [math.views(flat) for flat in flats]
@@ -83,7 +85,7 @@ def one_expert(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """(forward, backward) of one expert of ``num_tokens`` rows on the CPU, each time another."""
     math = ExpertMath(spec, activation_module)
-    num_copies = max(2, min(64, COLD_BYTES // (spec.numel * dtype.itemsize) + 1))
+    num_copies = _copies(spec, dtype, COLD_BYTES)
     flats = [torch.empty(spec.numel, dtype=dtype).normal_(std=0.02) for _ in range(num_copies)]
     weights = [math.views(flat) for flat in flats]
     gradients = [math.views(torch.zeros_like(flat)) for flat in flats]
@@ -99,6 +101,11 @@ def one_expert(
         math.backward_many([weights[at]], [num_tokens], x_NH, scale_N, g_NH, kept, [gradients[at]], accumulate=[False])
 
     return forward, backward
+
+
+def _copies(spec: ExpertSpec, dtype: torch.dtype, cold_bytes: int) -> int:
+    """Of an expert's weights, for so much memory."""
+    return max(2, min(MOST_COPIES, cold_bytes // (spec.numel * dtype.itemsize) + 1))
 
 
 class LayersExperts:

@@ -34,13 +34,13 @@ def optimizer_s_per_parameter(layout: UnitLayout, cold_bytes: int = OPTIMIZER_BY
     for key in keys:
         store.gradient(key).fill_(1.0)
     seconds, norms = [], []
-    for step in range(NUM_RUNS + 1):
+    for step in range(1, NUM_RUNS + 2):
         start_s = time.perf_counter()
         for key in keys:
             optimizer.gradient_destination(key)
             optimizer.finish_gradient(key)
         norms.append(time.perf_counter() - start_s)
-        optimizer.begin_step(step + 1, 1e-6)
+        optimizer.begin_step(step, 1e-6)
         start_s = time.perf_counter()
         for first in range(0, len(keys), EXPERTS_AT_ONCE):
             optimizer.step_units(keys[first : first + EXPERTS_AT_ONCE])
