@@ -30,6 +30,7 @@ import torch
 from isthmus.spec.units import parse_bytes, parse_rate
 from isthmus.transport.base import Algorithm, Group
 from isthmus.transport.gloo import GlooGroup
+from isthmus.transport.rendezvous import held_port
 from isthmus.transport.sockets import SocketGroup
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -150,19 +151,18 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 def run_all(num_processes: int) -> None:
     """Starts the ranks as processes of this host, with this command's arguments."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
     processes = []
-    try:
-        for rank in range(num_processes):
-            values = dict(zip(VARIABLES, map(str, (rank, num_processes, "127.0.0.1", port)), strict=True))
-            processes.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | values))
-        if any(process.wait() for process in processes):
-            raise SystemExit("a rank has failed")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with held_port() as port:
+        try:
+            for rank in range(num_processes):
+                values = dict(zip(VARIABLES, map(str, (rank, num_processes, "127.0.0.1", port)), strict=True))
+                processes.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | values))
+            if any(process.wait() for process in processes):
+                raise SystemExit("a rank has failed")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def main() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from isthmus.transport.rendezvous import held_port
 
 # No test may depend on how fast the machine is.
 settings.register_profile("isthmus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,6 +25,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data: {folder} is no directory; set ISTHMUS_SHARED to the one that holds data/")
     return folder
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where processes of this test can meet; no other test is given it meanwhile."""
+    with held_port() as port:
+        yield port
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,11 +37,6 @@ def options(model: Path, *more: str) -> list[str]:
     return ["embed", str(model), "--text", TEXTS[0], "--text", TEXTS[1], *more]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def test_alone_from_a_file_to_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     output = tmp_path / "vectors.jsonl"
@@ -53,8 +47,8 @@ def test_alone_from_a_file_to_a_file(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["auto", "tensor"])
-def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path) -> None:
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path, port: int) -> None:
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [ISTHMUS, *options(model, "--strategy", strategy)],
@@ -76,8 +70,8 @@ def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Pa
     assert outputs[1][0] == ""
 
 
-def test_under_torchrun(model: Path) -> None:
-    torchrun = [str(Path(ISTHMUS).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
+def test_under_torchrun(model: Path, port: int) -> None:
+    torchrun = [str(Path(ISTHMUS).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(port)]
     result = subprocess.run(
         [*torchrun, "--no-python", ISTHMUS, *options(model)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,11 +70,9 @@ def test_the_same_seed_draws_the_same_text(model: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["auto", "tensor", "block"])
-def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path, copy: Path) -> None:
+def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path, copy: Path, port: int) -> None:
     model = copy if strategy == "block" else model
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [ISTHMUS, *options(model, "--strategy", strategy)],

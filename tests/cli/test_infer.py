@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.report import BenchInferReport
 from isthmus.spec.serialization import from_json, to_json
+from isthmus.transport.rendezvous import held_port
 
 ISTHMUS = str(Path(sys.executable).parent / "isthmus")
 NAMES = ("pi-1", "pi-2")
@@ -65,25 +65,24 @@ def run_alone(*arguments: str) -> str:
 
 def run_on_two(*arguments: str) -> list[str]:
     """What each of two processes prints."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [ISTHMUS, *arguments],
-            env={**os.environ, **variables, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with held_port() as port:
+        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [ISTHMUS, *arguments],
+                env={**os.environ, **variables, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [process.communicate(timeout=120) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [output for output, _ in outputs]
 

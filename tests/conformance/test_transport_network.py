@@ -61,9 +61,7 @@ def test_ranks_that_do_not_come_are_named_on_every_rank(kind: str) -> None:
     assert all(isinstance(error, RendezvousError) and "ranks 1, 3 of 4 missing" in str(error) for error in found), found
 
 
-def test_without_rank_0_the_others_say_so(kind: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+def test_without_rank_0_the_others_say_so(kind: str, port: int) -> None:
     with pytest.raises(RendezvousError, match=f"rank 0 is missing: nothing at 127.0.0.1:{port}"):
         CLASSES[kind].connect(rank=1, world_size=2, port=port, timeout_s=0.3)
 
@@ -112,9 +110,7 @@ def test_nothing_listens_on_all_interfaces_and_nothing_at_all_once_connected_ove
         assert first | second <= before
 
 
-def test_the_environment_of_torchrun_is_understood(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+def test_the_environment_of_torchrun_is_understood(kind: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     with CLASSES[kind].from_environment() as group:
@@ -142,13 +138,11 @@ def exchange_for_ever(kind: str, rank: int, port: int, report: Connection) -> No
 
 
 @pytest.fixture
-def processes(kind: str) -> Iterator[list[tuple[Any, Connection]]]:
+def processes(kind: str, port: int) -> Iterator[list[tuple[Any, Connection]]]:
     """Three ranks in the midst of it, each with the end of a pipe."""
     # Each starts with torch imported, and without the threads of this process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.transport.groups"])
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
     started = []
     try:
         for rank in range(3):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +29,7 @@ from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.testbed import DeviceSpec, TestbedSpec
 from isthmus.testbed.requirements import check_host
 from isthmus.testbed.testbed import Testbed
+from isthmus.transport.rendezvous import held_port
 
 NUM_DEVICES = 4
 REPOSITORY = Path(__file__).parents[2]
@@ -99,9 +99,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def this_machine(directory: Path) -> Iterator[Fleet]:
     """Four devices without limits."""
-    with listening(directory) as listener:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+    with listening(directory) as listener, held_port() as port:
         process = subprocess.Popen(serving(directory, NUM_DEVICES))
         try:
             servers = accept_servers(listener, NUM_DEVICES)

@@ -106,9 +106,7 @@ def test_a_busy_worker_says_so(checkpoint: Checkpoint) -> None:
                 pass
 
 
-def test_nobody_there_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_nobody_there_is_named(port: int) -> None:
     with pytest.raises(IsthmusError, match=rf"127\.0\.0\.1:{port} does not answer .* run `isthmus worker"):
         invite(
             [WorkerAddress(host="127.0.0.1", port=port)],

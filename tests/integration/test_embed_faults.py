@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,11 +30,6 @@ SECONDS_OF_WORK = 10_000
 Start = Callable[..., list[subprocess.Popen[str]]]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 @pytest.fixture
 def model(checkpoint: Callable[[str], Path]) -> Path:  # noqa: F811
     return add_tokenizer(checkpoint("bert"))
@@ -47,7 +41,7 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(model: Path, output: Path, tmp_path: Path) -> Iterator[Start]:
+def start(model: Path, output: Path, tmp_path: Path, port: int) -> Iterator[Start]:
     """Starts a process for each device, and gives them once each is connected to every other."""
     started: list[subprocess.Popen[str]] = []
 
@@ -57,7 +51,7 @@ def start(model: Path, output: Path, tmp_path: Path) -> Iterator[Start]:
         variables = {
             "WORLD_SIZE": str(NUM_DEVICES),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             "ISTHMUS_CACHE": str(tmp_path / "cache"),
         }
@@ -79,8 +73,8 @@ def start(model: Path, output: Path, tmp_path: Path) -> Iterator[Start]:
         yield start
     finally:
         for process in started:
-            process.kill()
-            process.communicate()
+            with process:  # which waits for it, and closes its pipe
+                process.kill()
 
 
 def wait_until_at_work(processes: list[subprocess.Popen[str]]) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -56,13 +55,10 @@ def torchrun(num_ranks: int, arguments: list[str]) -> subprocess.CompletedProces
 
 
 def start(
-    commands: list[list[str]], folder: Path, own: Mapping[int, dict[str, str]] = MappingProxyType({})
+    commands: list[list[str]], folder: Path, port: int, own: Mapping[int, dict[str, str]] = MappingProxyType({})
 ) -> list[subprocess.Popen[bytes]]:
     """A process for each, without torchrun, which would end the others itself; they write ``folder / rank-<r>.log``.
     ``own``: a rank's environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(commands))}
     processes = []
     for rank, arguments in enumerate(commands):
@@ -137,7 +133,7 @@ def slowed(profile: dict[str, Any], times: float) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_with_equal_stages(
-    deep: Inputs, run: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deep: Inputs, run: Tune, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, alone, together = tmp_path / "model", tmp_path / "alone", tmp_path / "together"
     write_tiny_checkpoint("mixtral", model, 0, "fp32", vocab_size=VOCAB_SIZE, num_hidden_layers=6)
@@ -157,7 +153,7 @@ def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_wi
         file.write_text(json.dumps(slowed(json.loads(file.read_text()), 4.0)))
     own = {rank: {"ISTHMUS_CACHE": str(caches[rank]), "OMP_NUM_THREADS": str(rank + 1)} for rank in range(2)}
     arguments = deep.arguments(together, *few, model=model)
-    assert end(start([arguments] * 2, tmp_path, own), timeout_s=240) == [0, 0], _said(tmp_path)
+    assert end(start([arguments] * 2, tmp_path, port, own), timeout_s=240) == [0, 0], _said(tmp_path)
     mapping = report(together)["mapping"]
     stages = zip(mapping["stages"], mapping["ranks"], strict=True)
     slow = sum(stage["last_layer"] - stage["first_layer"] + 1 for stage, rank in stages if rank == 1)
@@ -180,11 +176,11 @@ def test_a_process_that_measures_slower_gets_fewer_layers_and_its_run_goes_on_wi
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_is_lost_ends_the_others_which_name_it(
-    signal_number: signal.Signals, deep: Inputs, tmp_path: Path
+    signal_number: signal.Signals, deep: Inputs, tmp_path: Path, port: int
 ) -> None:
     output = tmp_path / "out"
     arguments = deep.arguments(output, "--steps", "100000", "--num-stages", "4", "--save-every", "1")
-    processes = start([[*arguments, "--rank-timeout", "20"]] * 3, tmp_path)
+    processes = start([[*arguments, "--rank-timeout", "20"]] * 3, tmp_path, port)
     try:
         deadline_s = time.monotonic() + 200
         while not list(output.glob("checkpoints/step-0000000[2-9]")):
@@ -206,28 +202,28 @@ def _said(folder: Path) -> str:
     return "\n".join(log.read_text() for log in sorted(folder.glob("rank-*.log")))
 
 
-def test_more_stages_than_layers_are_refused_by_all(deep: Inputs, tmp_path: Path) -> None:
-    processes = start([deep.arguments(tmp_path / "out", "--num-stages", "5")] * 2, tmp_path)
+def test_more_stages_than_layers_are_refused_by_all(deep: Inputs, tmp_path: Path, port: int) -> None:
+    processes = start([deep.arguments(tmp_path / "out", "--num-stages", "5")] * 2, tmp_path, port)
     assert end(processes, timeout_s=200) == [2, 2]
     assert _said(tmp_path).count("num_stages: got 5, wanted 1 to 4, the number of layers") == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_nccl_without_gpus_is_refused_by_all(deep: Inputs, tmp_path: Path) -> None:
+def test_nccl_without_gpus_is_refused_by_all(deep: Inputs, tmp_path: Path, port: int) -> None:
     arguments = [*deep.arguments(tmp_path / "out"), "--accelerator", "auto", "--backend", "nccl"]
-    assert end(start([arguments] * 2, tmp_path), timeout_s=200) == [2, 2], _said(tmp_path)
+    assert end(start([arguments] * 2, tmp_path, port), timeout_s=200) == [2, 2], _said(tmp_path)
     assert _said(tmp_path).count("backend: got nccl, but ranks 0, 1 without a GPU, wanted one each: say --backend") == 2
 
 
-def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_path: Path) -> None:
-    processes = start([deep.arguments(tmp_path / "out", "--seed", seed) for seed in ("0", "1")], tmp_path)
+def test_processes_started_with_different_options_say_which(deep: Inputs, tmp_path: Path, port: int) -> None:
+    processes = start([deep.arguments(tmp_path / "out", "--seed", seed) for seed in ("0", "1")], tmp_path, port)
     assert end(processes, timeout_s=200) == [2, 2]
     assert _said(tmp_path).count("seed: rank 1 got 1, rank 0 0; wanted the same everywhere") == 2
 
 
 @pytest.mark.parametrize("what", ["dtype", "values"])
 def test_processes_with_other_weights_of_the_same_configuration_are_found(
-    what: str, deep: Inputs, tmp_path: Path
+    what: str, deep: Inputs, tmp_path: Path, port: int
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(deep.model, other)
@@ -236,23 +232,25 @@ def test_processes_with_other_weights_of_the_same_configuration_are_found(
     tensors["lm_head.weight"] = head.bfloat16() if what == "dtype" else head * 1.01
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     commands = [deep.arguments(tmp_path / "out", model=model) for model in (deep.model, other)]
-    assert end(start(commands, tmp_path), timeout_s=200) == [2, 2], _said(tmp_path)
+    assert end(start(commands, tmp_path, port), timeout_s=200) == [2, 2], _said(tmp_path)
     assert _said(tmp_path).count("weights of the model (names, shapes, sizes, some values): rank 1 got") == 2
 
 
-def test_a_process_that_fails_tells_its_own_error_and_the_others_name_it(deep: Inputs, tmp_path: Path) -> None:
+def test_a_process_that_fails_tells_its_own_error_and_the_others_name_it(
+    deep: Inputs, tmp_path: Path, port: int
+) -> None:
     missing = tmp_path / "missing.jsonl"
     commands = [deep.arguments(tmp_path / "out", data=data) for data in (deep.data, missing)]
-    assert end(start(commands, tmp_path), timeout_s=200) == [1, 2]
+    assert end(start(commands, tmp_path, port), timeout_s=200) == [1, 2]
     first, second = ((tmp_path / f"rank-{rank}.log").read_text() for rank in range(2))
     assert second.startswith("error: ") and "missing.jsonl" in second
     assert "rank 0: waited for what it was started with from rank 1: rank 1 has ended" in first
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(deep: Inputs, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step(deep: Inputs, tmp_path: Path, port: int) -> None:
     output = tmp_path / "out"
     arguments = deep.arguments(output, "--steps", "100000", "--save-every", "0")
-    processes = start([arguments] * 2, tmp_path)
+    processes = start([arguments] * 2, tmp_path, port)
     try:
         deadline_s = time.monotonic() + 200
         while "step 1/" not in _said(tmp_path):

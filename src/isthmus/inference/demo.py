@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from isthmus.spec.errors import IsthmusError
 from isthmus.spec.inference import InferencePlan
 from isthmus.spec.report import BenchInferReport, BenchInferRow
 from isthmus.spec.serialization import from_json
+from isthmus.transport.rendezvous import held_port
 
 NUM_DEVICES = 4
 TOKENS = 128
@@ -93,12 +93,10 @@ class LocalProcesses:
     ) -> _Outcome:
         """Blocks until all have ended, the first has failed, or ``timeout_s`` have passed; then none is left, nor after
         an exception. ``output``: as for a testbed."""
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        shared = {"WORLD_SIZE": self._num_devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared |= {"OMP_NUM_THREADS": 1}
+        shared = {"WORLD_SIZE": self._num_devices, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
         ends_at = None if timeout_s is None else time.monotonic() + timeout_s
         with ExitStack() as stack:
+            shared["MASTER_PORT"] = stack.enter_context(held_port())
             processes: list[subprocess.Popen[Any]] = []
             for rank in range(self._num_devices):
                 variables = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}

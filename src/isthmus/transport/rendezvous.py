@@ -17,7 +17,8 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +99,17 @@ def listen(address: str, port: int = 0) -> socket.socket:
             f"cannot listen on {address}:{port} ({error}): it must be an address of this machine and a free "
             "port (MASTER_ADDR and MASTER_PORT of rank 0, --listen and --port of a worker)"
         ) from error
+
+
+@contextmanager
+def held_port(address: str = "127.0.0.1") -> Iterator[int]:
+    """A free port at which processes that are started meanwhile can meet. Until the end nobody who asks for any port is
+    given this one, be it to listen or to connect from: it is bound here, yet not listened on, so whoever names it can
+    listen there (if it allows reuse, as ``listen`` and torch do)."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((address, 0))
+        yield holder.getsockname()[1]
 
 
 def meet(meeting: Meeting, details: dict, listener: socket.socket | None) -> Membership:

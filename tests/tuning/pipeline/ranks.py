@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -23,6 +22,7 @@ from transformers import AutoConfig
 
 from isthmus.reporting.recorder import Recorder
 from isthmus.spec.units import parse_emulate
+from isthmus.transport.rendezvous import held_port
 from isthmus.tuning.bound import StepBounds
 from isthmus.tuning.output import write_final
 from isthmus.tuning.pipeline.carriers.channels import Channels
@@ -64,11 +64,8 @@ def run(
     return json.loads((folder / "losses.json").read_text())
 
 
-def fork(num_ranks: int, folder: Path, *, by_channels: bool) -> list[int]:
+def fork(num_ranks: int, folder: Path, port: int, *, by_channels: bool) -> list[int]:
     """Makes the processes, which only this one's imports are for, and returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     pids = []
     for rank in range(num_ranks):
         if pid := os.fork():
@@ -143,4 +140,5 @@ def _train(job: Job, links: Links, folder: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(any(fork(int(sys.argv[1]), Path(sys.argv[2]), by_channels=sys.argv[3:] == ["channels"])))
+    with held_port() as port:
+        sys.exit(any(fork(int(sys.argv[1]), Path(sys.argv[2]), port, by_channels=sys.argv[3:] == ["channels"])))

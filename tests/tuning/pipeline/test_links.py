@@ -4,7 +4,6 @@ facts in one or two. Two processes check it, as ``python -m tests.tuning.pipelin
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -111,10 +110,7 @@ CHECKS: dict[str, Callable[[Links], None]] = {
 }
 
 
-def two_processes(check: str, carrier: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def two_processes(check: str, carrier: str, port: int) -> None:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
     command = [sys.executable, "-m", "tests.tuning.pipeline.test_links", check, carrier]
@@ -137,16 +133,16 @@ def two_processes(check: str, carrier: str) -> None:
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("facts", "other_length")])
-def test_tensors_arrive_by_every_carrier(check: str, carrier: str) -> None:
-    two_processes(check, carrier)
+def test_tensors_arrive_by_every_carrier(check: str, carrier: str, port: int) -> None:
+    two_processes(check, carrier, port)
 
 
-def test_facts_arrive_whole() -> None:
-    two_processes("facts", "tagged")
+def test_facts_arrive_whole(port: int) -> None:
+    two_processes("facts", "tagged", port)
 
 
-def test_a_message_of_another_length_is_not_taken_for_ours() -> None:
-    two_processes("other_length", "channels")
+def test_a_message_of_another_length_is_not_taken_for_ours(port: int) -> None:
+    two_processes("other_length", "channels", port)
 
 
 def test_channels_join_all_that_exchange_tensors() -> None:
