@@ -6,19 +6,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tests.cli.two_processes import ISTHMUS, run_on_two
 from tests.inference.conftest import add_tokenizer, checkpoint  # noqa: F401
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
 from isthmus.inference.engine import Engine
 
-ISTHMUS = str(Path(sys.executable).parent / "isthmus")
 TEXTS = ["one two three", "four"]
 
 
@@ -47,25 +46,8 @@ def test_alone_from_a_file_to_a_file(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["auto", "tensor"])
-def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path, port: int) -> None:
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [ISTHMUS, *options(model, "--strategy", strategy)],
-            env={**os.environ, **variables, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path) -> None:
+    outputs = run_on_two(*options(model, "--strategy", strategy))
     torch.testing.assert_close(vectors(outputs[0][0]), torch.stack(Engine(model).embed(TEXTS)), rtol=1e-4, atol=1e-5)
     assert outputs[1][0] == ""
 

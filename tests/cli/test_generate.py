@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.cli.two_processes import ISTHMUS, run_on_two
 from tests.inference.conftest import add_tokenizer, checkpoint  # noqa: F401
 from tests.inference.test_block_parallel import saved  # noqa: F401
 from typer.testing import CliRunner
 
 from isthmus.cli.main import app
 from isthmus.inference.engine import Engine
-
-ISTHMUS = str(Path(sys.executable).parent / "isthmus")
 
 
 @pytest.fixture(scope="module")
@@ -70,26 +67,9 @@ def test_the_same_seed_draws_the_same_text(model: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["auto", "tensor", "block"])
-def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path, copy: Path, port: int) -> None:
+def test_as_processes_of_torchrun_only_the_first_prints(strategy: str, model: Path, copy: Path) -> None:
     model = copy if strategy == "block" else model
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [ISTHMUS, *options(model, "--strategy", strategy)],
-            env={**os.environ, **variables, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = run_on_two(*options(model, "--strategy", strategy))
     assert outputs[0][0] == text_of(model) + "\n"
     assert outputs[1] == ("", "")
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.two_processes import run_on_two
 from tests.inference.conftest import checkpoint  # noqa: F401
 from tests.inference.test_block_parallel import saved  # noqa: F401
 from transformers import AutoModel, BertConfig
@@ -27,9 +25,7 @@ from isthmus.spec.generation import GenerationSettings
 from isthmus.spec.inference import ORIGINAL_PLANS, InferencePlan, InferenceRequest
 from isthmus.spec.report import BenchInferReport
 from isthmus.spec.serialization import from_json, to_json
-from isthmus.transport.rendezvous import held_port
 
-ISTHMUS = str(Path(sys.executable).parent / "isthmus")
 NAMES = ("pi-1", "pi-2")
 
 
@@ -63,34 +59,10 @@ def run_alone(*arguments: str) -> str:
     return result.stdout
 
 
-def run_on_two(*arguments: str) -> list[str]:
-    """What each of two processes prints."""
-    with held_port() as port:
-        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [ISTHMUS, *arguments],
-                env={**os.environ, **variables, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
-            outputs = [process.communicate(timeout=120) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [output for output, _ in outputs]
-
-
 def test_a_bench_times_every_strategy_and_its_report_can_be_planned_with(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     options = ("--codecs", "fp32,int8", "--tokens", "16", "--repeats", "2", "--report", str(path))
-    leader, other = run_on_two("bench", "infer", str(model), *options)
+    (leader, _), (other, _) = run_on_two("bench", "infer", str(model), *options)
     assert other == ""
     report = from_json(BenchInferReport, path.read_text())
     assert json.loads(leader.splitlines()[-1])["rows"] == json.loads(path.read_text())["rows"]
@@ -199,7 +171,7 @@ def test_what_was_measured_of_a_cluster_is_known_afterwards_anywhere(model: Path
     result = CliRunner().invoke(app, ["plan", "infer", str(model), "--cluster", str(cluster)])
     assert "nothing was measured yet of pi-1, pi-2 with this model" in result.stderr and result.exit_code == 2
     options = ("plan", "infer", str(model), "--cluster", str(cluster), "--tokens", "16")
-    leader, other = run_on_two(*options)
+    (leader, _), (other, _) = run_on_two(*options)
     assert "measuring the devices" in leader and other == ""
     printed = run_alone(*options, "--output", str(plan))
     assert "measuring" not in printed and "on pi-1" in printed
