@@ -176,8 +176,8 @@ class Bench:
         place.mkdir(parents=True, exist_ok=True)
         command = ["-m", "isthmus", "tune", str(model), "--data", str(text), *configuration.options()]
         if configuration.processes > 1:
-            launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(configuration.processes)]
-            command = [*launch, "--master-port", str(20000 + os.getpid() % 20000), *command]
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(configuration.processes)]
+            command = [*launch, *command]
         output = place / "model"
         command += ["--output", str(output), "--report", str(place / "run.json"), "--steps", str(NUM_STEPS)]
         command += ["--trace", str(place / "popularity.npz"), "--timeline", str(place / "run-timeline.json")]

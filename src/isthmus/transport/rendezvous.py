@@ -102,13 +102,13 @@ def listen(address: str, port: int = 0) -> socket.socket:
 
 
 @contextmanager
-def held_port(address: str = "127.0.0.1") -> Iterator[int]:
-    """A free port at which processes that are started meanwhile can meet. Until the end nobody who asks for any port is
-    given this one, be it to listen or to connect from: it is bound here, yet not listened on, so whoever names it can
-    listen there (if it allows reuse, as ``listen`` and torch do)."""
+def held_port() -> Iterator[int]:
+    """A free port of loopback at which processes that are started meanwhile can meet. Until the end nobody who asks for
+    any port is given this one, be it to listen or to connect from: it is bound here, yet not listened on, so whoever
+    names it can listen there (if it allows reuse, as ``listen`` and torch do)."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind((address, 0))
+        holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
 
 
